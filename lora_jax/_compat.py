@@ -1,0 +1,66 @@
+"""Everything that depends on the version of JAX: the only module that names `jax.extend`."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.extend.core as jex
+from jax.extend import source_info_util
+
+Literal = jex.Literal
+Equation = jex.JaxprEqn
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr, open or closed, as (jaxpr with `eqns`, its constants).
+
+    `ClosedJaxpr` wraps a `Jaxpr` up to JAX 0.11; in 0.12 one class does both.
+    """
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation on plain values, exactly as it stands in the jaxpr."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+class Scan(NamedTuple):
+    """The operands of a `scan` equation, sorted, and its static options."""
+
+    consts: list[Any]
+    carry: list[Any]
+    xs: list[Any]
+    jaxpr: Any
+    length: int
+    reverse: bool
+    unroll: int | bool
+
+
+def scan_parts(eqn: Equation, values: Sequence[Any]) -> Scan:
+    """Split a scan's operands into constants, carry and scanned inputs."""
+    params = eqn.params
+    if "num_consts" in params:  # up to JAX 0.10
+        n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+        parts = values[:n], values[n:m], values[m:]
+    else:
+        parts = params["ft_in"].update(values).unpack()
+    consts, carry, xs = map(list, parts)
+    return Scan(consts, carry, xs, params["jaxpr"], params["length"], params["reverse"], params["unroll"])
+
+
+def source_scope(eqn: Equation) -> contextlib.AbstractContextManager[Any]:
+    """The equation's own traceback and name stack (the module names that a profile shows), to evaluate it under."""
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    return source_info_util.user_context(info.traceback, name_stack=stack)
+
+
+def call_site(eqn: Equation) -> str:
+    """`file:line (function)` of the user's code that made the equation."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def bind_with(eqn: Equation, values: Sequence[Any], **params: Any) -> list[Any]:
+    """Evaluate an equation with some of its parameters changed."""
+    return bind(eqn.replace(params={**eqn.params, **params}), values)

@@ -1,0 +1,231 @@
+"""Adapters, and how they sit beside the parameters that they adapt.
+
+An adapter set is a flat dict from parameter path to `Adapter`. `attach` puts each adapter beside its parameter, as one
+`Adapted` node in the parameter's place; `detach` takes the two apart again.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import paths
+
+ADAPTER, FROZEN = "adapter", "frozen"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of a parameter hold separate matrices (batch), which are contracted (in) and which reach the output (out).
+
+    >>> Layout(batch=(0,), inputs=(1,), outputs=(2, 3)).factor_shapes((12, 512, 8, 64), rank=4)
+    ((12, 512, 4), (12, 4, 8, 64))
+    """
+
+    batch: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    def factor_shapes(self, shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A (*batch, *in, r) and B (*batch, r, *out) for a parameter of this shape."""
+        batch, inputs, outputs = (tuple(shape[i] for i in axes) for axes in (self.batch, self.inputs, self.outputs))
+        return (*batch, *inputs, rank), (*batch, rank, *outputs)
+
+
+class Adapter:
+    """What is trained beside one frozen parameter: a `LowRank` pair or a `Full` copy.
+
+    A pytree. `arrays` names its array fields; those listed in its `frozen` are never trained.
+    """
+
+    arrays: ClassVar[tuple[str, ...]]
+    frozen: tuple[str, ...]
+
+    def roles(self) -> "Adapter":
+        """The same adapter with each array replaced by its label, `"adapter"` (trained) or `"frozen"`."""
+        labels = {name: FROZEN if name in self.frozen else ADAPTER for name in self.children()}
+        return dataclasses.replace(self, **labels)
+
+    def children(self) -> tuple[str, ...]:
+        """The names of the fields that hold arrays."""
+        return self.arrays
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank(Adapter):
+    """A low-rank pair: the parameter W acts as `W + scale A B`.
+
+    Args:
+      a: `(*batch, *in, r)`.
+      b: `(*batch, r, *out)`.
+      layout: which axes of W are batch, in and out.
+      scale: a static number, or a frozen array of the shape `(*batch)` where it varies along the batch axes.
+      dropout: the rate on the input of the branch.
+      ranks: the true rank of each matrix of a stack, in row-major order of the batch axes, where they differ: A and B are
+        zero beyond it. `None`: all have rank r.
+      frozen: names of arrays that are not trained.
+
+    >>> import jax.numpy as jnp
+    >>> pair = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), Layout((), (0,), (1,)), scale=2.0)
+    >>> pair.delta()
+    Array([[2., 2.],
+           [2., 2.],
+           [2., 2.]], dtype=float32)
+    """
+
+    a: Any
+    b: Any
+    layout: Layout
+    scale: Any = 1.0
+    dropout: float = 0.0
+    ranks: tuple[int, ...] | None = None
+    frozen: tuple[str, ...] = ()
+
+    arrays = ("a", "b")
+
+    def children(self) -> tuple[str, ...]:
+        return self.arrays if isinstance(self.scale, float) else (*self.arrays, "scale")
+
+    def roles(self) -> "LowRank":
+        scaled = {} if isinstance(self.scale, float) else {"scale": FROZEN}
+        return dataclasses.replace(super().roles(), **scaled)
+
+    @property
+    def rank(self) -> int:
+        """r, the inner size of the pair."""
+        return self.a.shape[-1]
+
+    def scaled_b(self) -> jax.Array:
+        """`scale B`, `(*batch, r, *out)`."""
+        scale = self.scale
+        if not isinstance(scale, float):
+            scale = jnp.reshape(scale, scale.shape + (1,) * (self.b.ndim - scale.ndim)).astype(self.b.dtype)
+        return self.b * scale
+
+    def axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axis of W that each axis of A and of B lies along; -1 for the rank."""
+        layout = self.layout
+        return (*layout.batch, *layout.inputs, -1), (*layout.batch, -1, *layout.outputs)
+
+    def delta(self) -> jax.Array:
+        """`scale A B` with W's shape, in the adapter's dtype: for merging, never for training."""
+        a_axes, b_axes = self.axes()
+        rank_label = len(a_axes) + len(b_axes)
+        label = lambda axes: [rank_label if axis < 0 else axis for axis in axes]
+        order = range(len(self.layout.batch + self.layout.inputs + self.layout.outputs))
+        return jnp.einsum(self.a, label(a_axes), self.scaled_b(), label(b_axes), list(order), precision="highest")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Full(Adapter):
+    """A trained copy of a whole parameter (a head, a norm, a bias), used in its place.
+
+    Args:
+      value: an array of the parameter's shape.
+      frozen: `("value",)` where it is not trained.
+    """
+
+    value: Any
+    frozen: tuple[str, ...] = ()
+
+    arrays = ("value",)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapted:
+    """A frozen parameter and the adapter beside it: one node of an attached tree."""
+
+    base: Any
+    adapter: Adapter
+
+
+def _flatten_adapter(adapter: Any):
+    names = adapter.children()
+    static = tuple((f.name, getattr(adapter, f.name)) for f in dataclasses.fields(adapter) if f.name not in names)
+    return [(jax.tree_util.GetAttrKey(name), getattr(adapter, name)) for name in names], (names, static)
+
+
+for _kind in (LowRank, Full):
+
+    def _unflatten_adapter(aux: Any, children: Any, kind: Any = _kind):
+        names, static = aux
+        return kind(**dict(zip(names, children)), **dict(static))
+
+    jax.tree_util.register_pytree_with_keys(_kind, _flatten_adapter, _unflatten_adapter)
+jax.tree_util.register_dataclass(Adapted, data_fields=["base", "adapter"], meta_fields=[])
+
+
+def is_adapted(node: Any) -> bool:
+    """Whether a node of a tree is a parameter with its adapter."""
+    return isinstance(node, Adapted)
+
+
+def check(path: str, adapter: Adapter, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError that names the path if the adapter does not fit a parameter of this shape."""
+    if isinstance(adapter, Full):
+        wanted = {"value": shape}
+    elif isinstance(adapter, LowRank):
+        layout = adapter.layout
+        if sorted(layout.batch + layout.inputs + layout.outputs) != list(range(len(shape))):
+            raise ValueError(f"{path}: the parameter has the shape {shape}, which the adapter's {layout} does not cover")
+        a_shape, b_shape = layout.factor_shapes(shape, adapter.rank)
+        wanted = {"a": a_shape, "b": b_shape}
+        if not isinstance(adapter.scale, float):
+            wanted["scale"] = tuple(shape[i] for i in layout.batch)
+    else:
+        raise TypeError(f"{path}: an adapter is a LowRank or a Full, not {type(adapter).__name__}")
+    for name, want in wanted.items():
+        got = jnp.shape(getattr(adapter, name))
+        if got != want:
+            raise ValueError(f"{path}: the adapter's {name} has the shape {got}; a parameter of the shape {shape} needs {want}")
+
+
+def attach(variables: Any, adapters: Mapping[str, Adapter]) -> Any:
+    """The same tree with each adapter beside its frozen parameter, for `lora(fn)`.
+
+    Args:
+      variables: any pytree of parameters.
+      adapters: `{path: adapter}`.
+
+    Raises:
+      ValueError: a path is not in the tree (the nearest are listed), an adapter does not fit its parameter's shape, or the
+        tree has adapters already.
+
+    >>> import jax.numpy as jnp
+    >>> params = attach({"w": jnp.ones((3, 2))}, {"w": LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)), Layout((), (0,), (1,)))})
+    >>> [path for path in paths.flatten(params)[0]]
+    ['w/base', 'w/adapter/a', 'w/adapter/b']
+    """
+    leaves, treedef = paths.flatten(variables, is_leaf=is_adapted)
+    for path, leaf in leaves.items():
+        if is_adapted(leaf):
+            raise ValueError(f"{path}: the tree has adapters already; `detach` them first, or combine the two sets")
+    for path, adapter in adapters.items():
+        if path not in leaves:
+            near = "".join(f"\n  {near}" for near in paths.near_misses(leaves, path))
+            raise ValueError(f"the adapter {path!r} has no parameter in this tree. The nearest paths are:{near}")
+        check(path, adapter, jnp.shape(leaves[path]))
+    nodes = [Adapted(leaf, adapters[path]) if path in adapters else leaf for path, leaf in leaves.items()]
+    return jax.tree.unflatten(treedef, nodes)
+
+
+def detach(params: Any) -> tuple[Any, dict[str, Adapter]]:
+    """The inverse of `attach`: (variables, adapters)."""
+    leaves, treedef = paths.flatten(params, is_leaf=is_adapted)
+    variables = jax.tree.unflatten(treedef, [leaf.base if is_adapted(leaf) else leaf for leaf in leaves.values()])
+    return variables, {path: leaf.adapter for path, leaf in leaves.items() if is_adapted(leaf)}
+
+
+def labels(tree: Any) -> Any:
+    """A tree of the same structure whose leaves say `"adapter"` (trained) or `"frozen"`.
+
+    Args:
+      tree: an attached tree, or an adapter set.
+
+    >>> labels({"w": jnp.ones(3), "head": Full(jnp.ones(2))})
+    {'head': Full(value='adapter', frozen=()), 'w': 'frozen'}
+    """
+    is_node = lambda node: isinstance(node, Adapter)
+    return jax.tree.map(lambda node: node.roles() if is_node(node) else FROZEN, tree, is_leaf=is_node)

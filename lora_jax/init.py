@@ -1,0 +1,242 @@
+"""`init`: a configuration and a function's use of its parameters make an adapter set."""
+
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import initializers, paths
+from lora_jax.adapter import Adapter, Full, Layout, LowRank, attach
+from lora_jax.config import LoraConfig
+from lora_jax.transform import lora
+from lora_jax.usage import Parameter, abstractly, explain
+
+_LAYER = re.compile(r"(?:.*(?:layers?|blocks?)_?|h_?|)(\d+)", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+def init(
+    key: jax.Array, config: LoraConfig, fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any
+) -> dict[str, Adapter]:
+    """New adapters for the parameters of `fn(variables, *args, **kwargs)` that the configuration names.
+
+    `fn` is traced on shapes alone to see how it uses each parameter; the use says which axes of a kernel are in, out and
+    batch. Each adapter's key is `key` with a hash of its path folded in, so that one more target changes no other adapter.
+
+    Args:
+      key: a PRNG key.
+      config: what to adapt.
+      fn: any function whose first argument is the parameter tree.
+      variables: the tree; its arrays, and those of `args`, may be `jax.ShapeDtypeStruct`s, and so are then the adapters.
+
+    Returns:
+      `{path: adapter}` with `a: (*batch, *in, r)` and `b: (*batch, r, *out)`.
+
+    Raises:
+      ValueError: a pattern matches nothing, or only parameters that can't take a pair; a rank is above a kernel's smaller
+        side; a layer does not exist. The message names the pattern, the paths and what to do.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> def model(params, x):
+    ...     return jnp.einsum("btd,dnh->btnh", x, params["query"])
+    >>> adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=2), model, {"query": jnp.ones((8, 4, 3))}, jnp.ones((1, 5, 8)))
+    >>> adapters["query"].a.shape, adapters["query"].b.shape
+    ((8, 2), (2, 4, 3))
+    """
+    parameters = explain(fn, variables, *args, **kwargs).parameters
+    leaves, _ = paths.flatten(variables)
+    trained = _trained(parameters, config)
+    chosen = _in_layers(_chosen(parameters, config, trained), config)
+    _check_tables(chosen, config)
+    adapters: dict[str, Adapter] = {}
+    for path, leaf in leaves.items():
+        if path in trained:
+            adapters[path] = Full(_make(lambda x: jnp.array(x, config.dtype, copy=True), leaf))
+        elif path in chosen:
+            adapters[path] = _pair(key, path, leaf, parameters[path], config)
+    abstractly(lambda p, a, k: lora(fn)(p, *a, **k), attach(variables, adapters), args, kwargs)
+    return adapters
+
+
+def _make(fn: Callable[..., Any], *arrays: Any) -> Any:
+    """`fn(*arrays)`, on shapes where an array is only a shape."""
+    abstract = any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays)
+    return jax.eval_shape(fn, *arrays) if abstract else fn(*arrays)
+
+
+def _trained(parameters: dict[str, Parameter], config: LoraConfig) -> set[str]:
+    trained = set(paths.select(parameters, config.train, "train"))
+    for path in trained:
+        if not jnp.issubdtype(parameters[path].dtype, jnp.floating):
+            raise ValueError(f"train: {path} has the dtype {parameters[path].dtype}; only floats can be trained")
+        if parameters[path].kind == "unused":
+            raise ValueError(f"train: the function does not use {path}; take its pattern out of train")
+    return trained
+
+
+# --- which parameters -------------------------------------------------------------------------------------------------
+
+
+def _chosen(parameters: dict[str, Parameter], config: LoraConfig, trained: set[str]) -> list[Parameter]:
+    excluded = set(paths.select(parameters, config.exclude, "exclude"))
+    free = {path: p for path, p in parameters.items() if path not in excluded and path not in trained}
+    if isinstance(config.targets, str):
+        return _by_word(config.targets, free)
+    chosen: dict[str, Parameter] = {}
+    for pattern in config.targets:
+        matched = paths.select(parameters, [pattern], "targets")
+        left = [free[path] for path in matched if path in free]
+        if not left:
+            raise ValueError(
+                f"targets: everything that the pattern {pattern!r} matches is in exclude or train: {', '.join(matched)}"
+            )
+        _refuse_mixed(left)
+        able = {p.path: p for p in left if not p.obstacle}
+        if not able:
+            listing = "".join(f"\n  {p.path} {p.shape}: {p.obstacle}" for p in left)
+            raise ValueError(
+                f"targets: the pattern {pattern!r} matches only parameters that can't take a low-rank pair:{listing}\n"
+                "Name others, or train these whole with LoraConfig(train=[...])"
+            )
+        chosen |= able
+    return [p for path, p in parameters.items() if path in chosen]
+
+
+def _by_word(word: str, free: dict[str, Parameter]) -> list[Parameter]:
+    """`all-linear`: every kernel that products alone use. `attention`: those of them inside an attention module."""
+    inside = lambda p: word == "all-linear" or any(_ATTENTION.search(c) for c in p.path.split("/")[:-1])
+    candidates = [p for p in free.values() if inside(p)]
+    _refuse_mixed(candidates)
+    chosen = [p for p in candidates if p.kind == "linear" and not p.obstacle]
+    if not chosen:
+        near = "".join(f"\n  {p.path} {p.shape}: {p.obstacle or p.kind}" for p in list(free.values())[:8])
+        raise ValueError(f"targets={word!r} finds no kernel to adapt. The first parameters are:{near}")
+    return chosen
+
+
+def _refuse_mixed(candidates: Iterable[Parameter]) -> None:
+    mixed = [p for p in candidates if p.mixed]
+    if mixed:
+        listing = "".join(f"\n  {p.path} {p.shape}: {p.obstacle}" for p in mixed)
+        raise ValueError(
+            f"targets: these kernels are also used in a way that is not low-rank, so they can't take a pair:{listing}\n"
+            "Put them into LoraConfig(exclude=[...]), or train them whole with LoraConfig(train=[...])"
+        )
+
+
+def layer_index(path: str) -> int | None:
+    """The layer that a path's parameter belongs to in an unrolled model; `None` if it is in no numbered layer.
+
+    A layer is a component that is a number, or `layer`, `layers`, `block`, `blocks` (with anything before) or `h` and a
+    number.
+
+    >>> [layer_index(p) for p in ("params/layer_3/query/kernel", "layers/11/w", "EncoderBlock_0/Dense_1/kernel", "Dense_1/kernel")]
+    [3, 11, 0, None]
+    """
+    found = [match for component in path.split("/") if (match := _LAYER.fullmatch(component))]
+    if len(found) > 1:
+        raise ValueError(f"layers: {path} has several numbered components, so its layer is not clear: use a pattern instead")
+    return int(found[0][1]) if found else None
+
+
+def _in_layers(chosen: list[Parameter], config: LoraConfig) -> dict[str, Parameter]:
+    """The chosen parameters that `layers` keeps."""
+    if config.layers is None:
+        return {p.path: p for p in chosen}
+    indices = {p.path: layer_index(p.path) for p in chosen}
+    numbered = {index for index in indices.values() if index is not None}
+    kept = {}
+    for p in chosen:
+        index = indices[p.path]
+        if index is None and len(p.stack_axes) > 1:
+            raise ValueError(f"layers: {p.path} is stacked along the axes {p.stack_axes}, so its layers are not clear")
+        if index is None and p.stack_axes:
+            numbered |= set(range(p.shape[p.stack_axes[0]]))
+        if index in config.layers or (index is None and p.stack_axes):
+            kept[p.path] = p
+    missing = sorted(set(config.layers) - numbered)
+    if missing:
+        raise ValueError(
+            f"layers: no target parameter is in layer {', '.join(map(str, missing))}; the layers found are "
+            f"{', '.join(map(str, sorted(numbered))) or '(none)'}"
+        )
+    for pattern in () if isinstance(config.targets, str) else config.targets:
+        if not any(paths.matches(path, pattern) for path in kept):
+            raise ValueError(f"layers: nothing that the target {pattern!r} matches is in the layers {list(config.layers)}")
+    return kept
+
+
+def _check_tables(chosen: Iterable[str], config: LoraConfig) -> None:
+    """Every pattern of the tables matches an adapted parameter."""
+    for option in ("rank_pattern", "alpha_pattern", "batch_axes"):
+        paths.select(chosen, getattr(config, option), option)
+
+
+# --- one adapter ------------------------------------------------------------------------------------------------------
+
+
+def _first(table: Any, path: str, default: Any) -> Any:
+    return next((value for pattern, value in table.items() if paths.matches(path, pattern)), default)
+
+
+def _pair(key: jax.Array, path: str, leaf: Any, parameter: Parameter, config: LoraConfig) -> LowRank:
+    layout = _layout(parameter, _first(config.batch_axes, path, None))
+    rank, alpha = _first(config.rank_pattern, path, config.rank), _first(config.alpha_pattern, path, config.alpha)
+    _check_rank(parameter, layout, rank)
+    ranks = _ranks(parameter, layout, rank, config.layers)
+    start = initializers.embedding if parameter.kind == "embedding" else initializers.BY_NAME[config.init]
+
+    def make(key: jax.Array, kernel: Any) -> tuple[jax.Array, jax.Array]:
+        _, a, b = start(jax.random.fold_in(key, zlib.crc32(path.encode())), kernel, layout, rank)
+        if ranks is not None:
+            on = jnp.reshape(jnp.array(ranks), a.shape[: len(layout.batch)])
+            a, b = (jnp.where(on.reshape(on.shape + (1,) * (x.ndim - on.ndim)) > 0, x, 0) for x in (a, b))
+        return a.astype(config.dtype), b.astype(config.dtype)
+
+    a, b = _make(make, key, leaf)
+    return LowRank(a, b, layout, config.scale(rank, alpha), config.dropout, ranks)
+
+
+def _layout(parameter: Parameter, batch_axes: Sequence[int] | None) -> Layout:
+    layout = parameter.layout
+    if batch_axes is None:
+        return layout
+    ndim = len(parameter.shape)
+    if any(not -ndim <= axis < ndim for axis in batch_axes):
+        raise ValueError(f"batch_axes: {parameter.path} has the shape {parameter.shape}; {list(batch_axes)} is out of range")
+    batch = {axis % ndim for axis in batch_axes} | set(layout.batch)
+    inputs, outputs = (tuple(axis for axis in axes if axis not in batch) for axes in (layout.inputs, layout.outputs))
+    if not inputs or not outputs:
+        raise ValueError(
+            f"batch_axes: {list(batch_axes)} leaves {parameter.path} of the shape {parameter.shape} no in or no out axis; "
+            f"by its use, in is {layout.inputs} and out is {layout.outputs}"
+        )
+    return Layout(tuple(sorted(batch)), inputs, outputs)
+
+
+def _check_rank(parameter: Parameter, layout: Layout, rank: int) -> None:
+    a_shape, b_shape = layout.factor_shapes(parameter.shape, 1)
+    size = lambda shape: math.prod(shape[len(layout.batch) :])
+    fan_in, fan_out = size(a_shape), size(b_shape)
+    if rank > min(fan_in, fan_out):
+        raise ValueError(
+            f"rank: {rank} is above the smaller side of {parameter.path} (shape {parameter.shape}: {fan_in} in, {fan_out} "
+            "out). Lower it with rank_pattern, exclude the parameter, or train it whole with train"
+        )
+
+
+def _ranks(parameter: Parameter, layout: Layout, rank: int, layers: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The true rank of each matrix of a stack where `layers` leaves some out: 0 there."""
+    if layers is None or not parameter.stack_axes:
+        return None
+    if layer_index(parameter.path) is not None:
+        return None
+    shape = tuple(parameter.shape[axis] for axis in layout.batch)
+    position = layout.batch.index(parameter.stack_axes[0])
+    index = np.indices(shape)[position].reshape(-1)
+    return tuple(rank if int(i) in layers else 0 for i in index)

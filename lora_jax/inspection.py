@@ -1,0 +1,110 @@
+"""Using and examining a finished run: what `lora-jax predict` and `lora-jax inspect` do."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import checkpoint, data, fetch, paths, run
+from lora_jax.adapter import Adapter, LowRank, attach
+from lora_jax.session import Base, base_directory, load_base, user_errors
+from lora_jax.transform import lora
+
+
+def load_adapters(directory: pathlib.Path, variables: Any = None) -> dict[str, Adapter]:
+    """The newest adapters of a run.
+
+    Raises:
+      UserError: the run has no complete checkpoint, or it does not fit the base.
+    """
+    with user_errors():
+        return checkpoint.load(directory / "adapters", variables=variables)
+
+
+def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, float]]:
+    """The probability of each label for each text, by the base model with the run's adapters.
+
+    Raises:
+      UserError: there is no such run, it has no checkpoint yet, its base model is gone or changed, or a text is empty.
+    """
+    with user_errors():
+        if not all(text.strip() for text in texts):
+            raise ValueError("a text is empty: there is nothing to classify")
+        config = run.read_config(directory)
+        base = load_base(base_directory(config), config)
+    model, adapters = base.model, load_adapters(directory, base.model.variables)
+    tokens = data.token_ids(base.tokenizer, texts, config.max_length)
+    examples = data.Examples(tokens, np.zeros(len(texts), np.int32))
+    batch = data.pad(examples, np.arange(len(texts)), data.pad_lengths(examples.lengths), len(texts))
+    params = attach(model.variables, adapters)
+    logits = jax.jit(lora(model.apply))(params, batch["input_ids"], batch["attention_mask"])
+    return [dict(zip(config.labels, map(float, row))) for row in jax.nn.softmax(logits)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One adapted parameter of a run.
+
+    Args:
+      path: the parameter.
+      shape: its shape.
+      rank: r of its pair; `None` if it is trained whole.
+      scale: the factor of the pair; `None` if it is trained whole.
+      change: ||dW|| / ||W||, Frobenius; `None` where the base is not at hand.
+      effective_rank: exp of the entropy of dW's normalised singular values; `None` if dW is no matrix or not known.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rank: int | None
+    scale: float | None
+    change: float | None
+    effective_rank: float | None
+
+
+def inspect(directory: pathlib.Path) -> list[Row]:
+    """What a run changed, per adapted parameter. Downloads nothing.
+
+    Raises:
+      UserError: there is no such run, it has no checkpoint yet, or its base model has changed.
+    """
+    with user_errors():
+        config = run.read_config(directory)
+    base = _base_at_hand(config)
+    adapters = load_adapters(directory, base.model.variables if base else None)
+    weights = paths.flatten(base.model.variables)[0] if base else {}
+    return [_row(path, adapter, weights.get(path)) for path, adapter in adapters.items()]
+
+
+def _base_at_hand(config: run.RunConfig) -> Base | None:
+    directory = fetch.location(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
+    return load_base(directory, config) if directory.is_dir() else None
+
+
+def _row(path: str, adapter: Adapter, weight: Any) -> Row:
+    if isinstance(adapter, LowRank):
+        delta = np.asarray(adapter.delta(), np.float64)
+        shape, rank, scale = delta.shape, adapter.rank, adapter.scale
+    else:
+        [value] = jax.tree.leaves(adapter)
+        delta = None if weight is None else np.asarray(value, np.float64) - np.asarray(weight, np.float64)
+        shape, rank, scale = value.shape, None, None
+    known = delta is not None and weight is not None
+    change = float(np.linalg.norm(delta) / np.linalg.norm(np.asarray(weight, np.float64))) if known else None
+    return Row(path, shape, rank, scale, change, None if delta is None or delta.ndim != 2 else effective_rank(delta))
+
+
+def effective_rank(matrix: np.ndarray) -> float:
+    """exp(H(p)) with p the singular values over their sum (Roy and Vetterli, 2007); 0 for a zero matrix.
+
+    >>> round(effective_rank(np.diag([2.0, 2.0, 0.0])), 6)
+    2.0
+    """
+    values = np.linalg.svd(matrix, compute_uv=False)
+    if not values.any():
+        return 0.0
+    share = values[values > 0] / values.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))

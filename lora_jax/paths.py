@@ -1,0 +1,142 @@
+"""Parameter paths as strings, and patterns that select them.
+
+A path is a parameter's key path joined by `/`: `params/layer_0/attn/query/kernel`. Inside one key `%`, `.` and `/` are
+written `%25`, `%2E` and `%2F`, so that a path splits at its slashes alone and is a safe file or JSON key. The last `value`
+attribute of boxed Linen and NNX leaves is dropped.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+_ESCAPES = {"%": "%25", ".": "%2E", "/": "%2F"}
+
+
+def escape(key: str) -> str:
+    """One key as a path component.
+
+    >>> escape("layer.0/out")
+    'layer%2E0%2Fout'
+    """
+    return "".join(_ESCAPES.get(c, c) for c in key)
+
+
+def _component(key: Any) -> str:
+    for name in ("key", "name", "idx"):
+        if hasattr(key, name):
+            return escape(str(getattr(key, name)))
+    return escape(str(key))
+
+
+def join(key_path: Sequence[Any]) -> str:
+    """A JAX key path as a string.
+
+    >>> import jax
+    >>> [(key_path, _)] = jax.tree_util.tree_leaves_with_path({"attn": [{"kernel": 1.0}]})
+    >>> join(key_path)
+    'attn/0/kernel'
+    """
+    boxed = key_path and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value"
+    return "/".join(_component(key) for key in (key_path[:-1] if boxed else key_path))
+
+
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
+    """The leaves of a tree by path, in tree order, and its structure.
+
+    Raises:
+      ValueError: two leaves have one path (as the dict keys `1` and `"1"` would).
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    by_path: dict[str, Any] = {}
+    for key_path, leaf in leaves:
+        path = join(key_path)
+        if path in by_path:
+            raise ValueError(f"two leaves of the tree have the path {path!r}: give their keys different names")
+        by_path[path] = leaf
+    return by_path, treedef
+
+
+def normalize(pattern: str | re.Pattern[str]) -> str:
+    """A pattern as a string: a compiled regular expression becomes `re:` and its text, flags included.
+
+    >>> import re
+    >>> normalize(re.compile("LAYER_[02]/.*", re.IGNORECASE))
+    're:(?i)LAYER_[02]/.*'
+    """
+    if isinstance(pattern, re.Pattern):
+        flags = "".join(c for c, flag in zip("aimsx", (re.A, re.I, re.M, re.S, re.X)) if pattern.flags & flag)
+        return f"re:(?{flags}){pattern.pattern}" if flags else f"re:{pattern.pattern}"
+    if not isinstance(pattern, str) or not pattern.strip("/"):
+        raise ValueError(f"a pattern is a non-empty string or a compiled regular expression, not {pattern!r}")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a normalised pattern selects a path.
+
+    A plain pattern is one or more whole components that end the path, with or without the parameter's own name. A pattern
+    that starts with `re:` is a regular expression that must match the whole path.
+
+    >>> path = "params/layer_0/attn/query/kernel"
+    >>> [matches(path, p) for p in ("query", "attn/query", "query/kernel", "layer_0", "re:.*query.*", "re:query")]
+    [True, True, True, False, True, False]
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], path) is not None
+    components, wanted = path.split("/"), pattern.strip("/").replace(".", "%2E").split("/")
+    return components[-len(wanted) :] == wanted or components[-len(wanted) - 1 : -1] == wanted
+
+
+def near_misses(paths: Iterable[str], pattern: str, count: int = 5) -> list[str]:
+    """The paths most like a pattern, for an error message."""
+    paths = list(paths)
+    text = pattern.removeprefix("re:")
+    words = [w for w in re.split(r"[^A-Za-z0-9]+", text) if w]
+    depth = text.count("/") + 1
+
+    def likeness(path: str) -> float:
+        tails = ["/".join(path.split("/")[-depth - drop :][:depth]) for drop in (0, 1)]
+        best = max(difflib.SequenceMatcher(None, tail.lower(), text.lower()).ratio() for tail in tails)
+        return best + sum(word.lower() in path.lower() for word in words)
+
+    return sorted(paths, key=likeness, reverse=True)[:count]
+
+
+def select(paths: Iterable[str], patterns: Iterable[str], option: str) -> list[str]:
+    """The paths that any of the patterns selects, in the order of `paths`.
+
+    Args:
+      paths: the paths to choose from.
+      patterns: normalised patterns.
+      option: what the patterns are called, for the error.
+
+    Raises:
+      ValueError: a pattern selects nothing; the nearest paths are listed.
+
+    >>> select(["params/query/kernel", "params/query/bias"], ["query/kernel"], "targets")
+    ['params/query/kernel']
+    """
+    paths, patterns = list(paths), list(patterns)
+    for pattern in patterns:
+        if not any(matches(path, pattern) for path in paths):
+            raise ValueError(no_match(option, pattern, paths))
+    return [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
+
+
+def no_match(option: str, pattern: str, paths: Iterable[str]) -> str:
+    """The error for a pattern that selects nothing."""
+    near = near_misses(paths, pattern)
+    listing = "".join(f"\n  {path}" for path in near) or "\n  (there are no parameters)"
+    return (
+        f"{option}: the pattern {pattern!r} matches no parameter. A pattern is whole path components that end the path "
+        f"('query', 'attn/query', 'query/kernel'), or 're:' and a regular expression for the whole path. "
+        f"The nearest paths are:{listing}"
+    )

@@ -1,0 +1,223 @@
+"""What each JAX primitive that uses a `Weight` as a kernel does with it: one function per primitive.
+
+The weight meets an activation here, and its terms stay factors: `x (W + A B) = x W + (x A) B`. For a probe the rule records
+which axes the product contracts instead. A rule raises `NotLowRank` where the terms cannot stay factors.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _compat
+from lora_jax.weight import (
+    RANK,
+    Factor,
+    NotLowRank,
+    Term,
+    Use,
+    Weight,
+    contract,
+    dropout,
+    is_weight,
+    two_step,
+)
+
+Equation = _compat.Equation
+Rule = Callable[..., list[Any]]
+
+def note_product(weight: Weight, eqn: Equation, roles: Mapping[int, str]) -> None:
+    """Record a product with an activation: for probes the role of each of the parameter's axes, and that it is used."""
+    weight.reach()
+    if not weight.probing:
+        return
+    for term in weight.terms:
+        by_origin = {}
+        for factor in term.factors:
+            held = {roles[axis] for axis in factor.axes}
+            role = next((role for role in ("in", "out", "batch") if role in held), "stack")
+            by_origin |= dict.fromkeys(factor.origin, role)
+        roles_in_order = tuple(by_origin[axis] for axis in sorted(by_origin))
+        record(term, eqn.primitive.name, "product", roles_in_order, site=_compat.call_site(eqn))
+
+
+def record(
+    term: Term, primitive: str, kind: str, roles: tuple[str, ...] = (), *, site: str, reason: str = ""
+) -> None:
+    """Note a probe's use."""
+    term.log.record(term.path, Use(kind, primitive, site, roles, reason))
+
+
+def note_lookup(weight: Weight, eqn: Equation) -> None:
+    """Record that picked rows of a probe are used as an activation: picked axes are in, the others out."""
+    for term in weight.terms:
+        roles = {axis: "in" if factor.indexed else "out" for factor in term.factors for axis in factor.origin}
+        in_order = tuple(roles[axis] for axis in sorted(roles))
+        record(term, eqn.primitive.name, "lookup", in_order, site=_compat.call_site(eqn))
+
+
+def is_lookup(weight: Weight, roles: Mapping[int, str]) -> bool:
+    """Whether picked rows act as an activation: in a product as `roles` says, or as an operand of anything else (no roles).
+
+    A product whose batch axes are the picked ones, and that has in and out axes besides, uses a stack of kernels; one that
+    contracts or keeps a dynamic slice uses a block of a kernel.
+    """
+    if not weight.picked:
+        return False
+    factors = [factor for term in weight.terms for factor in term.factors]
+    picked = {roles.get(axis) for factor in factors if factor.indexed for axis in factor.axes}
+    rest = {roles.get(axis) for factor in factors if not factor.indexed for axis in factor.axes}
+    if not roles:
+        return bool(picked) or len(weight.shape) <= 1
+    stack = picked <= {"batch"} and {"in", "out"} <= rest
+    block = any(factor.indexed == "slice" for factor in factors) and {"in", "out"} <= picked | rest
+    return not (stack or block)
+
+
+def as_activation(eqn: Equation, value: Any) -> Any:
+    """Picked rows as an array, for an equation that uses them as an activation; anything else as it is."""
+    if is_weight(value) and is_lookup(value, {}):
+        if value.probing:
+            note_lookup(value, eqn)
+        return value.value
+    return value
+
+
+def _roles(ndim: int, contracting: Sequence[int], batch: Sequence[int]) -> dict[int, str]:
+    return {axis: "in" if axis in contracting else "batch" if axis in batch else "out" for axis in range(ndim)}
+
+
+def _dot_general(eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
+    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    l_roles, r_roles = _roles(len(lhs.shape), lc, lb), _roles(len(rhs.shape), rc, rb)
+    lhs, rhs = _settle(eqn, lhs, l_roles, rhs), _settle(eqn, rhs, r_roles, lhs)
+    if not is_weight(lhs) and not is_weight(rhs):
+        return _compat.bind(eqn, [lhs, rhs])
+    if is_weight(lhs) and is_weight(rhs):
+        return _product_of_weights(eqn, (lhs, l_roles), (rhs, r_roles))
+    x_first = is_weight(rhs)
+    weight, x, roles = (rhs, lhs, r_roles) if x_first else (lhs, rhs, l_roles)
+    wc, xc, wb, xb = (rc, lc, rb, lb) if x_first else (lc, rc, lb, rb)
+    note_product(weight, eqn, roles)
+    result = _compat.bind(eqn, [x, weight.base] if x_first else [weight.base, x])[0]
+    if weight.probing:
+        return [result]
+    n = len(weight.shape)
+    shared = dict(zip((*xc, *xb), (*wc, *wb)))
+    x_labels = [shared.get(d, n + d) for d in range(x.ndim)]
+    x_free = [n + d for d in range(x.ndim) if d not in shared]
+    w_free = [axis for axis in range(n) if roles[axis] == "out"]
+    out = [*wb, *(x_free + w_free if x_first else w_free + x_free)]
+    options = _precision(eqn, x_first), eqn.params["preferred_element_type"]
+    for term in weight.terms:
+        branch = two_step(dropout(x, term), x_labels, term, out, *options)
+        result = result + branch.astype(result.dtype)
+    return [result]
+
+
+def _settle(eqn: Equation, value: Any, roles: Mapping[int, str], other: Any) -> Any:
+    """Picked rows become an activation where the product uses them as one."""
+    if is_weight(value) and value.picked and (is_weight(other) or is_lookup(value, roles)):
+        if value.probing:
+            note_lookup(value, eqn)
+        return value.value
+    return value
+
+
+def _product_of_weights(eqn: Equation, *operands: tuple[Weight, Mapping[int, str]]) -> list[Any]:
+    (lhs, _), (rhs, _) = operands
+    if not lhs.probing:
+        raise NotLowRank("two adapted parameters are multiplied with each other: exclude one of them from the targets")
+    if set(lhs.paths()) & set(rhs.paths()):
+        raise NotLowRank("it is multiplied with itself")
+    for weight, roles in operands:
+        note_product(weight, eqn, roles)
+    return _compat.bind(eqn, [lhs.base, rhs.base])
+
+
+def _precision(eqn: Equation, x_first: bool) -> Any:
+    """The equation's precision, for a product that has x on the left."""
+    precision = eqn.params["precision"]
+    return precision[:: 1 if x_first else -1] if isinstance(precision, tuple) else precision
+
+
+def _conv(eqn: Equation, x: Any, weight: Any) -> list[Any]:
+    """`conv(x, W + A B) = conv(x, W) + conv(x, A) B`: A has W's window and in-channels, B the out-channels."""
+    params, x = eqn.params, as_activation(eqn, x)
+    if is_weight(x):
+        raise NotLowRank("it is the input of a convolution, not its kernel")
+    if not is_weight(weight):
+        return _compat.bind(eqn, [x, weight])
+    if params["batch_group_count"] != 1:
+        raise NotLowRank("the convolution has a batch_group_count")
+    spec = params["dimension_numbers"].rhs_spec
+    note_product(weight, eqn, {axis: "out" if axis == spec[0] else "in" for axis in range(len(weight.shape))})
+    result = _compat.bind(eqn, [x, weight.base])[0]
+    if weight.probing:
+        return [result]
+    for term in weight.terms:
+        result = result + _conv_branch(eqn, dropout(x, term), term, weight.shape, spec).astype(result.dtype)
+    return [result]
+
+
+def _conv_branch(eqn: Equation, x: Any, term: Term, shape: tuple[int, ...], spec: Sequence[int]) -> Any:
+    params, out_axis = eqn.params, spec[0]
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    a, b = sorted(term.factors, key=lambda factor: out_axis in factor.axes)
+    if out_axis in a.axes or set(b.axes) != {out_axis, RANK}:
+        raise NotLowRank("the adapter's layout is not that of a convolution (in: window and in-channels, out: out-channels)")
+    labels = [RANK if axis == out_axis else axis for axis in range(len(shape))]
+    whole = lambda factor, axis: factor if axis in (*factor.axes, out_axis) else factor.explicit(axis, shape[axis])
+    for axis in range(len(shape)):
+        a = whole(a, axis)
+    kernel = lax.transpose(a.array.astype(x.dtype), [a.dim(label) for label in labels])
+    kernel = jnp.concatenate([kernel] * groups, axis=out_axis)  # every group of in-channels meets the same A
+    z = _compat.bind_with(eqn, [x, kernel], preferred_element_type=None)[0]
+    channel = numbers.out_spec[1]
+    rank, size = kernel.shape[out_axis] // groups, shape[out_axis] // groups
+    z = z.reshape(*z.shape[:channel], groups, rank, *z.shape[channel + 1 :])
+    b_array = jnp.moveaxis(b.array, b.dim(RANK), 0).astype(x.dtype).reshape(rank, groups, size)
+    z_labels = list(range(z.ndim))
+    out = [*z_labels[: channel + 1], z.ndim, *z_labels[channel + 2 :]]
+    y = contract(z, z_labels, b_array, [channel + 1, channel, z.ndim], out, precision=_precision(eqn, True))
+    return y.reshape(*y.shape[:channel], groups * size, *y.shape[channel + 2 :])
+
+
+def _ragged_dot(eqn: Equation, x: Any, weight: Any, group_sizes: Any, *offset: Any) -> list[Any]:
+    """Rows of x in groups, one matrix per group (grouped experts): two narrow grouped products."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
+    group, x = numbers.rhs_group_dimensions, as_activation(eqn, x)
+    if not is_weight(x) and not is_weight(weight):
+        return _compat.bind(eqn, [x, weight, group_sizes, *offset])
+    if is_weight(x) or (xc, xb) != ((1,), ()) or numbers.lhs_ragged_dimensions != (0,) or len(group) != 1 or offset:
+        raise NotLowRank("only rows in groups times one matrix per group stays low-rank in a ragged product")
+    roles = _roles(len(weight.shape), wc, group)
+    note_product(weight, eqn, roles)
+    result = _compat.bind(eqn, [x, weight.base, group_sizes])[0]
+    if weight.probing:
+        return [result]
+    inner, outer = wc[0], next(axis for axis, role in roles.items() if role == "out")
+    for term in weight.terms:
+        first, second = sorted(term.factors, key=lambda factor: inner not in factor.axes)
+        if outer in first.axes or inner in second.axes:
+            raise NotLowRank("the adapter's layout is not that of grouped matrices (batch: group, in, out)")
+        z = _grouped(dropout(x, term), first, (group[0], inner, RANK), group_sizes, eqn)
+        result = result + _grouped(z, second, (group[0], RANK, outer), group_sizes, eqn).astype(result.dtype)
+    return [result]
+
+
+def _grouped(x: Any, factor: Factor, axes: tuple[int, ...], group_sizes: Any, eqn: Equation) -> Any:
+    """x times a factor (groups, in, out), or (in, out) where all groups share it."""
+    own = [axis for axis in axes if axis in factor.axes]
+    array = lax.transpose(factor.array, [factor.dim(axis) for axis in own]).astype(x.dtype)
+    precision = _precision(eqn, True)
+    return lax.ragged_dot(x, array, group_sizes, precision) if len(own) == 3 else lax.dot(x, array, precision=precision)
+
+
+PRODUCTS: dict[str, Rule] = {
+    "dot_general": _dot_general,
+    "conv_general_dilated": _conv,
+    "ragged_dot_general": _ragged_dot,
+}

@@ -1,0 +1,70 @@
+"""What `lora-jax finetune` shows while it runs: a live bar on a terminal, plain lines elsewhere."""
+
+import collections
+import statistics
+import time
+
+import rich.console
+import rich.progress
+
+_RECENT = 30  # steps that the speed is measured over
+
+
+class Progress:
+    """The progress of a training run, as a context manager.
+
+    Args:
+      console: where to write.
+      steps: the last step.
+      step: the step at which the run starts or goes on.
+      batch_size: examples per step.
+    """
+
+    def __init__(self, console: rich.console.Console, steps: int, step: int, batch_size: int):
+        self._console, self._steps, self._batch_size = console, steps, batch_size
+        self._accuracy, self._since = "", time.monotonic()
+        self._seconds: collections.deque[float] = collections.deque(maxlen=_RECENT)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=20),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=steps, completed=step, figures="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def step(self, step: int, loss: float | None) -> None:
+        """Show a training step that has just ended."""
+        now = time.monotonic()
+        self._seconds.append(now - self._since)
+        self._since = now
+        rate = 1 / statistics.median(self._seconds)  # a step that compiles takes seconds, and is not the speed
+        left = round((self._steps - step) / rate)
+        figures = f"loss {'not finite' if loss is None else f'{loss:.3f}'}{self._accuracy}"
+        figures += f"  {rate * self._batch_size:.0f} examples/s  {left // 60}:{left % 60:02d} left"
+        self._bar.update(self._task, completed=step, description="training", figures=figures)
+        if step % max(1, self._steps // 20) == 0 or step == self._steps:
+            self._line(step, figures)
+
+    def testing(self, done: int, total: int) -> None:
+        """Show that a test is under way."""
+        self._bar.update(self._task, description=f"testing {done}/{total}")
+
+    def tested(self, step: int, accuracy: float) -> None:
+        """Show the result of a test that has just ended."""
+        self._since = time.monotonic()
+        self._accuracy = f"  accuracy {accuracy:.1%}"
+        self._bar.update(self._task, description="training", figures=self._accuracy.strip())
+        self._line(step, f"test accuracy {accuracy:.1%}")
+
+    def _line(self, step: int, figures: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(f"step {step}/{self._steps}  {figures}", highlight=False)

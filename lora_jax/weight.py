@@ -1,0 +1,255 @@
+"""A parameter that is not one array: `base + sum of terms`, each term a product of small factors.
+
+`Weight` is what flows through `lora(fn)` in an adapted parameter's place. Each dimension of each factor lies along one axis of
+the weight, or along the rank. Moving the weight (transpose, reshape, slice) moves the base and relabels the factors; only a
+product with an activation uses them, and then without multiplying them with each other first.
+
+While `usage` looks at how a function uses a parameter, the terms are *probes*: one factor for each axis of the parameter, whose
+`origin` remembers that axis. Every rule that moves a weight then serves both.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+RANK = -1
+
+
+class NotLowRank(Exception):
+    """Raised by a rule that cannot keep a weight's terms as factors; the walk decides what then."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a parameter, read off the equation that consumes it.
+
+    Args:
+      kind: `"product"` (contracted with an activation), `"lookup"` (rows picked by index) or `"other"` (not low-rank).
+      primitive: the consuming JAX primitive.
+      site: `file:line (function)`.
+      roles: the role of each axis of the parameter: `"in"`, `"out"`, `"batch"` (a batch axis of the product) or `"stack"` (one
+        index of it reaches each product, as in a scan over layers).
+      reason: why the use is not low-rank.
+    """
+
+    kind: str
+    primitive: str
+    site: str
+    roles: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclasses.dataclass(eq=False)
+class Log:
+    """What one walk over a function found out: uses (of probes), and which paths reached a consumer."""
+
+    probing: bool = False
+    uses: dict[str, dict[Use, None]] = dataclasses.field(default_factory=dict)
+    reached: set[str] = dataclasses.field(default_factory=set)
+    counter: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+
+    def record(self, path: str, use: Use) -> None:
+        self.uses.setdefault(path, {})[use] = None
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes", "origin", "indexed"])
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """One factor of a term: `array`, and the axis of the weight (or RANK) that each of its dimensions lies along.
+
+    `origin` and `indexed` serve probes: the parameter's axes that the factor stands for, and how a dynamic index picked
+    from them: `"rows"` (a gather), `"slice"` (a dynamic slice) or not at all (`""`).
+    """
+
+    array: Any
+    axes: tuple[int, ...]
+    origin: tuple[int, ...] = ()
+    indexed: str = ""
+
+    def dim(self, axis: int) -> int:
+        return self.axes.index(axis)
+
+    def relabel(self, new: Mapping[int, int]) -> "Factor":
+        """Give the axes new numbers; an axis without one has size 1 and is dropped."""
+        gone = tuple(d for d, axis in enumerate(self.axes) if axis != RANK and axis not in new)
+        axes = tuple(RANK if axis == RANK else new[axis] for axis in self.axes if axis == RANK or axis in new)
+        return dataclasses.replace(self, array=lax.squeeze(self.array, gone) if gone else self.array, axes=axes)
+
+    def along(self, axis: int, fn: Callable[[Any, int], Any]) -> "Factor":
+        """Apply `fn(array, dim)` to the dimension along an axis, if there is one."""
+        if axis not in self.axes:
+            return self
+        return dataclasses.replace(self, array=fn(self.array, self.dim(axis)))
+
+    def explicit(self, axis: int, size: int) -> "Factor":
+        """The factor with a dimension along an axis that it was constant along."""
+        array = jnp.broadcast_to(self.array[None], (size, *self.array.shape))
+        return dataclasses.replace(self, array=array, axes=(axis, *self.axes))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["factors", "key"], meta_fields=["path", "log", "dropout"]
+)
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """The product of factors, summed over the rank: (A, B) of one adapter, or one probe factor for each axis."""
+
+    factors: tuple[Factor, ...]
+    path: str
+    log: Log
+    dropout: float = 0.0
+    key: Any = None
+
+    @property
+    def picked(self) -> bool:
+        """Whether a dynamic index picked rows, so that the term may be multiplied out without forming AB."""
+        return any(factor.indexed for factor in self.factors)
+
+    def next_key(self) -> Any:
+        """A new key for each use."""
+        return None if self.key is None else jax.random.fold_in(self.key, next(self.log.counter))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "terms"], meta_fields=[])
+@dataclasses.dataclass(eq=False)
+class Weight:
+    """`base + sum of terms`, of the base's shape and dtype."""
+
+    base: Any
+    terms: tuple[Term, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def probing(self) -> bool:
+        return self.terms[0].log.probing
+
+    @property
+    def picked(self) -> bool:
+        return all(term.picked for term in self.terms)
+
+    def move(self, base: Any, fn: Callable[[Factor], Factor]) -> "Weight":
+        """A new base, and `fn` applied to each factor."""
+        terms = tuple(dataclasses.replace(term, factors=tuple(map(fn, term.factors))) for term in self.terms)
+        return Weight(base, terms)
+
+    def fold_key(self, index: Any) -> "Weight":
+        """The weight in one iteration of a loop: its dropout keys depend on the iteration."""
+        fold = lambda term: term if term.key is None else dataclasses.replace(term, key=jax.random.fold_in(term.key, index))
+        return Weight(self.base, tuple(map(fold, self.terms)))
+
+    @property
+    def keyed(self) -> bool:
+        return any(term.key is not None for term in self.terms)
+
+    def paths(self) -> list[str]:
+        return [term.path for term in self.terms]
+
+    def reach(self) -> None:
+        """Note that the terms took part in a result."""
+        for term in self.terms:
+            term.log.reached.add(term.path)
+
+    @functools.cached_property
+    def value(self) -> Any:
+        """`base + terms` multiplied out, in the base's dtype; of a probe, the base."""
+        self.reach()
+        if self.probing:
+            return self.base
+        return self.base + sum(_multiply_out(term, self.shape) for term in self.terms).astype(self.base.dtype)
+
+
+def is_weight(value: Any) -> bool:
+    return isinstance(value, Weight)
+
+
+def plain(value: Any) -> Any:
+    """A value as one array."""
+    return value.value if is_weight(value) else value
+
+
+def contract(x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], out: Sequence[int], **options: Any) -> Any:
+    """`einsum` of two arrays with integer labels, as one `dot_general` (and a transpose where the order asks for one).
+
+    A label of `out` that neither operand has is a new axis of size 1.
+    """
+    keep, shared = set(out), set(x_labels) & set(y_labels)
+    x, x_labels = _sum_out(x, x_labels, keep | shared)
+    y, y_labels = _sum_out(y, y_labels, keep | shared)
+    batch = [label for label in x_labels if label in shared and label in keep]
+    summed = [label for label in x_labels if label in shared and label not in keep]
+    dims = lambda labels, chosen: tuple(labels.index(label) for label in chosen)
+    numbers = ((dims(x_labels, summed), dims(y_labels, summed)), (dims(x_labels, batch), dims(y_labels, batch)))
+    result = lax.dot_general(x, y, numbers, **options)
+    labels = [*batch, *(i for i in x_labels if i not in shared), *(i for i in y_labels if i not in shared)]
+    order = [labels.index(label) for label in out if label in labels]
+    if order != sorted(order):
+        result = lax.transpose(result, order)
+    missing = [position for position, label in enumerate(out) if label not in labels]
+    return lax.expand_dims(result, missing) if missing else result
+
+
+def _sum_out(x: Any, labels: Sequence[int], keep: set[int]) -> tuple[Any, list[int]]:
+    """Sum over the axes whose label nothing else needs."""
+    gone = tuple(d for d, label in enumerate(labels) if label not in keep)
+    return (jnp.sum(x, gone) if gone else x), [label for label in labels if label in keep]
+
+
+def _multiply_out(term: Term, shape: tuple[int, ...]) -> Any:
+    """The product of a term's two factors, broadcastable to the weight's shape."""
+    (a, b), out = term.factors, range(len(shape))
+    return contract(a.array, a.axes, b.array, b.axes, list(out), precision="highest")
+
+
+def two_step(
+    x: Any, x_labels: Sequence[int], term: Term, out: Sequence[int], precision: Any, dtype: Any
+) -> Any:
+    """`sum over labels of x A B` as `(x A) B` or `(x B) A`, whichever has fewer multiplications; AB is never formed.
+
+    The factors are cast to the dtype of x, as a layer casts its kernel.
+    """
+    float_dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else term.factors[0].array.dtype
+    x = x.astype(float_dtype)
+    sizes = {RANK: 1} | dict(zip(x_labels, x.shape))
+    for factor in term.factors:
+        sizes |= dict(zip(factor.axes, factor.array.shape))
+    volume = lambda labels: math.prod(sizes[label] for label in labels)
+
+    def middle(first: Factor, second: Factor) -> list[int]:
+        wanted = {*second.axes, *out}
+        held = dict.fromkeys([*x_labels, *first.axes])
+        return [label for label in held if label in wanted]
+
+    def cost(first: Factor, second: Factor) -> int:
+        return volume({*x_labels, *first.axes}) + volume({*middle(first, second), *second.axes})
+
+    a, b = term.factors
+    first, second = (a, b) if cost(a, b) <= cost(b, a) else (b, a)
+    labels = middle(first, second)
+    z = contract(x, x_labels, first.array.astype(float_dtype), first.axes, labels, precision=precision)
+    return contract(
+        z, labels, second.array.astype(float_dtype), second.axes, out, precision=precision, preferred_element_type=dtype
+    )
+
+
+def dropout(x: Any, term: Term) -> Any:
+    """The input of a term's branch: dropped out where the caller gave a key, with a new mask for each use.
+
+    Inside `shard_map` each shard that x varies over draws its own mask.
+    """
+    if term.key is None or term.dropout == 0.0:
+        return x
+    key = term.next_key()
+    for axis in sorted(jax.typeof(x).vma):
+        key = jax.random.fold_in(key, lax.axis_index(axis))
+    mask = jax.random.bernoulli(key, 1.0 - term.dropout, x.shape)
+    return jnp.where(mask, x / (1.0 - term.dropout), jnp.zeros_like(x))

@@ -1,0 +1,152 @@
+"""What a jitted step costs: FLOPs from its jaxpr and from XLA, bytes, trace and compile seconds, wall-time ratios."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax._compat import open_jaxpr
+
+
+def dot_flops(jaxpr: Any) -> int:
+    """The FLOPs of all `dot_general`s, a scan's body times its length, and the dearest branch of a `cond`."""
+    total = 0
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        inner = [dot_flops(sub) for sub in _sub_jaxprs(eqn)]
+        match eqn.primitive.name:
+            case "dot_general":
+                (contracted, _), _ = eqn.params["dimension_numbers"]
+                size = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+                total += 2 * size * math.prod(eqn.outvars[0].aval.shape)
+            case "conv_general_dilated" | "ragged_dot_general":
+                raise NotImplementedError(f"the FLOPs of {eqn.primitive.name} are not counted here")
+            case "scan":
+                total += eqn.params["length"] * sum(inner)
+            case "while" if any(inner):
+                raise NotImplementedError("the number of a while loop's iterations is not in the jaxpr")
+            case "cond":
+                total += max(inner)
+            case _:
+                total += sum(inner)
+    return total
+
+
+def _sub_jaxprs(eqn: Any) -> Iterator[Any]:
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else [value]:
+            if hasattr(open_jaxpr(item)[0], "eqns"):
+                yield item
+
+
+@dataclasses.dataclass
+class Variant:
+    """One way to do the train step.
+
+    Args:
+      name: as in the table.
+      step: a jitted function.
+      args: its first arguments.
+      advance: `(args, results) -> args` of the next step.
+    """
+
+    name: str
+    step: Any
+    args: tuple[Any, ...]
+    advance: Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
+
+
+@dataclasses.dataclass
+class Cost:
+    """The figures of one variant; times are medians."""
+
+    name: str
+    dot_gflop: float
+    xla_gflop: float
+    temp_mib: float
+    argument_mib: float
+    trace_s: float
+    compile_s: float
+    traces_of_10_steps: int | None = None
+    compiles_of_10_steps: int | None = None
+    step_ms: float | None = None
+    ratios: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def costs(variants: Sequence[Variant], repeats: int) -> tuple[list[Cost], list[Any]]:
+    """Trace and compile each variant `repeats` times, taking turns, with JAX's caches cleared before each trace."""
+    traces, compiles = ([[] for _ in variants] for _ in range(2))
+    results: list[Any] = [None] * len(variants)
+    for _ in range(repeats):
+        for i, variant in enumerate(variants):
+            shapes = jax.tree.map(_shape, variant.args)
+            jax.clear_caches()
+            start = time.perf_counter()
+            traced = variant.step.trace(*shapes)
+            traces[i].append(time.perf_counter() - start)
+            lowered = traced.lower()
+            start = time.perf_counter()
+            results[i] = traced.jaxpr, lowered.compile()
+            compiles[i].append(time.perf_counter() - start)
+    figures = [
+        _figures(variant.name, *result, statistics.median(t), statistics.median(c))
+        for variant, result, t, c in zip(variants, results, traces, compiles)
+    ]
+    return figures, [compiled for _, compiled in results]
+
+
+def _shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
+
+
+def _figures(name: str, jaxpr: Any, compiled: Any, trace_s: float, compile_s: float) -> Cost:
+    memory = compiled.memory_analysis()
+    return Cost(
+        name=name,
+        dot_gflop=dot_flops(jaxpr) / 1e9,
+        xla_gflop=compiled.cost_analysis()["flops"] / 1e9,
+        temp_mib=memory.temp_size_in_bytes / 2**20,
+        argument_mib=memory.argument_size_in_bytes / 2**20,
+        trace_s=trace_s,
+        compile_s=compile_s,
+    )
+
+
+def wall_times(variants: Sequence[Variant], compiled: Sequence[Any], rounds: int) -> list[list[float]]:
+    """The seconds of each variant's step in each round; within a round all take one step each, every other time backwards.
+
+    The first round is for warming up and is left out.
+    """
+    seconds: list[list[float]] = [[] for _ in variants]
+    args = [variant.args for variant in variants]
+    for number in range(rounds + 1):
+        order = range(len(variants)) if number % 2 else reversed(range(len(variants)))
+        for i in order:
+            start = time.perf_counter()
+            result = jax.block_until_ready(compiled[i](*args[i]))
+            seconds[i].append(time.perf_counter() - start)
+            args[i] = variants[i].advance(args[i], result)
+    return [times[1:] for times in seconds]
+
+
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median over the rounds of how much longer one takes than the other."""
+    return statistics.median(time / other for time, other in zip(times, others))
+
+
+def count_compiles(variant: Variant, steps: int = 10) -> int:
+    """How many XLA compilations a number of steps through `jit` takes, by JAX's own monitoring."""
+    events: list[str] = []
+    listener = lambda event, _, **__: events.append(event)
+    jax.block_until_ready(variant.args)
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        args = variant.args
+        for _ in range(steps):
+            args = variant.advance(args, variant.step(*args))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    return events.count("/jax/core/compile/backend_compile_duration")
