@@ -6,7 +6,7 @@ An adapter set is a flat dict from parameter path to `Adapter`. `attach` puts ea
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +34,17 @@ class Layout:
         return (*batch, *inputs, rank), (*batch, rank, *outputs)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
     """What is trained beside one frozen parameter: a `LowRank` pair or a `Full` copy.
 
     A pytree. `arrays` names its array fields; those listed in its `frozen` are never trained.
     """
 
-    arrays: ClassVar[tuple[str, ...]]
-    frozen: tuple[str, ...]
+    arrays: ClassVar[tuple[str, ...]] = ()
+    frozen: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
-    def roles(self) -> "Adapter":
+    def roles(self) -> Self:
         """The same adapter with each array replaced by its label, `"adapter"` (trained) or `"frozen"`."""
         labels = {name: FROZEN if name in self.frozen else ADAPTER for name in self.children()}
         return dataclasses.replace(self, **labels)
@@ -81,14 +82,13 @@ class LowRank(Adapter):
     scale: Any = 1.0
     dropout: float = 0.0
     ranks: tuple[int, ...] | None = None
-    frozen: tuple[str, ...] = ()
 
     arrays = ("a", "b")
 
     def children(self) -> tuple[str, ...]:
         return self.arrays if isinstance(self.scale, float) else (*self.arrays, "scale")
 
-    def roles(self) -> "LowRank":
+    def roles(self) -> Self:
         scaled = {} if isinstance(self.scale, float) else {"scale": FROZEN}
         return dataclasses.replace(super().roles(), **scaled)
 
@@ -128,7 +128,6 @@ class Full(Adapter):
     """
 
     value: Any
-    frozen: tuple[str, ...] = ()
 
     arrays = ("value",)
 
@@ -225,7 +224,7 @@ def labels(tree: Any) -> Any:
       tree: an attached tree, or an adapter set.
 
     >>> labels({"w": jnp.ones(3), "head": Full(jnp.ones(2))})
-    {'head': Full(value='adapter', frozen=()), 'w': 'frozen'}
+    {'head': Full(frozen=(), value='adapter'), 'w': 'frozen'}
     """
     is_node = lambda node: isinstance(node, Adapter)
     return jax.tree.map(lambda node: node.roles() if is_node(node) else FROZEN, tree, is_leaf=is_node)

@@ -12,7 +12,7 @@ from lora_jax import paths
 
 FORMAT_VERSION = 1
 WORDS = ("all-linear", "attention")
-Pattern = str | re.Pattern[str]
+Pattern = Any  # a string or a compiled regular expression; a string once the configuration is made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

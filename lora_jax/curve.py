@@ -30,7 +30,7 @@ def draw(lines: Sequence[Mapping[str, Any]], title: str, chance: float) -> bytes
     tests = np.array([(line["step"], line["test_accuracy"]) for line in lines if line["test_accuracy"] is not None])
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    above.set_title(title, fontsize=13)
+    above.set_title(title.replace("$", r"\$"), fontsize=13)
     above.plot(*losses.T, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
     width = min(len(losses), max(1, len(losses) // 20) * 2 + 1)
     if width > 1:
@@ -40,14 +40,15 @@ def draw(lines: Sequence[Mapping[str, Any]], title: str, chance: float) -> bytes
     above.legend(fontsize=11, frameon=False)
     tests = tests.reshape(-1, 2)
     below.plot(tests[:, 0], 100 * tests[:, 1], color="tab:orange", linewidth=2.2, marker="o", markersize=7)
-    for step, accuracy in tests:
-        below.annotate(
-            f"{accuracy:.1%}", (step, 100 * accuracy), (0, 8), textcoords="offset points", ha="center", fontsize=11
-        )
+    for i, (step, accuracy) in enumerate(tests):
+        place = (
+            {"xytext": (0, 9), "ha": "center"} if i else {"xytext": (11, -4), "ha": "left"}
+        )  # beside the steep start
+        below.annotate(f"{accuracy:.1%}", (step, 100 * accuracy), textcoords="offset points", fontsize=11, **place)
     below.axhline(100 * chance, color="gray", linestyle="--", linewidth=1.2, label=f"most frequent class, {chance:.1%}")
     below.set_ylabel("test accuracy (%)", fontsize=12)
     below.set_xlabel("step", fontsize=12)
-    below.legend(fontsize=11, frameon=False, loc="lower right")
+    below.legend(fontsize=11, frameon=False, loc="center right")
     for axes in (above, below):
         axes.tick_params(labelsize=11)
         axes.grid(alpha=0.25)

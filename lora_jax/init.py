@@ -135,7 +135,7 @@ def layer_index(path: str) -> int | None:
     A layer is a component that is a number, or `layer`, `layers`, `block`, `blocks` (with anything before) or `h` and a
     number.
 
-    >>> [layer_index(p) for p in ("params/layer_3/query/kernel", "layers/11/w", "EncoderBlock_0/Dense_1/kernel", "Dense_1/kernel")]
+    >>> [layer_index(p) for p in ("layer_3/query/kernel", "layers/11/w", "EncoderBlock_0/Dense_1/kernel", "Dense_1/kernel")]
     [3, 11, 0, None]
     """
     found = [match for component in path.split("/") if (match := _LAYER.fullmatch(component))]

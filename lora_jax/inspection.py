@@ -34,7 +34,7 @@ def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, flo
         if not all(text.strip() for text in texts):
             raise ValueError("a text is empty: there is nothing to classify")
         config = run.read_config(directory)
-        base = load_base(base_directory(config), config)
+    base = load_base(base_directory(config), config)
     model, adapters = base.model, load_adapters(directory, base.model.variables)
     tokens = data.token_ids(base.tokenizer, texts, config.max_length)
     examples = data.Examples(tokens, np.zeros(len(texts), np.int32))
@@ -53,8 +53,8 @@ class Row:
       shape: its shape.
       rank: r of its pair; `None` if it is trained whole.
       scale: the factor of the pair; `None` if it is trained whole.
-      change: ||dW|| / ||W||, Frobenius; `None` where the base is not at hand.
-      effective_rank: exp of the entropy of dW's normalised singular values; `None` if dW is no matrix or not known.
+      change: ||dW|| / ||W||, Frobenius; `None` where the base is not at hand, or zero.
+      effective_rank: exp of the entropy of dW's normalised singular values; `None` if dW is not known.
     """
 
     path: str
@@ -85,25 +85,45 @@ def _base_at_hand(config: run.RunConfig) -> Base | None:
 
 
 def _row(path: str, adapter: Adapter, weight: Any) -> Row:
+    weight = None if weight is None else np.asarray(weight, np.float64)
     if isinstance(adapter, LowRank):
-        delta = np.asarray(adapter.delta(), np.float64)
-        shape, rank, scale = delta.shape, adapter.rank, adapter.scale
+        sizes = dict(zip(adapter.layout.inputs, adapter.a.shape)) | dict(zip(adapter.layout.outputs, adapter.b.shape[1:]))
+        shape, rank, scale = tuple(sizes[axis] for axis in sorted(sizes)), adapter.rank, float(adapter.scale)
+        values = scale * product_values(np.asarray(adapter.a).reshape(-1, rank), np.asarray(adapter.b).reshape(rank, -1))
     else:
         [value] = jax.tree.leaves(adapter)
-        delta = None if weight is None else np.asarray(value, np.float64) - np.asarray(weight, np.float64)
         shape, rank, scale = value.shape, None, None
-    known = delta is not None and weight is not None
-    change = float(np.linalg.norm(delta) / np.linalg.norm(np.asarray(weight, np.float64))) if known else None
-    return Row(path, shape, rank, scale, change, None if delta is None or delta.ndim != 2 else effective_rank(delta))
+        values = None if weight is None else _values(np.asarray(value, np.float64) - weight)
+    size = 0.0 if weight is None else float(np.linalg.norm(weight))
+    change = None if values is None or not size else float(np.linalg.norm(values)) / size
+    return Row(path, shape, rank, scale, change, None if values is None else effective_rank(values))
 
 
-def effective_rank(matrix: np.ndarray) -> float:
-    """exp(H(p)) with p the singular values over their sum (Roy and Vetterli, 2007); 0 for a zero matrix.
+def _values(change: np.ndarray) -> np.ndarray:
+    """The singular values of a change; of a vector, its norm."""
+    return np.linalg.svd(change.reshape(change.shape[0], -1), compute_uv=False)
 
-    >>> round(effective_rank(np.diag([2.0, 2.0, 0.0])), 6)
+
+def product_values(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The singular values of A B, `(r,)`, from the r x r core of two QR decompositions; A B is never formed.
+
+    Args:
+      a: `(in, r)`.
+      b: `(r, out)`.
+
+    >>> product_values(np.array([[3.0], [4.0]]), np.array([[0.0, 2.0]])).tolist()
+    [10.0]
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.svd(np.linalg.qr(a, mode="r") @ np.linalg.qr(b.T, mode="r").T, compute_uv=False)
+
+
+def effective_rank(values: np.ndarray) -> float:
+    """exp(H(p)) with p the singular values over their sum (Roy and Vetterli, 2007); 0 if all are zero.
+
+    >>> round(effective_rank(np.array([2.0, 2.0, 0.0])), 6)
     2.0
     """
-    values = np.linalg.svd(matrix, compute_uv=False)
     if not values.any():
         return 0.0
     share = values[values > 0] / values.sum()

@@ -30,8 +30,8 @@ def _pass(eqn: Equation, *operands: Any) -> list[Any]:
 
 
 def _cast(eqn: Equation, weight: Weight) -> list[Any]:
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
-        raise NotLowRank(f"a cast to {eqn.outvars[0].aval.dtype} is not linear")
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+        raise NotLowRank(f"a cast to {eqn.params['new_dtype']} is not linear")
     return _pass(eqn, weight)
 
 
@@ -75,7 +75,11 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 
 def _reshape(eqn: Equation, weight: Weight, *dynamic: Any) -> list[Any]:
     """In-axes may be merged with in-axes and split again, out-axes with out-axes; not one with the other."""
-    new_shape = eqn.params["new_sizes"]
+    new_shape, order = eqn.params["new_sizes"], eqn.params["dimensions"]
+    base = _on_base(eqn, weight, *dynamic)[0]
+    if order is not None:  # the axes are permuted first
+        new = {old: position for position, old in enumerate(order)}
+        weight = weight.move(lax.transpose(weight.base, order), lambda factor: factor.relabel(new))
     groups = _groups(weight.shape, new_shape)
     if weight.probing:
         weight = _join_probes(weight, [set(olds) for olds, news in groups if len(olds) > 1])
@@ -94,7 +98,7 @@ def _reshape(eqn: Equation, weight: Weight, *dynamic: Any) -> list[Any]:
         array = factor.array if dims == sorted(dims) else lax.transpose(factor.array, dims)
         return dataclasses.replace(factor, array=lax.reshape(array, sizes), axes=tuple(labels))
 
-    return [weight.move(_on_base(eqn, weight, *dynamic)[0], reshape)]
+    return [weight.move(base, reshape)]
 
 
 def _join_probes(weight: Weight, merged: Sequence[set[int]]) -> Weight:
@@ -181,6 +185,8 @@ def _gather(eqn: Equation, weight: Weight, indices: Any) -> list[Any]:
     removed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     offsets = dict(zip([axis for axis in range(len(sizes)) if axis not in removed], numbers.offset_dims))
     picked = {axis for axis, size in enumerate(sizes) if size != weight.shape[axis]} | set(removed)
+    indexed = [axis for axis in numbers.start_index_map if axis in picked]
+    one_row = [axis for axis in indexed if axis in removed]  # `w[i, 2:5]`: rows by i, a window by the slice
     base = _on_base(eqn, weight, indices)[0]
     index_labels = [d for d in range(base.ndim) if d not in numbers.offset_dims]
 
@@ -188,7 +194,7 @@ def _gather(eqn: Equation, weight: Weight, indices: Any) -> list[Any]:
         if not picked & set(factor.axes):
             return factor.relabel(offsets)
         array, labels = _gather_factor(eqn, factor, indices, index_labels, offsets)
-        factor = _index(weight, [axis for axis in picked if axis in numbers.start_index_map], factor, "rows")
+        factor = _index(weight, one_row or indexed, factor, "rows")
         return dataclasses.replace(factor, array=array, axes=labels)
 
     result = weight.move(base, pick)
@@ -223,9 +229,8 @@ def _gather_factor(
     )
     own_indices = jnp.concatenate([indices[..., k : k + 1] for k in columns], -1) if columns else indices[..., :0]
     array = lax.gather(
-        factor.array, own_indices, dims, tuple(sizes), mode=params["mode"],
-        fill_value=params["fill_value"],
-    )  # fmt: skip
+        factor.array, own_indices, dims, tuple(sizes), mode=params["mode"], fill_value=0
+    )  # out of range the base alone holds the fill value
     return array, (*index_labels, *(axis if axis == RANK else offsets[axis] for axis in kept))
 
 

@@ -39,7 +39,7 @@ def note_product(weight: Weight, eqn: Equation, roles: Mapping[int, str]) -> Non
             role = next((role for role in ("in", "out", "batch") if role in held), "stack")
             by_origin |= dict.fromkeys(factor.origin, role)
         roles_in_order = tuple(by_origin[axis] for axis in sorted(by_origin))
-        record(term, eqn.primitive.name, "product", roles_in_order, site=_compat.call_site(eqn))
+        record(term, eqn.primitive.name, "product", roles_in_order, site=term.log.site(eqn))
 
 
 def record(
@@ -49,12 +49,13 @@ def record(
     term.log.record(term.path, Use(kind, primitive, site, roles, reason))
 
 
-def note_lookup(weight: Weight, eqn: Equation) -> None:
+def note_lookup(weight: Weight, eqn: Equation | None) -> None:
     """Record that picked rows of a probe are used as an activation: picked axes are in, the others out."""
     for term in weight.terms:
         roles = {axis: "in" if factor.indexed else "out" for factor in term.factors for axis in factor.origin}
         in_order = tuple(roles[axis] for axis in sorted(roles))
-        record(term, eqn.primitive.name, "lookup", in_order, site=_compat.call_site(eqn))
+        primitive, site = term.log.place(eqn)
+        record(term, primitive, "lookup", in_order, site=site)
 
 
 def is_lookup(weight: Weight, roles: Mapping[int, str]) -> bool:
@@ -75,8 +76,8 @@ def is_lookup(weight: Weight, roles: Mapping[int, str]) -> bool:
     return not (stack or block)
 
 
-def as_activation(eqn: Equation, value: Any) -> Any:
-    """Picked rows as an array, for an equation that uses them as an activation; anything else as it is."""
+def as_activation(eqn: Equation | None, value: Any) -> Any:
+    """Picked rows as an array, for an equation (or the return) that uses them as an activation; anything else as it is."""
     if is_weight(value) and is_lookup(value, {}):
         if value.probing:
             note_lookup(value, eqn)
@@ -187,7 +188,7 @@ def _conv_branch(eqn: Equation, x: Any, term: Term, shape: tuple[int, ...], spec
 def _ragged_dot(eqn: Equation, x: Any, weight: Any, group_sizes: Any, *offset: Any) -> list[Any]:
     """Rows of x in groups, one matrix per group (grouped experts): two narrow grouped products."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
+    (xc, wc), (xb, _) = numbers.dot_dimension_numbers
     group, x = numbers.rhs_group_dimensions, as_activation(eqn, x)
     if not is_weight(x) and not is_weight(weight):
         return _compat.bind(eqn, [x, weight, group_sizes, *offset])

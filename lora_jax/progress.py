@@ -26,13 +26,13 @@ class Progress:
         self._seconds: collections.deque[float] = collections.deque(maxlen=_RECENT)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=20),
+            rich.progress.BarColumn(bar_width=10),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TextColumn("{task.fields[figures]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("training", total=steps, completed=step, figures="")
+        self._task = self._bar.add_task("train", total=steps, completed=step, figures="")
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -50,21 +50,21 @@ class Progress:
         left = round((self._steps - step) / rate)
         figures = f"loss {'not finite' if loss is None else f'{loss:.3f}'}{self._accuracy}"
         figures += f"  {rate * self._batch_size:.0f} examples/s  {left // 60}:{left % 60:02d} left"
-        self._bar.update(self._task, completed=step, description="training", figures=figures)
+        self._bar.update(self._task, completed=step, description="train", figures=figures)
         if step % max(1, self._steps // 20) == 0 or step == self._steps:
             self._line(step, figures)
 
     def testing(self, done: int, total: int) -> None:
         """Show that a test is under way."""
-        self._bar.update(self._task, description=f"testing {done}/{total}")
+        self._bar.update(self._task, description=f"test {done}/{total}", figures=self._accuracy.strip())
 
     def tested(self, step: int, accuracy: float) -> None:
         """Show the result of a test that has just ended."""
         self._since = time.monotonic()
         self._accuracy = f"  accuracy {accuracy:.1%}"
-        self._bar.update(self._task, description="training", figures=self._accuracy.strip())
+        self._bar.update(self._task, description="train", figures=self._accuracy.strip())
         self._line(step, f"test accuracy {accuracy:.1%}")
 
     def _line(self, step: int, figures: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(f"step {step}/{self._steps}  {figures}", highlight=False)
+            self._console.out(f"step {step}/{self._steps}  {figures}", highlight=False)

@@ -59,8 +59,8 @@ class Summary:
         lines = ["  ".join(pad(cell, w) for pad, cell, w in zip(align, row, widths)).rstrip() for row in table]
         share = 100 * self.trainable / max(self.parameters, 1)
         lines.append(
-            f"{self.trainable:,} trainable of {self.parameters:,} parameters ({share:.2f}%); adapters {_size(self.adapter_bytes)} "
-            f"beside a base of {_size(self.parameter_bytes)}; Adam's state {_size(self.optimizer_bytes)}"
+            f"{self.trainable:,} trainable of {self.parameters:,} parameters ({share:.2f}%); "
+            f"adapters {_size(self.adapter_bytes)} beside a base of {_size(self.parameter_bytes)}; Adam's state {_size(self.optimizer_bytes)}"
         )
         return "\n".join(lines)
 

@@ -58,7 +58,7 @@ class RunConfig:
     targets: str | Sequence[str] = "all-linear"
     learning_rate: float = 2e-3
     batch_size: int = 32
-    steps: int = 200
+    steps: int = 180
     max_length: int = 64
     seed: int = 0
     labels: Sequence[str] = ()
@@ -90,7 +90,7 @@ class RunConfig:
     @property
     def test_every(self) -> int:
         """Steps between two tests."""
-        return max(1, -(-self.steps // 4))
+        return max(1, -(-self.steps // 3))
 
     @property
     def save_every(self) -> int:
@@ -136,7 +136,8 @@ def write(file: pathlib.Path, content: bytes) -> None:
 
 def check_free(directory: pathlib.Path) -> None:
     """Raise a FileExistsError unless a new run can be made in this directory."""
-    if directory.is_dir() and (directory / "config.json").exists():
+    config = directory / "config.json"
+    if config.is_file() and "format_version" in config.read_text(encoding="utf-8", errors="replace"):
         raise FileExistsError(f"{directory} holds a run already: continue it with --resume, or choose another --out")
     if not directory.exists():
         return
@@ -202,9 +203,10 @@ class Metrics:
         self._stream.write(json.dumps(self.lines[-1]) + "\n")
         self._stream.flush()
 
-    def accuracies(self) -> list[float]:
-        """All test accuracies, the oldest first."""
-        return [line["test_accuracy"] for line in self.lines if line["test_accuracy"] is not None]
+    def accuracy(self, step: int) -> str:
+        """The test accuracy at a step as a percentage; `unknown` if the line is gone."""
+        found = [line["test_accuracy"] for line in self.lines if line["step"] == step]
+        return f"{found[0]:.1%}" if found else "unknown"
 
 
 def read_metrics(directory: pathlib.Path) -> list[Mapping[str, Any]]:

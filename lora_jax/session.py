@@ -28,7 +28,7 @@ def user_errors() -> Iterator[None]:
     """Report the errors that checks of the user's input raise as a UserError. For those checks alone."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FileExistsError, fetch.FetchError) as error:
+    except (ValueError, OSError, fetch.FetchError) as error:
         raise UserError(str(error)) from error
 
 
@@ -54,8 +54,13 @@ class Session:
 
 
 def base_directory(config: run.RunConfig) -> pathlib.Path:
-    """Where the run's base model is, fetched if it is the pinned one."""
-    return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
+    """Where the run's base model is, fetched if it is the pinned one.
+
+    Raises:
+      UserError: it could not be fetched.
+    """
+    with user_errors():
+        return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
 
 
 def load_base(directory: pathlib.Path, config: run.RunConfig) -> Base:

@@ -34,7 +34,7 @@ class TrainState:
     """
 
     step: jax.Array
-    adapters: Mapping[str, Adapter]
+    adapters: Any
     opt_state: Any
     key: jax.Array
     skipped: jax.Array
@@ -44,9 +44,9 @@ def init_state(
     adapters: Mapping[str, Adapter], tx: optax.GradientTransformation, *, key: jax.Array
 ) -> TrainState:
     """The state before the first step. The adapters are copied, since steps donate the state."""
-    adapters = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), dict(adapters))
+    copies: Any = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), dict(adapters))
     zero = lambda: jnp.zeros((), jnp.int32)
-    return TrainState(zero(), adapters, optimizer(tx).init(adapters), jnp.array(key, copy=True), zero())
+    return TrainState(zero(), copies, optimizer(tx).init(copies), jnp.array(key, copy=True), zero())
 
 
 def make_train_step(
@@ -113,7 +113,12 @@ def replicate(tree: Any, devices: Any = None) -> Any:
     devices = jax.local_devices() if devices is None else devices
     mesh = jax.sharding.Mesh(devices, (_AXIS,))
     sharding = jax.sharding.NamedSharding(mesh, jax.P(_AXIS))
-    return jax.tree.map(lambda leaf: jax.device_put(jnp.stack([leaf] * len(devices)), sharding), tree)
+
+    def spread(leaf: Any) -> jax.Array:
+        copies = [jax.device_put(jnp.asarray(leaf)[None], device) for device in devices]
+        return jax.make_array_from_single_device_arrays((len(devices), *leaf.shape), sharding, copies)
+
+    return jax.tree.map(spread, tree)
 
 
 def unreplicate(tree: Any) -> Any:
@@ -169,7 +174,7 @@ def _update(
 
 
 def _gradient(
-    loss_fn: LossFn, adapters: Mapping[str, Adapter], variables: Any, batch: Any, key: jax.Array, accumulate: int
+    loss_fn: LossFn, adapters: Any, variables: Any, batch: Any, key: jax.Array, accumulate: int
 ) -> tuple[jax.Array, Any, Any]:
     """Loss, aux and gradient, each the mean over the microbatches."""
 

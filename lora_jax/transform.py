@@ -91,7 +91,7 @@ def lora(
         traced = trace(fn, treedef, [_base(node) for node in nodes.values()], args, kwargs)
         values = [_value(path, node, walk, key, freeze) for path, node in nodes.items()]
         out = traced.run(values, walk)
-        inputs = traced.reached_inputs(nodes)
+        inputs = traced.reached_inputs(list(nodes))
         idle = [path for path in adapted if path not in (inputs if _is_full(nodes[path]) else walk.reached)]
         if idle and unused == "error":
             raise ValueError(
@@ -117,7 +117,7 @@ def _value(path: str, node: Any, walk: Walk, key: Any, freeze: bool) -> Any:
     if not is_adapted(node):
         return hold(node)
     check(path, node.adapter, jnp.shape(node.base))
-    adapter = _hold_frozen(node.adapter)
+    adapter: Any = _hold_frozen(node.adapter)
     if isinstance(adapter, Full):
         return adapter.value.astype(node.base.dtype)
     return Weight(hold(node.base), (_term(path, adapter, walk, key),))
@@ -176,16 +176,15 @@ def trace(fn: Callable[..., Any], treedef: Any, leaves: Sequence[Any], args: Seq
     def flat(*arrays: Any) -> list[Any]:
         rest = iter(arrays)
         tree = jax.tree.unflatten(treedef, [next(rest) if t else leaf for t, leaf in zip(traced, leaves)])
-        result["leaves"], result["treedef"] = jax.tree.flatten(fn(tree, *args, **kwargs))
-        return [leaf for leaf in result["leaves"] if is_array(leaf)]
+        out, result["tree"] = jax.tree.flatten(fn(tree, *args, **kwargs))
+        result["static"] = [None if is_array(leaf) else (leaf,) for leaf in out]
+        return [leaf for leaf in out if is_array(leaf)]
 
     jaxpr = jax.make_jaxpr(flat)(*[leaf for t, leaf in zip(traced, leaves) if t])
-    static = [None if is_array(leaf) else leaf for leaf in result["leaves"]]
-    dynamic, out_tree = [is_array(leaf) for leaf in result["leaves"]], result["treedef"]
 
     def unflatten(arrays: list[Any]) -> Any:
         rest = iter(arrays)
-        return jax.tree.unflatten(out_tree, [next(rest) if d else leaf for d, leaf in zip(dynamic, static)])
+        return jax.tree.unflatten(result["tree"], [next(rest) if s is None else s[0] for s in result["static"]])
 
     return Traced(jaxpr, traced, unflatten)
 
@@ -214,25 +213,29 @@ def _apply(eqn: Equation, values: list[Any], walk: Walk) -> list[Any]:
     name = eqn.primitive.name
     try:
         if name in CONTROL:
-            return CONTROL[name](eqn, values, walk)
+            walk.entered.append(eqn)
+            try:
+                return CONTROL[name](eqn, values, walk)
+            finally:
+                walk.entered.pop()
         if name in RULES:
             return RULES[name](eqn, *values)
         raise NotLowRank(_REASONS.get(name, "no rule keeps it low-rank"))
     except NotLowRank as error:
-        values = [as_activation(eqn, v) for v in values]
         return _compat.bind(eqn, [_as_array(v, walk, str(error), eqn) for v in values])
 
 
-_REASONS = dict.fromkeys(
+_REASONS: dict[str, str] = dict.fromkeys(
     ("custom_jvp_call", "custom_vjp_call"), "the function has a derivative rule of its own, which takes the whole weight"
 )
 
 
 def _as_array(value: Any, walk: Walk, reason: str, eqn: Equation | None = None) -> Any:
     """A weight as one array, where the caller allowed that."""
+    value = as_activation(eqn, value)
     if not is_weight(value):
         return value
-    name, site = (eqn.primitive.name, _compat.call_site(eqn)) if eqn else ("return", "the end of the function")
+    name, site = walk.place(eqn)
     if walk.probing:
         for term in value.terms:
             record(term, name, "other", site=site, reason=reason)
@@ -295,8 +298,8 @@ def _hoist(carry: list[Any], jaxpr: Any, first: int, walk: Walk, eqn: Equation) 
 
 def _weave(fixed: Sequence[bool], held: Sequence[Any], moving: Sequence[Any]) -> list[Any]:
     """The whole carry from its fixed and its moving parts."""
-    held, moving = iter(held), iter(moving)
-    return [next(held) if hold else next(moving) for hold in fixed]
+    rest_held, rest_moving = iter(held), iter(moving)
+    return [next(rest_held) if hold else next(rest_moving) for hold in fixed]
 
 
 def _scan(eqn: Equation, values: list[Any], walk: Walk) -> list[Any]:

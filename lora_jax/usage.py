@@ -79,7 +79,7 @@ class Explanation:
     parameters: dict[str, Parameter]
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "use", "batch", "in", "out", "low-rank")]
+        rows: list[tuple[str, ...]] = [("parameter", "shape", "use", "batch", "in", "out", "low-rank")]
         for p in self.parameters.values():
             axes = ("", "", "") if p.obstacle else (p.layout.batch, p.layout.inputs, p.layout.outputs)
             by = ", ".join(dict.fromkeys(use.primitive for use in p.uses))

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax import _compat
+
 RANK = -1
 
 
@@ -54,6 +56,16 @@ class Log:
     uses: dict[str, dict[Use, None]] = dataclasses.field(default_factory=dict)
     reached: set[str] = dataclasses.field(default_factory=set)
     counter: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+    entered: list[_compat.Equation] = dataclasses.field(default_factory=list)
+
+    def site(self, eqn: _compat.Equation) -> str:
+        """Where the user's code makes an equation; for one inside JAX's own code, where it makes the call around it."""
+        sites = map(_compat.call_site, [eqn, *reversed(self.entered)])
+        return next(filter(None, sites), "an unknown place")
+
+    def place(self, eqn: _compat.Equation | None) -> tuple[str, str]:
+        """The primitive that takes a weight and its site; without an equation it is the function's own return."""
+        return (eqn.primitive.name, self.site(eqn)) if eqn else ("return", "the end of the function")
 
     def record(self, path: str, use: Use) -> None:
         self.uses.setdefault(path, {})[use] = None
@@ -165,7 +177,8 @@ class Weight:
         self.reach()
         if self.probing:
             return self.base
-        return self.base + sum(_multiply_out(term, self.shape) for term in self.terms).astype(self.base.dtype)
+        total: Any = sum(_multiply_out(term, self.shape) for term in self.terms)
+        return self.base + total.astype(self.base.dtype)
 
 
 def is_weight(value: Any) -> bool:
@@ -244,12 +257,13 @@ def two_step(
 def dropout(x: Any, term: Term) -> Any:
     """The input of a term's branch: dropped out where the caller gave a key, with a new mask for each use.
 
-    Inside `shard_map` each shard that x varies over draws its own mask.
+    Inside `shard_map` each shard that x varies over draws its own mask; with `check_vma=False` JAX does not know which those
+    are, and all shards draw the same one.
     """
     if term.key is None or term.dropout == 0.0:
         return x
     key = term.next_key()
-    for axis in sorted(jax.typeof(x).vma):
+    for axis in sorted(jax.typeof(x).manual_axis_type.varying):
         key = jax.random.fold_in(key, lax.axis_index(axis))
     mask = jax.random.bernoulli(key, 1.0 - term.dropout, x.shape)
     return jnp.where(mask, x / (1.0 - term.dropout), jnp.zeros_like(x))

@@ -233,7 +233,7 @@ class NnxModel(nnx.Module):
     def __init__(self, dtype: Any):
         rngs = nnx.Rngs(0)
         options = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        self.attention = nnx.MultiHeadAttention(num_heads=2, in_features=12, qkv_features=10, decode=False, **options)
+        self.attention = nnx.MultiHeadAttention(num_heads=2, in_features=12, qkv_features=14, decode=False, **options)
         self.norm = nnx.LayerNorm(12, **options)
         self.layers = nnx.List([nnx.Linear(12, 17, **options), nnx.Linear(17, 12, **options)])
 

@@ -11,8 +11,8 @@ import tokenizers
 
 ROOT = pathlib.Path(__file__).parent.parent
 BASE = pathlib.Path(__file__).parent / "data" / "bert" / "base"
-GOOD, BAD = "good great fine lovely superb".split(), "bad awful dull poor weak".split()
-FILLING = "the a film plot cast it was is very quite and but".split()
+GOOD, BAD = ["good", "great", "fine", "lovely", "superb"], ["bad", "awful", "dull", "poor", "weak"]
+FILLING = ["the", "a", "film", "plot", "cast", "it", "was", "is", "very", "quite", "and", "but"]
 
 
 def model(directory):
@@ -48,7 +48,7 @@ def options(directory, out, steps=40):
         "--text-field": "review",
         "--label-field": "verdict",
         "--rank": 4,
-        "--learning-rate": 0.02,
+        "--learning-rate": 0.005,
         "--batch-size": 16,
         "--steps": steps,
         "--max-length": 16,
@@ -57,13 +57,12 @@ def options(directory, out, steps=40):
     return ["finetune", *(str(x) for pair in given.items() for x in pair)]
 
 
-def start(*arguments, **keywords):
+def start(*arguments):
     """The command as a process of its own; its output goes to `stdout`, all in one."""
-    code = "import sys; from lora_jax.cli import main; sys.exit(main())"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(
-        [sys.executable, "-u", "-c", code, *map(str, arguments)], env=environment, **(streams | keywords)
+        [sys.executable, "-u", "-m", "lora_jax.cli", *map(str, arguments)], env=environment, **streams
     )
 
 

@@ -1,8 +1,8 @@
 """The decoder that the benchmarks and the structural tests share, as a plain Linen model.
 
 Token and learned position embeddings, pre-LayerNorm blocks, `nn.Dense` without biases, masked softmax attention as two
-einsums, a final LayerNorm and an untied head. `dense` makes the adapted layers, so that one model serves as the base and,
-with `LowRankDense`, as the low-rank model written by hand.
+einsums, a final LayerNorm and an untied head. `dense` makes the adapted layers, so that one model serves as the base
+and, with `LowRankDense`, as the low-rank model written by hand.
 """
 
 import dataclasses
@@ -118,13 +118,19 @@ def loss(apply: Callable[..., jax.Array], variables: Any, tokens: jax.Array) -> 
 def floor(sizes: Sizes, flavour: Flavour = "unrolled") -> int:
     """The FLOPs of the products that a train step can't do without.
 
-    Forward; backward to the activations (not through the first layer's query, key and value, as nothing is trained below
-    them, except under a scan, where all layers are alike); the gradients of A and B. With remat, what a block's backward pass
-    reads is computed again: all of it but the results of its last products.
+    Forward; backward to the activations (not through the first layer's query, key and value, as nothing is trained
+    below them, except under a scan, where all layers are alike); the gradients of A and B. With remat, what a block's
+    backward pass reads is computed again: all of it but the results of its last products.
     """
     tokens, width, hidden, rank = sizes.tokens, sizes.width, sizes.hidden, sizes.rank
-    base = lambda n_in, n_out: 2 * tokens * n_in * n_out
-    pair = lambda n_in, n_out: 2 * tokens * rank * (n_in + n_out)  # the same for forward, to x, and to A and B
+
+    def base(n_in: int, n_out: int) -> int:
+        return 2 * tokens * n_in * n_out
+
+    def pair(n_in: int, n_out: int) -> int:
+        """Forward; as much again to the activations, and to A and B."""
+        return 2 * tokens * rank * (n_in + n_out)
+
     square = base(width, width), pair(width, width)
     up = base(width, hidden), pair(width, hidden)
     attention = 4 * tokens * sizes.length * width

