@@ -171,6 +171,8 @@ def check(path: str, adapter: Adapter, shape: tuple[int, ...]) -> None:
             raise ValueError(f"{path}: the parameter has the shape {shape}, which the adapter's {layout} does not cover")
         a_shape, b_shape = layout.factor_shapes(shape, adapter.rank)
         wanted = {"a": a_shape, "b": b_shape}
+        if isinstance(adapter.scale, int):
+            raise ValueError(f"{path}: the adapter's scale is the whole number {adapter.scale}: write {float(adapter.scale)}")
         if not isinstance(adapter.scale, float):
             wanted["scale"] = tuple(shape[i] for i in layout.batch)
     else:

@@ -58,7 +58,8 @@ def _folded(node: Any, sign: float = 1.0) -> Any:
         return node
     base, adapter = node.base, node.adapter
     if isinstance(adapter, LowRank):
-        wide = jnp.promote_types(base.dtype, adapter.a.dtype)
+        with jax.numpy_dtype_promotion("standard"):
+            wide = jnp.promote_types(base.dtype, adapter.a.dtype)
         return (base.astype(wide) + sign * adapter.delta().astype(wide)).astype(base.dtype)
     return adapter.value.astype(base.dtype)
 

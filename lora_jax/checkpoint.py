@@ -114,7 +114,7 @@ class Manager:
     def _open(self) -> ocp.CheckpointManager:
         """Orbax's manager, made at the first save, so that a reader never removes what another process is writing."""
         if self._orbax is None:
-            _set_aside_incomplete(self._directory)
+            _clear_incomplete(self._directory, remove_old=self._keep is not None)
             self._orbax = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
@@ -235,12 +235,20 @@ def _is_complete(folder: epath.Path) -> bool:
     return all(path.exists() for path in written) and ocp.path.step.is_path_finalized(folder)
 
 
-def _set_aside_incomplete(directory: epath.Path) -> None:
-    """Rename incomplete step folders, which Orbax would count as steps (a deletion that was killed leaves one)."""
+def _clear_incomplete(directory: epath.Path, remove_old: bool) -> None:
+    """Take incomplete step folders, which Orbax would count as steps, out of its way.
+
+    With `remove_old`, those before the newest complete step go: a run that was killed was removing them. Others are renamed.
+    """
     if jax.process_index() or not directory.exists():
         return
+    newest = max(_steps(directory), default=-1)
     for folder in list(directory.iterdir()):
-        if folder.name.isdecimal() and folder.is_dir() and not _is_complete(folder):
+        if not folder.name.isdecimal() or not folder.is_dir() or _is_complete(folder):
+            continue
+        if remove_old and int(folder.name) < newest:
+            folder.rmtree()
+        else:
             aside = directory / f"{folder.name}.incomplete"
             if aside.exists():
                 aside.rmtree()
@@ -321,9 +329,7 @@ def _check_same(adapters: Mapping[str, Adapter], others: Mapping[str, Adapter]) 
         raise ValueError("the adapters to save are not those of the state: pass state.adapters, or leave the state out")
 
 
-def _unpack_state(
-    leaves: Any, vectors: Mapping[str, np.ndarray], adapters: dict[str, Adapter], tx: Any
-) -> train.TrainState:
+def _unpack_state(leaves: Any, vectors: Mapping[str, np.ndarray], adapters: dict[str, Adapter], tx: Any) -> train.TrainState:
     """The training state: its structure is that of a new one, its arrays are the saved ones."""
     if leaves is None:
         raise ValueError("it was saved without a training state, so there is none to restore with `tx`")

@@ -116,7 +116,7 @@ def _join_probes(weight: Weight, merged: Sequence[set[int]]) -> Weight:
 
 
 def _outer(f: Factor, g: Factor) -> Factor:
-    labels = (*f.axes, *g.axes)
+    labels = tuple(dict.fromkeys((*f.axes, *g.axes)))  # both may have been picked by one index
     array = contract(f.array, f.axes, g.array, g.axes, labels)
     return Factor(array, labels, f.origin + g.origin, f.indexed or g.indexed)
 

@@ -174,7 +174,7 @@ def _conv_branch(eqn: Equation, x: Any, term: Term, shape: tuple[int, ...], spec
         a = whole(a, axis)
     kernel = lax.transpose(a.array.astype(x.dtype), [a.dim(label) for label in labels])
     kernel = jnp.concatenate([kernel] * groups, axis=out_axis)  # every group of in-channels meets the same A
-    z = _compat.bind_with(eqn, [x, kernel], preferred_element_type=None)[0]
+    z = term.scaled(_compat.bind_with(eqn, [x, kernel], preferred_element_type=None)[0])
     channel = numbers.out_spec[1]
     rank, size = kernel.shape[out_axis] // groups, shape[out_axis] // groups
     z = z.reshape(*z.shape[:channel], groups, rank, *z.shape[channel + 1 :])
@@ -204,7 +204,7 @@ def _ragged_dot(eqn: Equation, x: Any, weight: Any, group_sizes: Any, *offset: A
         first, second = sorted(term.factors, key=lambda factor: inner not in factor.axes)
         if outer in first.axes or inner in second.axes:
             raise NotLowRank("the adapter's layout is not that of grouped matrices (batch: group, in, out)")
-        z = _grouped(dropout(x, term), first, (group[0], inner, RANK), group_sizes, eqn)
+        z = term.scaled(_grouped(dropout(x, term), first, (group[0], inner, RANK), group_sizes, eqn))
         result = result + _grouped(z, second, (group[0], RANK, outer), group_sizes, eqn).astype(result.dtype)
     return [result]
 

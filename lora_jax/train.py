@@ -191,13 +191,15 @@ def _gradient(
     batches = jax.tree.map(lambda leaf: _cut(leaf, accumulate), batch)
     keys = jax.random.split(key, accumulate)
     shapes = jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], (batches, keys)))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
+    with jax.numpy_dtype_promotion("standard"):
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
 
     def add(total: Any, microbatch: Any) -> tuple[Any, None]:
         return jax.tree.map(lambda t, new: t + new.astype(t.dtype), total, one(*microbatch)), None
 
     total, _ = jax.lax.scan(add, zeros, (batches, keys))
-    return jax.tree.map(lambda t: t / accumulate, total)
+    floats = lambda t, s: s.dtype if jnp.issubdtype(s.dtype, jnp.floating) else t.dtype
+    return jax.tree.map(lambda t, s: (t / accumulate).astype(floats(t, s)), total, shapes)
 
 
 def _cut(leaf: Any, accumulate: int) -> Any:

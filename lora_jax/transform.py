@@ -125,10 +125,12 @@ def _value(path: str, node: Any, walk: Walk, key: Any, freeze: bool) -> Any:
 
 def _term(path: str, adapter: LowRank, walk: Walk, key: Any) -> Term:
     a_axes, b_axes = adapter.axes()
-    factors = Factor(adapter.a, a_axes), Factor(adapter.scaled_b(), b_axes)
+    static = isinstance(adapter.scale, float)
+    factors = Factor(adapter.a, a_axes), Factor(adapter.b if static else adapter.scaled_b(), b_axes)
     if key is not None and adapter.dropout:
         key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    return Term(factors, path, walk, adapter.dropout, key if adapter.dropout else None)
+    scale = adapter.scale if static else 1.0
+    return Term(factors, path, walk, scale, adapter.dropout, key if adapter.dropout else None)
 
 
 def _stop_gradient(leaf: Any) -> Any:

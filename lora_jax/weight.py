@@ -107,15 +107,16 @@ class Factor:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["factors", "key"], meta_fields=["path", "log", "dropout"]
+    jax.tree_util.register_dataclass, data_fields=["factors", "key"], meta_fields=["path", "log", "scale", "dropout"]
 )
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """The product of factors, summed over the rank: (A, B) of one adapter, or one probe factor for each axis."""
+    """`scale` times the product of factors, summed over the rank: (A, B) of one adapter, or a probe factor for each axis."""
 
     factors: tuple[Factor, ...]
     path: str
     log: Log
+    scale: float = 1.0
     dropout: float = 0.0
     key: Any = None
 
@@ -123,6 +124,10 @@ class Term:
     def picked(self) -> bool:
         """Whether a dynamic index picked rows, so that the term may be multiplied out without forming AB."""
         return any(factor.indexed for factor in self.factors)
+
+    def scaled(self, array: Any) -> Any:
+        """`scale` times an array: of the products, the one inside, which is the smallest."""
+        return array if self.scale == 1.0 else array * self.scale
 
     def next_key(self) -> Any:
         """A new key for each use."""
@@ -220,7 +225,7 @@ def _sum_out(x: Any, labels: Sequence[int], keep: set[int]) -> tuple[Any, list[i
 def _multiply_out(term: Term, shape: tuple[int, ...]) -> Any:
     """The product of a term's two factors, broadcastable to the weight's shape."""
     (a, b), out = term.factors, range(len(shape))
-    return contract(a.array, a.axes, b.array, b.axes, list(out), precision="highest")
+    return contract(a.array, a.axes, term.scaled(b.array), b.axes, list(out), precision="highest")
 
 
 def two_step(
@@ -249,9 +254,8 @@ def two_step(
     first, second = (a, b) if cost(a, b) <= cost(b, a) else (b, a)
     labels = middle(first, second)
     z = contract(x, x_labels, first.array.astype(float_dtype), first.axes, labels, precision=precision)
-    return contract(
-        z, labels, second.array.astype(float_dtype), second.axes, out, precision=precision, preferred_element_type=dtype
-    )
+    options = {"precision": precision, "preferred_element_type": dtype}
+    return contract(term.scaled(z), labels, second.array.astype(float_dtype), second.axes, out, **options)
 
 
 def dropout(x: Any, term: Term) -> Any:

@@ -325,7 +325,7 @@ def test_sharded_adapters(tmp_path):
 
 
 def plant_broken_steps(directory):
-    """Half of a checkpoint under names that a scan for steps would take, all newer than any real one."""
+    """Half of a checkpoint under names that a scan for steps would take, all but one newer than any real one."""
     good = directory / "1"
     (directory / "90").mkdir()
     (directory / "91").write_text("a file")
@@ -333,6 +333,7 @@ def plant_broken_steps(directory):
     shutil.copytree(good, directory / "93", ignore=shutil.ignore_patterns("manifest.ocdbt"))
     shutil.copytree(good, directory / "94", ignore=shutil.ignore_patterns("_CHECKPOINT_METADATA"))
     shutil.copytree(good, directory / "95", ignore=shutil.ignore_patterns("meta"))
+    shutil.copytree(good / "adapters", directory / "0" / "adapters")  # as a deletion that was killed leaves it
     shutil.copytree(good, directory / "96.orbax-checkpoint-tmp")
     shutil.copytree(good, directory / "97")
     (directory / "97" / "meta" / "metadata").write_text('{"format_version": 1, "ite')

@@ -20,8 +20,8 @@ LAYERS = {
     6: ["train", "nnx"],
     7: ["checkpoint", "models.checkpoint_files", "data", "fetch", "curve", "progress"],
     8: ["models.bert", "run"],
-    9: ["session", "inspection"],
-    10: ["finetune"],
+    9: ["session"],
+    10: ["finetune", "inspection"],
     11: ["cli"],
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}

@@ -57,13 +57,11 @@ def options(directory, out, steps=40):
     return ["finetune", *(str(x) for pair in given.items() for x in pair)]
 
 
-def start(*arguments):
-    """The command as a process of its own; its output goes to `stdout`, all in one."""
+def start(*arguments, quiet=False):
+    """The command as a process of its own; its output goes to `stdout`, all in one, unless it is quiet."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "lora_jax.cli", *map(str, arguments)], env=environment, **streams
-    )
+    streams = {"stdout": subprocess.DEVNULL if quiet else subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-u", "-m", "lora_jax.cli", *map(str, arguments)], env=environment, **streams)
 
 
 def finish(*arguments):

@@ -61,7 +61,7 @@ class Variant:
 
 @dataclasses.dataclass
 class Cost:
-    """The figures of one variant; times are medians."""
+    """The figures of one variant. Seconds are medians of the wall time; the CPU's seconds, for ratios, are kept all."""
 
     name: str
     dot_gflop: float
@@ -70,31 +70,40 @@ class Cost:
     argument_mib: float
     trace_s: float
     compile_s: float
+    trace_cpu_s: list[float]
+    compile_cpu_s: list[float]
     traces_of_10_steps: int | None = None
     compiles_of_10_steps: int | None = None
     step_ms: float | None = None
     ratios: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
+class Clock:
+    """Takes the wall time and the CPU time of a step, which a busy machine disturbs less."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def time(self, fn: Callable[..., Any], *args: Any) -> Any:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = fn(*args)
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+        return result
+
+
 def costs(variants: Sequence[Variant], repeats: int) -> tuple[list[Cost], list[Any]]:
     """Trace and compile each variant `repeats` times, taking turns, with JAX's caches cleared before each trace."""
-    traces, compiles = ([[] for _ in variants] for _ in range(2))
+    traces, compiles = ([Clock() for _ in variants] for _ in range(2))
     results: list[Any] = [None] * len(variants)
     for _ in range(repeats):
         for i, variant in enumerate(variants):
             shapes = jax.tree.map(_shape, variant.args)
             jax.clear_caches()
-            start = time.perf_counter()
-            traced = variant.step.trace(*shapes)
-            traces[i].append(time.perf_counter() - start)
-            lowered = traced.lower()
-            start = time.perf_counter()
-            results[i] = traced.jaxpr, lowered.compile()
-            compiles[i].append(time.perf_counter() - start)
-    figures = [
-        _figures(variant.name, *result, statistics.median(t), statistics.median(c))
-        for variant, result, t, c in zip(variants, results, traces, compiles)
-    ]
+            traced = traces[i].time(variant.step.trace, *shapes)
+            results[i] = traced.jaxpr, compiles[i].time(traced.lower().compile)
+    figures = [_figures(v.name, *result, t, c) for v, result, t, c in zip(variants, results, traces, compiles)]
     return figures, [compiled for _, compiled in results]
 
 
@@ -102,7 +111,7 @@ def _shape(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
 
 
-def _figures(name: str, jaxpr: Any, compiled: Any, trace_s: float, compile_s: float) -> Cost:
+def _figures(name: str, jaxpr: Any, compiled: Any, trace: Clock, compile: Clock) -> Cost:
     memory = compiled.memory_analysis()
     return Cost(
         name=name,
@@ -110,8 +119,10 @@ def _figures(name: str, jaxpr: Any, compiled: Any, trace_s: float, compile_s: fl
         xla_gflop=compiled.cost_analysis()["flops"] / 1e9,
         temp_mib=memory.temp_size_in_bytes / 2**20,
         argument_mib=memory.argument_size_in_bytes / 2**20,
-        trace_s=trace_s,
-        compile_s=compile_s,
+        trace_s=statistics.median(trace.wall),
+        compile_s=statistics.median(compile.wall),
+        trace_cpu_s=trace.cpu,
+        compile_cpu_s=compile.cpu,
     )
 
 

@@ -5,7 +5,8 @@
 
 FLOPs of products are counted in the jaxpr (a scan's body times its length); XLA's own count takes a scan's body once and
 adds what is not a product. The floor is what remains when nothing can be left out: see `decoder.floor`. Wall times are
-compared within rounds in which every variant takes a step, so that a busy machine slows all of them down alike.
+compared within rounds in which every variant takes a step, and traces and compilations by the CPU's seconds, so that a
+busy machine changes the ratios little.
 """
 
 import argparse
@@ -51,8 +52,8 @@ def compare(flavour: decoder.Flavour, options: argparse.Namespace) -> list[measu
                 cost.traces_of_10_steps, cost.compiles_of_10_steps = measure.traces_and_compiles(variant)
     for reference in (c for c in costs if c.name in REFERENCES):
         for cost in costs:
-            cost.ratios[f"trace / {reference.name}"] = cost.trace_s / reference.trace_s
-            cost.ratios[f"compile / {reference.name}"] = cost.compile_s / reference.compile_s
+            cost.ratios[f"trace / {reference.name}"] = measure.median_ratio(cost.trace_cpu_s, reference.trace_cpu_s)
+            cost.ratios[f"compile / {reference.name}"] = measure.median_ratio(cost.compile_cpu_s, reference.compile_cpu_s)
     return costs
 
 
