@@ -45,9 +45,7 @@ def parser() -> argparse.ArgumentParser:
         tune.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text + default)
     targets = "kernels to adapt: patterns, or one of the words all-linear (the default) and attention"
     tune.add_argument("--targets", nargs="+", metavar="PATTERN", help=targets)
-    tune.add_argument(
-        "--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)"
-    )
+    tune.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")
     tune.add_argument("--resume", type=pathlib.Path, metavar="RUN", help="go on with a run that was stopped")
     tune.set_defaults(command=_finetune)
     predict = commands.add_parser("predict", help="classify texts with a run")

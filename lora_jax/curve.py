@@ -41,9 +41,7 @@ def draw(lines: Sequence[Mapping[str, Any]], title: str, chance: float) -> bytes
     tests = tests.reshape(-1, 2)
     below.plot(tests[:, 0], 100 * tests[:, 1], color="tab:orange", linewidth=2.2, marker="o", markersize=7)
     for i, (step, accuracy) in enumerate(tests):
-        place = (
-            {"xytext": (0, 9), "ha": "center"} if i else {"xytext": (11, -4), "ha": "left"}
-        )  # beside the steep start
+        place = {"xytext": (0, 9), "ha": "center"} if i else {"xytext": (11, -4), "ha": "left"}  # beside the steep start
         below.annotate(f"{accuracy:.1%}", (step, 100 * accuracy), textcoords="offset points", fontsize=11, **place)
     below.axhline(100 * chance, color="gray", linestyle="--", linewidth=1.2, label=f"most frequent class, {chance:.1%}")
     below.set_ylabel("test accuracy (%)", fontsize=12)

@@ -182,7 +182,7 @@ class Weight:
         self.reach()
         if self.probing:
             return self.base
-        total: Any = sum(_multiply_out(term, self.shape) for term in self.terms)
+        total = functools.reduce(jnp.add, [_multiply_out(term, self.shape) for term in self.terms])
         return self.base + total.astype(self.base.dtype)
 
 

@@ -119,8 +119,7 @@ def test_sentence_model_reads_the_mean_of_the_tokens(model):
 
 def test_new_head_comes_from_the_seed():
     kernels = [
-        bert.load(DATA / "base", num_labels=2, seed=seed).variables["params"]["classifier"]["kernel"]
-        for seed in (0, 0, 1)
+        bert.load(DATA / "base", num_labels=2, seed=seed).variables["params"]["classifier"]["kernel"] for seed in (0, 0, 1)
     ]
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert float(jnp.abs(kernels[0] - kernels[2]).max()) > 0

@@ -24,8 +24,8 @@ def mlp(p, x):
 
 
 def adapters_of(fn=mlp, variables=VARIABLES, *args, **options):
-    made = lj.init(jax.random.key(0), lj.LoraConfig(rank=2, **options), fn, variables, *(args or (X,)))
-    return random_adapters(made, jnp.float32)
+    start = lambda key: lj.init(key, lj.LoraConfig(rank=2, **options), fn, variables, *(args or (X,)))
+    return jax.jit(lambda key: random_adapters(start(key), jnp.float32))(jax.random.key(0))
 
 
 def ours(a, x=X):
@@ -65,9 +65,10 @@ def test_transformations(name):
 
 def test_frozen_leaves_get_a_gradient_only_on_request():
     adapters = adapters_of()
-    grad = lambda **options: jax.grad(lambda v: lj.lora(mlp, **options)(lj.attach(v, adapters), X).sum())(VARIABLES)
-    assert all(bool((leaf == 0).all()) for leaf in jax.tree.leaves(grad()))
-    assert distance(grad(freeze=False), jax.grad(lambda v: mlp(lj.merge(v, adapters), X).sum())(VARIABLES)) < 1e-5
+    ours = lambda **options: jax.jit(jax.grad(lambda v: lj.lora(mlp, **options)(lj.attach(v, adapters), X).sum()))(VARIABLES)
+    merged = jax.jit(jax.grad(lambda v: mlp(lj.merge(v, adapters), X).sum()))(VARIABLES)
+    assert all(bool((leaf == 0).all()) for leaf in jax.tree.leaves(ours()))
+    assert distance(ours(freeze=False), merged) < 1e-5
 
 
 def test_roles_without_gradient():
@@ -76,7 +77,7 @@ def test_roles_without_gradient():
     pair = lj.LowRank(normal(1, 3, 8, 2), normal(2, 3, 2, 8), layout, jnp.array([0.5, 1.0, 2.0]), frozen=("a",))
     variables = params(jnp.float32, w=(3, 8, 8))
     fn = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
-    run = lambda f: jax.value_and_grad(lambda a: f(a).sum())({"w": pair})
+    run = lambda f: jax.jit(jax.value_and_grad(lambda a: f(a).sum()))({"w": pair})
     value, grads = run(lambda a: lj.lora(fn)(lj.attach(variables, a), X))
     want, oracle = run(lambda a: fn(lj.merge(variables, a), X))
     assert distance((value, grads["w"].b), (want, oracle["w"].b)) < 1e-5
@@ -96,7 +97,8 @@ def test_shapes_alone():
     config = lj.LoraConfig(rank=2)
     abstract = lj.init(jax.random.key(0), config, mlp, shapes(VARIABLES), shapes(X))
     concrete = lj.init(jax.random.key(0), config, mlp, VARIABLES, X)
-    assert jax.tree.map(jnp.shape, concrete) == jax.tree.map(lambda leaf: leaf.shape, abstract)
+    assert jax.tree.structure(concrete) == jax.tree.structure(abstract)
+    assert [leaf.shape for leaf in jax.tree.leaves(concrete)] == [leaf.shape for leaf in jax.tree.leaves(abstract)]
     out = jax.eval_shape(lj.lora(mlp), lj.attach(shapes(VARIABLES), abstract), X)
     assert (out.shape, out.dtype) == ((5, 4), jnp.float32)
     jitted = jax.jit(lambda key, v: lj.init(key, config, mlp, v, X))(jax.random.key(0), VARIABLES)

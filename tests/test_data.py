@@ -62,9 +62,7 @@ def test_bad_file(tmp_path, case):
 
 
 def test_short_reviews(tmp_path):
-    (tmp_path / "combined_movie_reviews.csv").write_text(
-        f"text,label,source\nfine,1,a\n{'x' * 300},1,b\n{'y' * 299},0,b\n"
-    )
+    (tmp_path / "combined_movie_reviews.csv").write_text(f"text,label,source\nfine,1,a\n{'x' * 300},1,b\n{'y' * 299},0,b\n")
     assert data.short_reviews(tmp_path) == data.Texts(("fine", "y" * 299), ("positive", "negative"))
 
 

@@ -43,7 +43,7 @@ OBSTACLES = {
     "scale": ((8,), "other", "it enters elementwise arithmetic with an array", lambda w, x: x * w[None]),
     "scalar": ((), "other", "it is a scalar", lambda w, x: x * w),
     "vector": ((8,), "linear", "it has no out axis, so a pair would save nothing", lambda w, x: x @ w),
-    "outer": ((6,), "linear", "it has no in axis, so a pair would save nothing", lambda w, x: jnp.outer(x[0], w)),
+    "outer": ((6, 2), "linear", "it has no in axis, so a pair would save nothing", lambda w, x: jnp.tensordot(x, w, 0)),
     "returned": ((8, 8), "other", "the function returns it", lambda w, x: w),
     "power": ((8, 8), "other", "no rule keeps it low-rank", lambda w, x: x @ w**2),
     "own_rule": ((8, 8), "other", "the function has a derivative rule of its own", lambda w, x: jax.nn.relu(w) @ x.T),

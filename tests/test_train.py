@@ -141,7 +141,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name):
 
 def test_each_step_has_its_own_dropout():
     tx = optax.sgd(0.0)
-    adapters, state = start(tx, dropout=0.5)
+    _, state = start(tx, dropout=0.5)
     moved = jax.tree.map(lambda leaf: leaf + 1.0, state.adapters)
     state = lj.train.init_state(moved, tx, key=jax.random.key(1))
     step, losses = lj.train.make_train_step(loss_fn, tx), []

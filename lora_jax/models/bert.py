@@ -215,9 +215,7 @@ def hf_names(config: BertConfig, prefix: str = "bert.") -> dict[str, HFName]:
     return {f"params/{path}": name for path, name in table.items()}
 
 
-def load(
-    directory: str | pathlib.Path, *, dtype: Any = jnp.float32, num_labels: int | None = None, seed: int = 0
-) -> Loaded:
+def load(directory: str | pathlib.Path, *, dtype: Any = jnp.float32, num_labels: int | None = None, seed: int = 0) -> Loaded:
     """Read a Hugging Face directory: `config.json` and `model.safetensors`.
 
     The head reads BERT's pooler, or what a sentence model (a directory with a `modules.json`) pools itself. A
