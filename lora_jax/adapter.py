@@ -5,11 +5,13 @@ An adapter set is a flat dict from parameter path to `Adapter`. `attach` puts ea
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from lora_jax import paths
 
@@ -140,10 +142,37 @@ class Adapted:
     adapter: Adapter
 
 
+def static_fields(adapter: Any) -> dict[str, Any]:
+    """The fields of an adapter that are not arrays."""
+    return {f.name: getattr(adapter, f.name) for f in dataclasses.fields(adapter) if f.name not in adapter.children()}
+
+
+def to_json(static: Mapping[str, Any]) -> dict[str, Any]:
+    """Static fields as JSON's own types."""
+    return {name: dataclasses.asdict(value) if isinstance(value, Layout) else value for name, value in static.items()}
+
+
+def from_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `to_json`, after JSON has made lists of the tuples."""
+    layout = lambda axes: Layout(**{role: tuple(numbers) for role, numbers in axes.items()})
+    listed = lambda value: tuple(value) if isinstance(value, list) else value
+    return {name: layout(value) if name == "layout" else listed(value) for name, value in fields.items()}
+
+
 def _flatten_adapter(adapter: Any):
     names = adapter.children()
-    static = tuple((f.name, getattr(adapter, f.name)) for f in dataclasses.fields(adapter) if f.name not in names)
-    return [(jax.tree_util.GetAttrKey(name), getattr(adapter, name)) for name in names], (names, static)
+    children = [(jax.tree_util.GetAttrKey(name), getattr(adapter, name)) for name in names]
+    return children, (names, tuple(static_fields(adapter).items()))
+
+
+def _serialize_aux(aux: Any) -> bytes:
+    names, static = aux
+    return json.dumps([names, to_json(dict(static))]).encode()
+
+
+def _deserialize_aux(data: bytes) -> Any:
+    names, fields = json.loads(data)
+    return tuple(names), tuple(from_json(fields).items())
 
 
 for _kind in (LowRank, Full):
@@ -153,7 +182,16 @@ for _kind in (LowRank, Full):
         return kind(**dict(zip(names, children)), **dict(static))
 
     jax.tree_util.register_pytree_with_keys(_kind, _flatten_adapter, _unflatten_adapter)
+    export.register_pytree_node_serialization(
+        _kind,
+        serialized_name=f"lora_jax.{_kind.__name__}",
+        serialize_auxdata=_serialize_aux,
+        deserialize_auxdata=_deserialize_aux,
+    )
 jax.tree_util.register_dataclass(Adapted, data_fields=["base", "adapter"], meta_fields=[])
+export.register_pytree_node_serialization(
+    Adapted, serialized_name="lora_jax.Adapted", serialize_auxdata=lambda aux: b"", deserialize_auxdata=lambda data: ()
+)
 
 
 def is_adapted(node: Any) -> bool:

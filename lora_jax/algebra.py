@@ -62,4 +62,3 @@ def _folded(node: Any, sign: float = 1.0) -> Any:
             wide = jnp.promote_types(base.dtype, adapter.a.dtype)
         return (base.astype(wide) + sign * adapter.delta().astype(wide)).astype(base.dtype)
     return adapter.value.astype(base.dtype)
-

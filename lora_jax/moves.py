@@ -19,6 +19,7 @@ from lora_jax.weight import RANK, Factor, NotLowRank, Term, Weight, contract, is
 Equation = _compat.Equation
 Rule = Callable[..., list[Any]]
 
+
 def _on_base(eqn: Equation, *operands: Any) -> list[Any]:
     return _compat.bind(eqn, [v.base if is_weight(v) else v for v in operands])
 
@@ -212,9 +213,7 @@ def _gather_factor(
     columns = [k for k, axis in enumerate(numbers.start_index_map) if axis in factor.axes]
     kept = [axis for axis in factor.axes if axis == RANK or axis in offsets]
     count = len(index_labels)
-    sizes = [
-        factor.array.shape[d] if axis == RANK else params["slice_sizes"][axis] for d, axis in enumerate(factor.axes)
-    ]
+    sizes = [factor.array.shape[d] if axis == RANK else params["slice_sizes"][axis] for d, axis in enumerate(factor.axes)]
     dims = lax.GatherDimensionNumbers(
         offset_dims=tuple(range(count, count + len(kept))),
         collapsed_slice_dims=tuple(sorted(factor.dim(axis) for axis in own(numbers.collapsed_slice_dims))),

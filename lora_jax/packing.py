@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lora_jax.adapter import Adapter, Full, Layout, LowRank
+from lora_jax.adapter import Adapter, Full, LowRank, from_json, static_fields, to_json
 
 KINDS: dict[str, Any] = {"LowRank": LowRank, "Full": Full}
 Spec = Sequence[Any]
@@ -99,7 +99,7 @@ def pack_adapters(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Any], dict
     kinds: list[Any] = []
     index: dict[str, int] = {}
     for path, adapter in adapters.items():
-        kind = {"kind": _kind(path, adapter), "arrays": arrays[path], "fields": _fields(adapter)}
+        kind = {"kind": _kind(path, adapter), "arrays": arrays[path], "fields": to_json(static_fields(adapter))}
         if kind not in kinds:
             kinds.append(kind)
         index[path] = kinds.index(kind)
@@ -119,8 +119,8 @@ def unpack_adapters(table: Mapping[str, Any], vectors: Mapping[str, np.ndarray])
     adapters = {}
     for path, number in index.items():
         kind = kinds[number]
-        fields = {name: _static(name, value) for name, value in kind["fields"].items()}
-        adapters[path] = KINDS[kind["kind"]](**{name: next(arrays) for name in kind["arrays"]}, **fields)
+        values = {name: next(arrays) for name in kind["arrays"]}
+        adapters[path] = KINDS[kind["kind"]](**values, **from_json(kind["fields"]))
     return adapters
 
 
@@ -129,17 +129,6 @@ def _kind(path: str, adapter: Adapter) -> str:
         if type(adapter) is kind:
             return name
     raise ValueError(f"{path}: can't save an adapter of the kind {type(adapter).__name__}, only {', '.join(KINDS)}")
-
-
-def _fields(adapter: Any) -> dict[str, Any]:
-    static = {f.name: getattr(adapter, f.name) for f in dataclasses.fields(adapter) if f.name not in adapter.children()}
-    return {name: dataclasses.asdict(value) if isinstance(value, Layout) else value for name, value in static.items()}
-
-
-def _static(name: str, value: Any) -> Any:
-    if name == "layout":
-        return Layout(**{role: tuple(axes) for role, axes in value.items()})
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_kind(path: str, kind: Mapping[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 A path is a parameter's key path joined by `/`: `params/layer_0/attn/query/kernel`. Inside one key `%`, `.` and `/` are
 written `%25`, `%2E` and `%2F`, so that a path splits at its slashes alone and is a safe file or JSON key. The last `value`
-attribute of boxed Linen and NNX leaves is dropped.
+attribute of boxed Linen and NNX leaves, which have nothing else below them, is dropped.
 """
 
+import collections
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -31,16 +32,20 @@ def _component(key: Any) -> str:
     return escape(str(key))
 
 
-def join(key_path: Sequence[Any]) -> str:
+def _join(key_path: Sequence[Any]) -> str:
     """A JAX key path as a string.
 
     >>> import jax
     >>> [(key_path, _)] = jax.tree_util.tree_leaves_with_path({"attn": [{"kernel": 1.0}]})
-    >>> join(key_path)
+    >>> _join(key_path)
     'attn/0/kernel'
     """
-    boxed = key_path and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value"
-    return "/".join(_component(key) for key in (key_path[:-1] if boxed else key_path))
+    return "/".join(map(_component, key_path))
+
+
+def _in_box(key_path: Sequence[Any]) -> bool:
+    """Whether a leaf is the `value` attribute of something, as a boxed leaf is."""
+    return len(key_path) > 1 and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value"
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
@@ -50,9 +55,11 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[di
       ValueError: two leaves have one path (as the dict keys `1` and `"1"` would).
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    siblings = collections.Counter(key_path[:-1] for key_path, _ in leaves)
     by_path: dict[str, Any] = {}
     for key_path, leaf in leaves:
-        path = join(key_path)
+        boxed = _in_box(key_path) and siblings[key_path[:-1]] == 1
+        path = _join(key_path[:-1] if boxed else key_path)
         if path in by_path:
             raise ValueError(f"two leaves of the tree have the path {path!r}: give their keys different names")
         by_path[path] = leaf
@@ -91,7 +98,8 @@ def matches(path: str, pattern: str) -> bool:
     """
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], path) is not None
-    components, wanted = path.split("/"), pattern.strip("/").replace(".", "%2E").split("/")
+    whole = lambda text: text.replace("%2F", "/").split("/")  # a key that holds slashes, as Haiku's do, is matched in parts
+    components, wanted = whole(path), whole(pattern.strip("/").replace(".", "%2E"))
     return components[-len(wanted) :] == wanted or components[-len(wanted) - 1 : -1] == wanted
 
 

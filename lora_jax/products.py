@@ -27,6 +27,7 @@ from lora_jax.weight import (
 Equation = _compat.Equation
 Rule = Callable[..., list[Any]]
 
+
 def note_product(weight: Weight, eqn: Equation, roles: Mapping[int, str]) -> None:
     """Record a product with an activation: for probes the role of each of the parameter's axes, and that it is used."""
     weight.reach()
@@ -42,9 +43,7 @@ def note_product(weight: Weight, eqn: Equation, roles: Mapping[int, str]) -> Non
         record(term, eqn.primitive.name, "product", roles_in_order, site=term.log.site(eqn))
 
 
-def record(
-    term: Term, primitive: str, kind: str, roles: tuple[str, ...] = (), *, site: str, reason: str = ""
-) -> None:
+def record(term: Term, primitive: str, kind: str, roles: tuple[str, ...] = (), *, site: str, reason: str = "") -> None:
     """Note a probe's use."""
     term.log.record(term.path, Use(kind, primitive, site, roles, reason))
 

@@ -60,7 +60,8 @@ class Summary:
         share = 100 * self.trainable / max(self.parameters, 1)
         lines.append(
             f"{self.trainable:,} trainable of {self.parameters:,} parameters ({share:.2f}%); "
-            f"adapters {_size(self.adapter_bytes)} beside a base of {_size(self.parameter_bytes)}; Adam's state {_size(self.optimizer_bytes)}"
+            f"adapters {_size(self.adapter_bytes)} beside a base of {_size(self.parameter_bytes)}; "
+            f"Adam's state {_size(self.optimizer_bytes)}"
         )
         return "\n".join(lines)
 

@@ -228,9 +228,7 @@ def _multiply_out(term: Term, shape: tuple[int, ...]) -> Any:
     return contract(a.array, a.axes, term.scaled(b.array), b.axes, list(out), precision="highest")
 
 
-def two_step(
-    x: Any, x_labels: Sequence[int], term: Term, out: Sequence[int], precision: Any, dtype: Any
-) -> Any:
+def two_step(x: Any, x_labels: Sequence[int], term: Term, out: Sequence[int], precision: Any, dtype: Any) -> Any:
     """`sum over labels of x A B` as `(x A) B` or `(x B) A`, whichever has fewer multiplications; AB is never formed.
 
     The factors are cast to the dtype of x, as a layer casts its kernel.

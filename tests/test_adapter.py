@@ -130,3 +130,12 @@ def test_summary_counts():
 def test_summary_refuses_an_adapter_of_another_model():
     with pytest.raises(ValueError, match="the adapter 'other' has no parameter in this tree"):
         lj.summary(VARIABLES, {"other": pair()})
+
+
+def test_an_exported_function_of_an_attached_tree_serialises_and_loads():
+    fn = lambda params, x: x @ params["params"]["w"] + params["params"]["norm"][None]
+    adapters = {"params/w": pair(ranks=(2,)), "params/norm": lj.Full(jnp.zeros(4))}
+    params, x = lj.attach(VARIABLES, adapters), normal(5, 3, 6)
+    exported = jax.export.export(jax.jit(lj.lora(fn)))(params, x)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(again.call(params, x), jax.jit(lj.lora(fn))(params, x))

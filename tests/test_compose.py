@@ -88,7 +88,7 @@ def test_roles_without_gradient():
 
 def test_an_integer_scale_is_an_error():
     pair = lj.LowRank(jnp.ones((8, 2)), jnp.ones((2, 6)), lj.Layout((), (0,), (1,)), 2)
-    with pytest.raises(ValueError, match="w: the adapter's scale is the whole number 2: write 2.0"):
+    with pytest.raises(ValueError, match=r"w: the adapter's scale is the whole number 2: write 2\.0"):
         lj.attach(VARIABLES, {"w": pair})
 
 

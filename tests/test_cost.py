@@ -25,7 +25,9 @@ def jaxprs(sizes, flavour):
     model, variables, adapters, tokens = prepare(sizes, flavour)
     apply, tx = lj.lora(model.apply), optax.adamw(1e-3)
     loss = lambda params, tokens, key: decoder.loss(apply, params, tokens)
-    state = jax.eval_shape(lambda: lj.train.init_state(jax.tree.map(lambda s: jnp.zeros(s.shape), adapters), tx, key=jax.random.key(0)))
+    state = jax.eval_shape(
+        lambda: lj.train.init_state(jax.tree.map(lambda s: jnp.zeros(s.shape), adapters), tx, key=jax.random.key(0))
+    )
     yield jax.make_jaxpr(lj.train.make_train_step(loss, tx))(state, variables, tokens)
     whole_tx, params = lj.optimizer(tx), lj.attach(variables, adapters)
 

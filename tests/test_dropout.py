@@ -104,7 +104,8 @@ def test_each_use_draws_its_own_mask(name):
 
 def test_the_backward_pass_uses_the_forward_mask():
     """d(sum)/dx of the branch is the mask itself, also where remat computes it again."""
-    params = lj.attach({"w": jnp.zeros((8, 8))}, {"w": lj.LowRank(jnp.eye(8), jnp.eye(8), lj.Layout((), (0,), (1,)), dropout=0.5)})
+    pair = lj.LowRank(jnp.eye(8), jnp.eye(8), lj.Layout((), (0,), (1,)), dropout=0.5)
+    params = lj.attach({"w": jnp.zeros((8, 8))}, {"w": pair})
     apply = lj.lora(jax.checkpoint(once), key=jax.random.key(3))
     x = jnp.ones((6, 8))
     assert (jax.grad(lambda x: apply(params, x).sum())(x) == apply(params, x)).all()

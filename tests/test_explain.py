@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 
 import lora_jax as lj
-from tests.frontends import normal, params
+from tests.frontends import normal
 
 X = normal(9, 5, 8)
 layer = lambda x, w: (jnp.tanh(x @ w), None)

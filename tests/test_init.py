@@ -88,7 +88,9 @@ def test_what_is_refused(options, message):
 
 
 def test_ranks_and_alphas_by_pattern_first_match_wins():
-    adapters = init(rank=2, alpha=6, rank_pattern={"layer_0/mlp": 3, "mlp": 1}, alpha_pattern={"re:layer_1.*": 2}, scaling="rslora")
+    adapters = init(
+        rank=2, alpha=6, rank_pattern={"layer_0/mlp": 3, "mlp": 1}, alpha_pattern={"re:layer_1.*": 2}, scaling="rslora"
+    )
     ranks = {path: adapter.rank for path, adapter in adapters.items()}
     assert ranks == dict(zip(LINEAR, [2, 2, 3, 2, 1]))
     assert adapters["layer_0/mlp/w"].scale == pytest.approx(6 / 3**0.5)
@@ -204,7 +206,13 @@ def test_ambiguous_layers_are_refused():
         return x @ p["block_0"]["layer_1"]["w"]
 
     with pytest.raises(ValueError, match="block_0/layer_1/w has several numbered components"):
-        lj.init(jax.random.key(0), lj.LoraConfig(rank=1, layers=[0]), nested, {"block_0": {"layer_1": {"w": normal(0, 3, 3)}}}, normal(1, 2, 3))
+        lj.init(
+            jax.random.key(0),
+            lj.LoraConfig(rank=1, layers=[0]),
+            nested,
+            {"block_0": {"layer_1": {"w": normal(0, 3, 3)}}},
+            normal(1, 2, 3),
+        )
 
 
 def test_a_linen_head_of_a_multi_axis_kernel():

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import flax.linen as nn
@@ -52,12 +53,26 @@ def test_two_leaves_of_one_path_are_refused():
     class Both:
         pass
 
-    both = lambda value: ((jax.tree_util.GetAttrKey("value"), value),)
-    jax.tree_util.register_pytree_with_keys(Both, lambda node: (both(1.0) + both(2.0), None), lambda aux, children: Both())
-    with pytest.raises(ValueError, match="two leaves of the tree have the path 'x'"):
+    both = lambda name: ((jax.tree_util.GetAttrKey(name), 1.0), (jax.tree_util.DictKey(name), 2.0))
+    jax.tree_util.register_pytree_with_keys(Both, lambda node: (both("w"), None), lambda aux, children: Both())
+    with pytest.raises(ValueError, match="two leaves of the tree have the path 'x/w'"):
         paths.flatten({"x": Both()})
+
+
+def test_keys_with_slashes_are_matched_in_parts():
+    found, _ = paths.flatten({"net/~/linear_1": {"w": 1}, "net/~/linear_2": {"w": 2}})
+    for pattern in ("linear_1", "~/linear_1/w", "net/~/linear_1"):
+        assert paths.select(found, [pattern], "targets") == ["net%2F~%2Flinear_1/w"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Attention:
+    query: float
+    value: float
 
 
 def test_the_value_of_a_boxed_leaf_is_dropped_and_a_key_called_value_is_not():
     tree = {"kernel": nn.Partitioned(jnp.ones(2), names=("a",)), "attention": {"value": jnp.ones(3)}}
     assert list(paths.flatten(tree)[0]) == ["attention/value", "kernel"]
+    assert list(paths.flatten({"attn": Attention(1.0, 2.0)})[0]) == ["attn/query", "attn/value"]

@@ -69,7 +69,7 @@ def test_only_the_use_that_needs_it_is_materialised():
 def test_two_adapted_operands():
     fn = lambda p, x: x @ (p["v"] @ p["w"])
     variables, pairs = {"v": W, "w": W}, {"v": PAIR["w"], "w": PAIR["w"]}
-    with pytest.raises(lj.NotLowRankError, match="v and w|exclude one of them from the targets"):
+    with pytest.raises(lj.NotLowRankError, match="multiplied with each other: exclude one of them from the targets"):
         lj.lora(fn)(lj.attach(variables, pairs), X)
     forced = lj.lora(fn, on_unsupported="materialize")(lj.attach(variables, pairs), X)
     assert distance(forced, fn(lj.merge(variables, pairs), X)) < 1e-5
@@ -77,14 +77,15 @@ def test_two_adapted_operands():
 
 def test_init_refuses_a_kernel_with_such_a_use():
     fn = lambda p, x: x @ p["w"] + x @ (p["w"] ** 2)
-    with pytest.raises(ValueError, match=r"also used in a way that is not low-rank.*\n  w \(8, 8\): `integer_pow` at .*test_refusals"):
+    text = r"also used in a way that is not low-rank.*\n  w \(8, 8\): `integer_pow` at .*test_refusals"
+    with pytest.raises(ValueError, match=text):
         lj.init(jax.random.key(0), lj.LoraConfig(rank=2, targets=["w"]), fn, {"w": W}, X)
 
 
 def test_unused_adapters():
     fn = lambda p, x: x @ p["w"]
     params = lj.attach({"w": W, "v": W}, {"w": PAIR["w"], "v": PAIR["w"]})
-    with pytest.raises(ValueError, match="the function does not use these adapted parameters: v. Leave their adapters out"):
+    with pytest.raises(ValueError, match=r"the function does not use these adapted parameters: v\. Leave their adapters out"):
         lj.lora(fn)(params, X)
     assert distance(lj.lora(fn, unused="ignore")(params, X), lj.lora(fn)(lj.attach({"w": W}, PAIR), X)) == 0
 
@@ -101,8 +102,8 @@ def test_options(options, text):
 @pytest.mark.parametrize("call,text", [
     (lambda: lj.lora(lambda p, x: x)({"w": W}, X), "the parameters have no adapters: pass lora"),
     (lambda: lj.attach(lj.attach({"w": W}, PAIR), PAIR), "w: the tree has adapters already; `detach` them first"),
-    (lambda: lj.attach({"kernel": W}, PAIR), r"the adapter 'w' has no parameter in this tree. The nearest paths are:\n  kernel"),
-    (lambda: lj.attach({"w": W[:4]}, PAIR), r"w: the adapter's a has the shape \(8, 2\); a parameter of the shape \(4, 8\) needs \(4, 2\)"),
+    (lambda: lj.attach({"kernel": W}, PAIR), r"the adapter 'w' has no parameter in this tree.*\n  kernel"),
+    (lambda: lj.attach({"w": W[:4]}, PAIR), r"the adapter's a has the shape \(8, 2\); .* \(4, 8\) needs \(4, 2\)"),
     (lambda: lj.attach({"w": W[0]}, PAIR), r"w: the parameter has the shape \(8,\), which the adapter's Layout"),
     (lambda: lj.attach({"w": W}, {"w": W}), "w: an adapter is a LowRank or a Full, not ArrayImpl"),
 ])  # fmt: skip
