@@ -190,11 +190,6 @@ def is_weight(value: Any) -> bool:
     return isinstance(value, Weight)
 
 
-def plain(value: Any) -> Any:
-    """A value as one array."""
-    return value.value if is_weight(value) else value
-
-
 def contract(x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], out: Sequence[int], **options: Any) -> Any:
     """`einsum` of two arrays with integer labels, as one `dot_general` (and a transpose where the order asks for one).
 
