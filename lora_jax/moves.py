@@ -227,9 +227,8 @@ def _gather_factor(
         start_indices_batching_dims=tuple(batch_dims[i] for i in order),
     )
     own_indices = jnp.concatenate([indices[..., k : k + 1] for k in columns], -1) if columns else indices[..., :0]
-    array = lax.gather(
-        factor.array, own_indices, dims, tuple(sizes), mode=params["mode"], fill_value=0
-    )  # out of range the base alone holds the fill value
+    # Out of range the base alone holds the fill value.
+    array = lax.gather(factor.array, own_indices, dims, tuple(sizes), mode=params["mode"], fill_value=0)
     return array, (*index_labels, *(axis if axis == RANK else offsets[axis] for axis in kept))
 
 
@@ -241,18 +240,31 @@ def _join(eqn: Equation, weights: Sequence[Any], axis: int, base: Any) -> list[A
     for v in weights:
         if is_weight(v):
             here, size = start, v.shape[axis]
-            pad = lambda x, d: _pad(x, d, here, total - here - size)  # noqa: B023
-            for term in v.terms:
-                if not any(axis in factor.axes for factor in term.factors):
-                    term = dataclasses.replace(term, factors=(term.factors[0].explicit(axis, size), *term.factors[1:]))
-                factors = tuple(factor.along(axis, pad) for factor in term.factors)
-                terms.append(dataclasses.replace(term, factors=factors))
+            terms += [_padded(term, axis, size, (here, total - here - size, 0)) for term in v.terms]
         start += v.shape[axis]
     return [Weight(base, tuple(terms))]
 
 
-def _pad(x: Any, dim: int, low: int, high: int) -> Any:
-    return lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) if d == dim else (0, 0, 0) for d in range(x.ndim)])
+def _padded(term: Term, axis: int, size: int, config: tuple[int, int, int]) -> Term:
+    """A term of `size` along an axis with zeros around it (and between)."""
+    if not any(axis in factor.axes for factor in term.factors):
+        term = dataclasses.replace(term, factors=(term.factors[0].explicit(axis, size), *term.factors[1:]))
+
+    def pad(x: Any, dim: int) -> Any:
+        return lax.pad(x, jnp.zeros((), x.dtype), [config if d == dim else (0, 0, 0) for d in range(x.ndim)])
+
+    return dataclasses.replace(term, factors=tuple(factor.along(axis, pad) for factor in term.factors))
+
+
+def _pad(eqn: Equation, weight: Any, value: Any) -> list[Any]:
+    """The base takes the padding value, the terms take zeros."""
+    if is_weight(value):
+        raise NotLowRank("it is the value that something is padded with")
+    terms = weight.terms
+    for axis, config in enumerate(eqn.params["padding_config"]):
+        if config != (0, 0, 0):
+            terms = tuple(_padded(term, axis, weight.shape[axis], config) for term in terms)
+    return [Weight(_on_base(eqn, weight, value)[0], terms)]
 
 
 def _concatenate(eqn: Equation, *operands: Any) -> list[Any]:
@@ -315,6 +327,7 @@ MOVES: dict[str, Rule] = {
     "gather": _gather,
     "concatenate": _concatenate,
     "stack": _stack,
+    "pad": _pad,
     "mul": _scale,
     "div": _scale,
     "neg": _neg,

@@ -25,6 +25,7 @@ from lora_jax.weight import Factor, Log, NotLowRank, Term, Weight, is_weight
 
 Equation = _compat.Equation
 RULES = MOVES | PRODUCTS
+JOINS = ("concatenate", "stack")
 
 
 class NotLowRankError(ValueError):
@@ -220,6 +221,10 @@ def _apply(eqn: Equation, values: list[Any], walk: Walk) -> list[Any]:
                 return CONTROL[name](eqn, values, walk)
             finally:
                 walk.entered.pop()
+        if name in JOINS and not all(is_weight(v) and v.picked for v in values):
+            values = [as_activation(eqn, v) for v in values]  # rows that were looked up, beside something else
+            if not any(map(is_weight, values)):
+                return _compat.bind(eqn, values)
         if name in RULES:
             return RULES[name](eqn, *values)
         raise NotLowRank(_REASONS.get(name, "no rule keeps it low-rank"))

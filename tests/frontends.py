@@ -44,8 +44,9 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def params(dtype: Any, **shapes: tuple[int, ...]) -> dict[str, jax.Array]:
-    """Random parameters of standard deviation 1/sqrt(first size)."""
-    return {k: normal(i + 1, *s, dtype=dtype) / jnp.sqrt(s[0]).astype(dtype) for i, (k, s) in enumerate(shapes.items())}
+    """Random parameters of standard deviation 1/sqrt(the last axis but one), so that activations stay near 1."""
+    deviation = lambda s: jnp.sqrt(s[-2] if len(s) > 1 else s[0]).astype(dtype)
+    return {k: normal(i + 1, *s, dtype=dtype) / deviation(s) for i, (k, s) in enumerate(shapes.items())}
 
 
 def linen(module: nn.Module, *args: Any, dtype: Any, config: lj.LoraConfig) -> Case:
@@ -209,7 +210,8 @@ def moved_about(dtype: Any) -> Case:
         y = jnp.einsum("ti,sio->tso", x, pair)
         tall = jnp.concatenate([p["v"], p["w"]], axis=0)
         z = jnp.concatenate([x, x], axis=1) @ tall
-        return jnp.concatenate([x @ joint, y.reshape(6, -1), z, jnp.einsum("ti,inh->tnh", x, k).reshape(6, -1)], axis=1)
+        padded = x @ jnp.pad(p["v"], ((0, 0), (1, 2)), constant_values=0.5)
+        return jnp.concatenate([x @ joint, y.reshape(6, -1), z, padded, jnp.einsum("ti,inh->tnh", x, k).reshape(6, -1)], axis=1)
 
     variables = params(dtype, qk=(8, 30), v=(8, 7), w=(8, 7))
     return Case(fn, variables, (normal(9, 6, 8, dtype=dtype),), config())

@@ -91,3 +91,20 @@ def test_the_table():
     assert header.split() == ["parameter", "shape", "use", "batch", "in", "out", "low-rank"]
     assert kernel.split() == ["layers/0", "(8,", "6)", "linear", "(dot_general)", "0", "1", "yes"]
     assert bias.startswith("bias       (6,)    other (add)") and "no: `add` at " in bias
+
+
+def test_rows_that_were_looked_up_beside_a_learned_prompt():
+    def fn(p, ids):
+        return jnp.tanh(jnp.concatenate([p["prompt"], p["table"][ids]])) @ p["w"]
+
+    params, ids = {"prompt": normal(1, 2, 8), "table": normal(2, 9, 8), "w": normal(3, 8, 5)}, jnp.array([0, 3, 3])
+    found = lj.explain(fn, params, ids).parameters
+    assert {path: parameter.kind for path, parameter in found.items()} == {
+        "prompt": "other",
+        "table": "embedding",
+        "w": "linear",
+    }
+    adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=2, targets=["table", "w"]), fn, params, ids)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
+    got, want = lj.lora(fn)(lj.attach(params, moved), ids), fn(lj.merge(params, moved), ids)
+    assert jnp.allclose(got, want, atol=1e-5)
