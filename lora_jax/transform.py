@@ -232,9 +232,11 @@ def _apply(eqn: Equation, values: list[Any], walk: Walk) -> list[Any]:
         return _compat.bind(eqn, [_as_array(v, walk, str(error), eqn) for v in values])
 
 
-_REASONS: dict[str, str] = dict.fromkeys(
-    ("custom_jvp_call", "custom_vjp_call"), "the function has a derivative rule of its own, which takes the whole weight"
-)
+_OWN_RULE = "the function has a derivative rule of its own, which takes the whole weight"
+_REASONS: dict[str, str] = {
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _OWN_RULE),
+    **dict.fromkeys(("add", "sub"), "it is added to something, not multiplied with it"),
+}
 
 
 def _as_array(value: Any, walk: Walk, reason: str, eqn: Equation | None = None) -> Any:

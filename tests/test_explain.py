@@ -39,7 +39,7 @@ def test_layout_by_use(name):
 
 OBSTACLES = {
     "unused": ((8,), "unused", "the function does not use it", lambda w, x: x),
-    "bias": ((8,), "other", "no rule keeps it low-rank", lambda w, x: x + w[None]),
+    "bias": ((8,), "other", "it is added to something, not multiplied with it", lambda w, x: x + w[None]),
     "scale": ((8,), "other", "it enters elementwise arithmetic with an array", lambda w, x: x * w[None]),
     "scalar": ((), "other", "it is a scalar", lambda w, x: x * w),
     "vector": ((8,), "linear", "it has no out axis, so a pair would save nothing", lambda w, x: x @ w),

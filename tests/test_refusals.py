@@ -21,7 +21,7 @@ OWN_RULE = "the function has a derivative rule of its own, which takes the whole
 
 REFUSALS = {
     "power": ("integer_pow", "no rule keeps it low-rank", lambda p, x: x @ p["w"] ** 2),
-    "sum": ("add", "no rule keeps it low-rank", lambda p, x: x @ (p["w"] + 1.0)),
+    "sum": ("add", "it is added to something, not multiplied with it", lambda p, x: x @ (p["w"] + 1.0)),
     "product": ("mul", "it enters elementwise arithmetic with an array", lambda p, x: x @ (p["w"] * jnp.tri(8))),
     "quotient": ("div", "it enters elementwise arithmetic with an array", lambda p, x: x @ (0.1 / p["w"])),
     "norm": ("mul", "it enters elementwise arithmetic with an array", lambda p, x: x * jnp.linalg.norm(p["w"])),
