@@ -262,7 +262,8 @@ def flax_bert(dtype: Any) -> Case:
 
     def fn(variables: Any, ids: Any) -> Any:
         mask, types = jnp.ones_like(ids), jnp.zeros_like(ids)
-        return model.module.apply({"params": variables}, ids, mask, types, jnp.arange(ids.shape[1])[None], None).pooler_output
+        out = model.module.apply({"params": variables}, ids, mask, types, jnp.arange(ids.shape[1])[None], None)
+        return out.last_hidden_state, out.pooler_output
 
     variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), model.params)
     return Case(fn, variables, (jnp.array([[3, 1, 49, 7, 8]]),), config())
