@@ -129,10 +129,6 @@ class Term:
         """`scale` times an array: of the products, the one inside, which is the smallest."""
         return array if self.scale == 1.0 else array * self.scale
 
-    def next_key(self) -> Any:
-        """A new key for each use."""
-        return None if self.key is None else jax.random.fold_in(self.key, next(self.log.counter))
-
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "terms"], meta_fields=[])
 @dataclasses.dataclass(eq=False)
@@ -259,7 +255,7 @@ def dropout(x: Any, term: Term) -> Any:
     """
     if term.key is None or term.dropout == 0.0:
         return x
-    key = term.next_key()
+    key = jax.random.fold_in(term.key, next(term.log.counter))  # a new one for each use
     for axis in sorted(jax.typeof(x).manual_axis_type.varying):
         key = jax.random.fold_in(key, lax.axis_index(axis))
     mask = jax.random.bernoulli(key, 1.0 - term.dropout, x.shape)
