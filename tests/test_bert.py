@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lj
 from lora_jax import paths
 from lora_jax.models import bert
+from lora_jax.names import HFName
 
 DATA = pathlib.Path(__file__).parent / "data" / "bert"
 INPUTS = {name: jnp.asarray(x, jnp.int32) for name, x in load_file(DATA / "inputs.safetensors").items()}
@@ -74,13 +75,13 @@ def test_names_lead_to_every_tensor_and_back():
     loaded = bert.load(DATA / "base")
     tensors = load_file(DATA / "base" / "model.safetensors")
     leaves, _ = paths.flatten(loaded.variables)
-    assert loaded.names["params/encoder/layer_1/attention/out/kernel"] == bert.HFName(
-        "bert.encoder.layer.1.attention.output.dense.weight", transpose=True
+    assert loaded.names["params/encoder/layer_1/attention/out/kernel"] == HFName(
+        "bert.encoder.layer.1.attention.output.dense.weight", "i o -> o i"
     )
     assert set(leaves) == set(loaded.names)
     assert sorted(name.name for name in loaded.names.values()) == sorted(tensors)
     for path, name in loaded.names.items():
-        np.testing.assert_array_equal(leaves[path], tensors[name.name].T if name.transpose else tensors[name.name])
+        np.testing.assert_array_equal(name.export(leaves[path]), tensors[name.name])
 
 
 def test_without_a_mask_nothing_is_padding():

@@ -12,7 +12,7 @@ import lora_jax
 ROOT = pathlib.Path(lora_jax.__file__).parent
 LAYERS = {
     0: ["_compat", "paths"],
-    1: ["config", "adapter", "weight"],
+    1: ["config", "adapter", "weight", "names"],
     2: ["moves", "products"],
     3: ["transform"],
     4: ["usage", "initializers"],

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.models import checkpoint_files
-from lora_jax.models.checkpoint_files import HFName as HFName
+from lora_jax.names import HFName
 
 Pooling = Literal["mean", "cls", "pooler"]
 
@@ -192,9 +192,9 @@ def hf_names(config: BertConfig, prefix: str = "bert.") -> dict[str, HFName]:
     >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=8, max_position_embeddings=8, type_vocab_size=2)
     >>> names = hf_names(BertConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
     >>> names["params/encoder/layer_0/mlp/up/kernel"]
-    HFName(name='bert.encoder.layer.0.intermediate.dense.weight', transpose=True)
+    HFName(name='bert.encoder.layer.0.intermediate.dense.weight', axes='i o -> o i', kind='linear', order=0, tied='')
     """
-    table = {f"embeddings/{name}/embedding": HFName(f"{prefix}embeddings.{name}_embeddings.weight")
+    table = {f"embeddings/{name}/embedding": HFName(f"{prefix}embeddings.{name}_embeddings.weight", kind="embedding")
              for name in ("word", "position", "token_type")}  # fmt: skip
     dense = {"pooler": f"{prefix}pooler.dense"} if config.pooling == "pooler" else {}
     norms = {"embeddings/norm": f"{prefix}embeddings.LayerNorm"}
@@ -207,7 +207,7 @@ def hf_names(config: BertConfig, prefix: str = "bert.") -> dict[str, HFName]:
         norms[f"{ours}/attention/norm"] = f"{theirs}.attention.output.LayerNorm"
         norms[f"{ours}/mlp/norm"] = f"{theirs}.output.LayerNorm"
     for ours, theirs in {**dense, "classifier": "classifier"}.items():
-        table[f"{ours}/kernel"] = HFName(f"{theirs}.weight", transpose=True)
+        table[f"{ours}/kernel"] = HFName(f"{theirs}.weight", "i o -> o i")
         table[f"{ours}/bias"] = HFName(f"{theirs}.bias")
     for ours, theirs in norms.items():
         table[f"{ours}/scale"] = HFName(f"{theirs}.weight")

@@ -1,6 +1,5 @@
 """The files of a Hugging Face model directory, read with errors that name the file."""
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -10,18 +9,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-
-@dataclasses.dataclass(frozen=True)
-class HFName:
-    """Where a parameter stands in a Hugging Face checkpoint.
-
-    Args:
-      name: the tensor's name there.
-      transpose: whether the tensor is the parameter transposed: `(out, in)` there, `(in, out)` here.
-    """
-
-    name: str
-    transpose: bool = False
+from lora_jax.names import HFName
 
 
 def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
@@ -73,10 +61,10 @@ def arrange(
     _complain(f"{file} has unexpected tensors", set(tensors) - {name.name for name in wanted})
     found = {}
     for name, shape in wanted.items():
-        tensor, want = tensors[name.name], shape[::-1] if name.transpose else shape
+        tensor, want = tensors[name.name], name.shape(shape)
         if tensor.shape != want:
             raise ValueError(f"{file}: {name.name} has the shape {tensor.shape}; config.json asks for {want}")
-        found[name] = tensor.T if name.transpose else tensor
+        found[name] = name.restore(tensor, shape)
     return found
 
 
