@@ -60,6 +60,9 @@ class Adapter:
 class LowRank(Adapter):
     """A low-rank pair: the parameter W acts as `W + scale A B`.
 
+    With a magnitude it acts as `m (W + scale A B) / ||W + scale A B||`, per output (DoRA, https://arxiv.org/abs/2402.09353).
+    With a bias each product with it gives `scale bias` more.
+
     Args:
       a: `(*batch, *in, r)`.
       b: `(*batch, r, *out)`.
@@ -68,6 +71,9 @@ class LowRank(Adapter):
       dropout: the rate on the input of the branch.
       ranks: the true rank of each matrix of a stack, in row-major order of the batch axes, where they differ: A and B are
         zero beyond it. `None`: all have rank r.
+      magnitude: DoRA's m, `(*batch, *out)`.
+      bias: `(*batch, *out)`.
+      bias_path: the parameter that `merge` adds the bias to.
       frozen: names of arrays that are not trained.
 
     >>> import jax.numpy as jnp
@@ -84,11 +90,15 @@ class LowRank(Adapter):
     scale: Any = 1.0
     dropout: float = 0.0
     ranks: tuple[int, ...] | None = None
+    magnitude: Any = None
+    bias: Any = None
+    bias_path: str | None = None
 
     arrays = ("a", "b")
 
     def children(self) -> tuple[str, ...]:
-        return self.arrays if isinstance(self.scale, float) else (*self.arrays, "scale")
+        extra = tuple(name for name in ("magnitude", "bias") if getattr(self, name) is not None)
+        return (*self.arrays, *extra) if isinstance(self.scale, float) else (*self.arrays, *extra, "scale")
 
     def roles(self) -> Self:
         scaled = {} if isinstance(self.scale, float) else {"scale": FROZEN}
@@ -99,12 +109,12 @@ class LowRank(Adapter):
         """r, the inner size of the pair."""
         return self.a.shape[-1]
 
-    def scaled_b(self) -> jax.Array:
-        """`scale B`, `(*batch, r, *out)`."""
+    def scaled(self, array: Any) -> jax.Array:
+        """`scale` times an array whose first axes are the batch axes."""
         scale = self.scale
         if not isinstance(scale, float):
-            scale = jnp.reshape(scale, scale.shape + (1,) * (self.b.ndim - scale.ndim)).astype(self.b.dtype)
-        return self.b * scale
+            scale = jnp.reshape(scale, scale.shape + (1,) * (array.ndim - scale.ndim)).astype(array.dtype)
+        return array * scale
 
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The axis of W that each axis of A and of B lies along; -1 for the rank."""
@@ -117,7 +127,7 @@ class LowRank(Adapter):
         rank_label = len(a_axes) + len(b_axes)
         label = lambda axes: [rank_label if axis < 0 else axis for axis in axes]
         order = range(len(self.layout.batch + self.layout.inputs + self.layout.outputs))
-        return jnp.einsum(self.a, label(a_axes), self.scaled_b(), label(b_axes), list(order), precision="highest")
+        return jnp.einsum(self.a, label(a_axes), self.scaled(self.b), label(b_axes), list(order), precision="highest")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -208,7 +218,8 @@ def check(path: str, adapter: Adapter, shape: tuple[int, ...]) -> None:
         if sorted(layout.batch + layout.inputs + layout.outputs) != list(range(len(shape))):
             raise ValueError(f"{path}: the parameter has the shape {shape}, which the adapter's {layout} does not cover")
         a_shape, b_shape = layout.factor_shapes(shape, adapter.rank)
-        wanted = {"a": a_shape, "b": b_shape}
+        out_shape = tuple(shape[i] for i in (*layout.batch, *layout.outputs))
+        wanted = {"a": a_shape, "b": b_shape} | {n: out_shape for n in adapter.children() if n in ("magnitude", "bias")}
         if isinstance(adapter.scale, int):
             raise ValueError(f"{path}: the adapter's scale is the whole number {adapter.scale}: write {float(adapter.scale)}")
         if not isinstance(adapter.scale, float):

@@ -247,13 +247,19 @@ def _join(eqn: Equation, weights: Sequence[Any], axis: int, base: Any) -> list[A
 
 def _padded(term: Term, axis: int, size: int, config: tuple[int, int, int]) -> Term:
     """A term of `size` along an axis with zeros around it (and between)."""
-    if not any(axis in factor.axes for factor in term.factors):
+    has_axis = lambda factors: any(axis in factor.axes for factor in factors)
+    if not has_axis(term.factors):
         term = dataclasses.replace(term, factors=(term.factors[0].explicit(axis, size), *term.factors[1:]))
+    if term.excess and not has_axis(term.excess):
+        ones = Factor(jnp.ones(size, term.excess[0].array.dtype), (axis,))
+        term = dataclasses.replace(term, excess=(*term.excess, ones))
+    if term.bias and not has_axis([term.bias]):
+        term = dataclasses.replace(term, bias=term.bias.explicit(axis, size))
 
     def pad(x: Any, dim: int) -> Any:
         return lax.pad(x, jnp.zeros((), x.dtype), [config if d == dim else (0, 0, 0) for d in range(x.ndim)])
 
-    return dataclasses.replace(term, factors=tuple(factor.along(axis, pad) for factor in term.factors))
+    return term.map(lambda part: part.along(axis, pad))
 
 
 def _pad(eqn: Equation, weight: Any, value: Any) -> list[Any]:
@@ -294,6 +300,8 @@ def _scale(eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
 
 
 def _scaled(weight: Weight, base: Any, fn: Callable[[Any], Any]) -> Weight:
+    if weight.biased:
+        raise NotLowRank("it is multiplied with a number, and its adapter has a bias")
     last = lambda term: dataclasses.replace(term.factors[-1], array=fn(term.factors[-1].array))
     terms = [dataclasses.replace(term, factors=(*term.factors[:-1], last(term))) for term in weight.terms]
     return Weight(base, tuple(terms))

@@ -4,6 +4,8 @@ The weight meets an activation here, and its terms stay factors: `x (W + A B) = 
 which axes the product contracts instead. A rule raises `NotLowRank` where the terms cannot stay factors.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from lora_jax.weight import (
     contract,
     dropout,
     is_weight,
+    scaled_along,
     two_step,
 )
 
@@ -77,7 +80,7 @@ def is_lookup(weight: Weight, roles: Mapping[int, str]) -> bool:
 
 def as_activation(eqn: Equation | None, value: Any) -> Any:
     """Picked rows as an array, for an equation (or the return) that uses them as an activation; anything else as it is."""
-    if is_weight(value) and is_lookup(value, {}):
+    if is_weight(value) and not value.biased and is_lookup(value, {}):
         if value.probing:
             note_lookup(value, eqn)
         return value.value
@@ -110,10 +113,43 @@ def _dot_general(eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
     w_free = [axis for axis in range(n) if roles[axis] == "out"]
     out = [*wb, *(x_free + w_free if x_first else w_free + x_free)]
     options = _precision(eqn, x_first), eqn.params["preferred_element_type"]
+    product = lambda x, kept: contract(
+        x, x_labels, weight.base, range(n), [*kept, *out], precision=options[0], preferred_element_type=options[1]
+    )
+    plain = result
     for term in weight.terms:
-        branch = two_step(dropout(x, term), x_labels, term, out, *options)
+        dropped = dropout(x, term)
+        branch = two_step(dropped, x_labels, term, out, *options)
         result = result + branch.astype(result.dtype)
+        if term.excess:
+            result = result + _more_base(term, plain, product, x, dropped, x_labels, out)
+        result = _with_bias(result, term, out)
     return [result]
+
+
+def _more_base(
+    term: Term, plain: Any, product: Callable[..., Any], x: Any, dropped: Any, x_labels: Sequence[int], out: Sequence[int]
+) -> Any:
+    """DoRA's `(g - 1) (x W)`, with the branch's dropout on x.
+
+    A factor that lies along in axes alone scales x instead; one along in and out axes (experts that one product sums over)
+    needs a product that keeps those in axes: `product(x, axes)` puts them in front.
+    """
+    on_x = [set(factor.axes) <= set(x_labels) - set(out) for factor in term.excess]
+    before, after = ([factor for factor, on in zip(term.excess, on_x) if on == wanted] for wanted in (True, False))
+    kept = sorted({axis for factor in after for axis in factor.axes} - set(out))
+    changed = before or kept or dropped is not x
+    base = product(scaled_along(dropped, before, x_labels), kept).astype(plain.dtype) if changed else plain
+    return jnp.sum(scaled_along(base, after, [*kept, *out]), tuple(range(len(kept))))
+
+
+def _with_bias(result: Any, term: Term, out: Sequence[int]) -> Any:
+    """A product with the bias of the branch added."""
+    if term.bias is None:
+        return result
+    if not set(term.bias.axes) <= set(out):
+        raise NotLowRank("the adapter's bias does not lie along the out axes of this use")
+    return result + term.bias.laid_along(out, result.dtype)
 
 
 def _settle(eqn: Equation, value: Any, roles: Mapping[int, str], other: Any) -> Any:
@@ -156,8 +192,21 @@ def _conv(eqn: Equation, x: Any, weight: Any) -> list[Any]:
     result = _compat.bind(eqn, [x, weight.base])[0]
     if weight.probing:
         return [result]
+    out = [-1] * result.ndim
+    out[params["dimension_numbers"].out_spec[1]] = spec[0]
+    plain = result
+
+    def product(x: Any, kept: Sequence[int]) -> Any:
+        if kept:
+            raise NotLowRank("the adapter's magnitude does not lie along the out axis of this convolution")
+        return _compat.bind(eqn, [x, weight.base])[0]
+
     for term in weight.terms:
-        result = result + _conv_branch(eqn, dropout(x, term), term, weight.shape, spec).astype(result.dtype)
+        dropped = dropout(x, term)
+        result = result + _conv_branch(eqn, dropped, term, weight.shape, spec).astype(result.dtype)
+        if term.excess:
+            result = result + _more_base(term, plain, product, x, dropped, (), out)
+        result = _with_bias(result, term, out)
     return [result]
 
 
@@ -198,14 +247,29 @@ def _ragged_dot(eqn: Equation, x: Any, weight: Any, group_sizes: Any, *offset: A
     result = _compat.bind(eqn, [x, weight.base, group_sizes])[0]
     if weight.probing:
         return [result]
-    inner, outer = wc[0], next(axis for axis, role in roles.items() if role == "out")
+    plain, inner, outer = result, wc[0], next(axis for axis, role in roles.items() if role == "out")
     for term in weight.terms:
         first, second = sorted(term.factors, key=lambda factor: inner not in factor.axes)
         if outer in first.axes or inner in second.axes:
             raise NotLowRank("the adapter's layout is not that of grouped matrices (batch: group, in, out)")
-        z = term.scaled(_grouped(dropout(x, term), first, (group[0], inner, RANK), group_sizes, eqn))
+        dropped = dropout(x, term)
+        z = term.scaled(_grouped(dropped, first, (group[0], inner, RANK), group_sizes, eqn))
         result = result + _grouped(z, second, (group[0], RANK, outer), group_sizes, eqn).astype(result.dtype)
+        per_row = lambda part: _per_row(part, (group[0], outer), x.shape[0], group_sizes, eqn).astype(result.dtype)  # noqa: B023
+        if term.excess:
+            base = plain if dropped is x else _compat.bind(eqn, [dropped, weight.base, group_sizes])[0]
+            result = result + functools.reduce(jnp.multiply, map(per_row, term.excess), base)
+        if term.bias is not None:
+            result = result + per_row(term.bias)
     return [result]
+
+
+def _per_row(part: Factor, axes: tuple[int, int], rows: int, group_sizes: Any, eqn: Equation) -> Any:
+    """What a part (groups, out) says for each row, `(rows, out)`: a grouped product with ones."""
+    if not set(part.axes) <= set(axes):
+        raise NotLowRank("the adapter's magnitude or bias does not lie along the groups and out axes of this use")
+    whole = dataclasses.replace(part, array=part.array[None], axes=(RANK, *part.axes))
+    return _grouped(jnp.ones((rows, 1), part.array.dtype), whole, (axes[0], RANK, axes[1]), group_sizes, eqn)
 
 
 def _grouped(x: Any, factor: Factor, axes: tuple[int, ...], group_sizes: Any, eqn: Equation) -> Any:

@@ -86,7 +86,7 @@ def summary(variables: Any, adapters: Mapping[str, Adapter]) -> Summary:
             raise ValueError(f"the adapter {path!r} has no parameter in this tree: it was made for another model")
         check(path, adapter, tuple(leaves[path].shape))
         rows.append(_row(path, tuple(leaves[path].shape), adapter))
-        optimizer_bytes += 2 * sum(_bytes(array) for array in _trained(adapter))
+        optimizer_bytes += 2 * sum(_bytes(array) for array in _trained(adapter).values())
     return Summary(
         tuple(rows),
         sum(math.prod(leaf.shape) for leaf in leaves.values()),
@@ -99,20 +99,21 @@ def summary(variables: Any, adapters: Mapping[str, Adapter]) -> Summary:
 
 def _row(path: str, shape: tuple[int, ...], adapter: Adapter) -> Row:
     rank, scale = "-", "-"
-    trainable = sum(math.prod(array.shape) for array in _trained(adapter))
+    trainable = sum(math.prod(array.shape) for array in _trained(adapter).values())
     if isinstance(adapter, LowRank):
         scale = f"{adapter.scale:g}" if isinstance(adapter.scale, float) else "varies"
         rank = str(adapter.rank)
         if adapter.ranks is not None:
             rank = "/".join(map(str, dict.fromkeys(adapter.ranks)))
-            trainable = trainable * sum(adapter.ranks) // (adapter.rank * len(adapter.ranks))
+            pair = sum(math.prod(array.shape) for name, array in _trained(adapter).items() if name in ("a", "b"))
+            trainable -= pair - pair * sum(adapter.ranks) // (adapter.rank * len(adapter.ranks))
     size = sum(map(_bytes, jax.tree.leaves(adapter)))
     return Row(path, shape, type(adapter).__name__, rank, scale, math.prod(shape), trainable, size)
 
 
-def _trained(adapter: Adapter) -> list[Any]:
+def _trained(adapter: Adapter) -> dict[str, Any]:
     labels = adapter.roles()
-    return [getattr(adapter, name) for name in adapter.children() if getattr(labels, name) == ADAPTER]
+    return {name: getattr(adapter, name) for name in adapter.children() if getattr(labels, name) == ADAPTER}
 
 
 def _bytes(array: Any) -> int:

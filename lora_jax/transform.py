@@ -19,6 +19,7 @@ from jax import lax
 
 from lora_jax import _compat, paths
 from lora_jax.adapter import FROZEN, Adapted, Adapter, Full, LowRank, check, is_adapted
+from lora_jax.dora import gain
 from lora_jax.moves import MOVES
 from lora_jax.products import PRODUCTS, as_activation, record
 from lora_jax.weight import Factor, Log, NotLowRank, Term, Weight, is_weight
@@ -121,17 +122,23 @@ def _value(path: str, node: Any, walk: Walk, key: Any, freeze: bool) -> Any:
     adapter: Any = _hold_frozen(node.adapter)
     if isinstance(adapter, Full):
         return adapter.value.astype(node.base.dtype)
-    return Weight(hold(node.base), (_term(path, adapter, walk, key),))
+    return Weight(hold(node.base), (_term(path, node.base, adapter, walk, key),))
 
 
-def _term(path: str, adapter: LowRank, walk: Walk, key: Any) -> Term:
-    a_axes, b_axes = adapter.axes()
+def _term(path: str, base: Any, adapter: LowRank, walk: Walk, key: Any) -> Term:
+    (a_axes, b_axes), layout = adapter.axes(), adapter.layout
     static = isinstance(adapter.scale, float)
-    factors = Factor(adapter.a, a_axes), Factor(adapter.b if static else adapter.scaled_b(), b_axes)
+    b, excess, bias = adapter.b if static else adapter.scaled(adapter.b), (), None
+    if adapter.magnitude is not None:
+        g = gain(base, adapter)
+        b = b * jnp.expand_dims(g, len(layout.batch)).astype(b.dtype)
+        excess = (Factor(g - 1, (*layout.batch, *layout.outputs)),)
+    if adapter.bias is not None:
+        bias = Factor(adapter.scaled(adapter.bias), (*layout.batch, *layout.outputs))
     if key is not None and adapter.dropout:
         key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    scale = adapter.scale if static else 1.0
-    return Term(factors, path, walk, scale, adapter.dropout, key if adapter.dropout else None)
+    scale, key = adapter.scale if static else 1.0, key if adapter.dropout else None
+    return Term((Factor(adapter.a, a_axes), Factor(b, b_axes)), path, walk, scale, adapter.dropout, key, excess, bias)
 
 
 def _stop_gradient(leaf: Any) -> Any:
@@ -254,6 +261,11 @@ def _as_array(value: Any, walk: Walk, reason: str, eqn: Equation | None = None) 
             "Exclude it from the targets, train it whole (LoraConfig(train=[...])), or form W + AB for such uses with "
             "lora(fn, on_unsupported='materialize'); explain(fn, params, ...) shows every use"
         )
+    elif value.biased:
+        raise NotLowRankError(
+            f"{' and '.join(value.paths())} (shape {value.shape}): `{name}` at {site} needs the whole weight, which can't hold "
+            f"the adapter's bias: {reason}"
+        )
     return value.value
 
 
@@ -347,7 +359,7 @@ def _unstack(weight: Weight) -> tuple[Any, Callable[[Any], Weight]]:
 
     A factor without that axis is the same in every iteration and is closed over.
     """
-    factors = [factor for term in weight.terms for factor in term.factors]
+    factors = [part for term in weight.terms for part in term.parts]
     stacked = [jnp.moveaxis(f.array, f.dim(0), 0) if 0 in f.axes else None for f in factors]
 
     def rebuild(slices: Any) -> Weight:

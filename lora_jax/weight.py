@@ -100,6 +100,12 @@ class Factor:
             return self
         return dataclasses.replace(self, array=fn(self.array, self.dim(axis)))
 
+    def laid_along(self, labels: Sequence[int], dtype: Any) -> Any:
+        """The array with its dimensions in the order of `labels`, of size 1 along those that it lacks."""
+        order = sorted(range(len(self.axes)), key=lambda d: list(labels).index(self.axes[d]))
+        array = lax.transpose(self.array, order).astype(dtype)
+        return lax.expand_dims(array, [place for place, label in enumerate(labels) if label not in self.axes])
+
     def explicit(self, axis: int, size: int) -> "Factor":
         """The factor with a dimension along an axis that it was constant along."""
         array = jnp.broadcast_to(self.array[None], (size, *self.array.shape))
@@ -107,11 +113,17 @@ class Factor:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["factors", "key"], meta_fields=["path", "log", "scale", "dropout"]
+    jax.tree_util.register_dataclass,
+    data_fields=["factors", "excess", "bias", "key"],
+    meta_fields=["path", "log", "scale", "dropout"],
 )
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """`scale` times the product of factors, summed over the rank: (A, B) of one adapter, or a probe factor for each axis."""
+    """`scale` times the product of factors, summed over the rank: (A, B) of one adapter, or a probe factor for each axis.
+
+    `excess` is DoRA's `g - 1`, as a product of factors, by which the base counts more (B holds its own g); `bias` is what a
+    product gives more.
+    """
 
     factors: tuple[Factor, ...]
     path: str
@@ -119,6 +131,18 @@ class Term:
     scale: float = 1.0
     dropout: float = 0.0
     key: Any = None
+    excess: tuple[Factor, ...] = ()
+    bias: Factor | None = None
+
+    @property
+    def parts(self) -> tuple[Factor, ...]:
+        """All that moves with the weight."""
+        return (*self.factors, *self.excess, *([] if self.bias is None else [self.bias]))
+
+    def map(self, fn: Callable[[Factor], Factor]) -> "Term":
+        """`fn` applied to each part, in the order of `parts`."""
+        factors, excess = tuple(map(fn, self.factors)), tuple(map(fn, self.excess))
+        return dataclasses.replace(self, factors=factors, excess=excess, bias=self.bias and fn(self.bias))
 
     @property
     def picked(self) -> bool:
@@ -152,8 +176,7 @@ class Weight:
 
     def move(self, base: Any, fn: Callable[[Factor], Factor]) -> "Weight":
         """A new base, and `fn` applied to each factor."""
-        terms = tuple(dataclasses.replace(term, factors=tuple(map(fn, term.factors))) for term in self.terms)
-        return Weight(base, terms)
+        return Weight(base, tuple(term.map(fn) for term in self.terms))
 
     def fold_key(self, index: Any) -> "Weight":
         """The weight in one iteration of a loop: its dropout keys depend on the iteration."""
@@ -163,6 +186,11 @@ class Weight:
     @property
     def keyed(self) -> bool:
         return any(term.key is not None for term in self.terms)
+
+    @property
+    def biased(self) -> bool:
+        """Whether an adapter has a bias, which the weight alone can't hold."""
+        return any(term.bias is not None for term in self.terms)
 
     def paths(self) -> list[str]:
         return [term.path for term in self.terms]
@@ -178,8 +206,14 @@ class Weight:
         self.reach()
         if self.probing:
             return self.base
+        if self.biased:
+            raise NotLowRank("its adapter has a bias, which a product alone can take")
         total = functools.reduce(jnp.add, [_multiply_out(term, self.shape) for term in self.terms])
-        return self.base + total.astype(self.base.dtype)
+        value = self.base + total.astype(self.base.dtype)
+        for term in self.terms:
+            if term.excess:
+                value = value + scaled_along(self.base, term.excess, range(len(self.shape)))
+        return value
 
 
 def is_weight(value: Any) -> bool:
@@ -211,6 +245,11 @@ def _sum_out(x: Any, labels: Sequence[int], keep: set[int]) -> tuple[Any, list[i
     """Sum over the axes whose label nothing else needs."""
     gone = tuple(d for d, label in enumerate(labels) if label not in keep)
     return (jnp.sum(x, gone) if gone else x), [label for label in labels if label in keep]
+
+
+def scaled_along(array: Any, factors: Sequence[Factor], labels: Sequence[int]) -> Any:
+    """An array whose axes have these labels, times factors that lie along some of them."""
+    return functools.reduce(lambda x, factor: x * factor.laid_along(labels, x.dtype), factors, array)
 
 
 def _multiply_out(term: Term, shape: tuple[int, ...]) -> Any:

@@ -115,7 +115,7 @@ def test_merge_checks_on_request(bad):
 
 
 def test_a_full_adapter_can_not_be_unmerged():
-    with pytest.raises(ValueError, match="params/norm: a Full adapter replaces its parameter"):
+    with pytest.raises(ValueError, match="params/norm: a Full adapter and one with a magnitude replace their parameter"):
         lj.unmerge(VARIABLES, {"params/norm": lj.Full(jnp.zeros(4))})
 
 

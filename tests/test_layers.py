@@ -13,7 +13,7 @@ ROOT = pathlib.Path(lora_jax.__file__).parent
 LAYERS = {
     0: ["_compat", "paths"],
     1: ["config", "adapter", "weight", "names"],
-    2: ["moves", "products"],
+    2: ["moves", "products", "dora"],
     3: ["transform"],
     4: ["usage", "initializers"],
     5: ["init", "algebra", "optim", "report", "packing"],

@@ -1,0 +1,54 @@
+"""DoRA: a trained magnitude for each output of a kernel (https://arxiv.org/abs/2402.09353), as PEFT computes it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax.adapter import LowRank
+from lora_jax.weight import contract
+
+
+def gain(base: Any, adapter: LowRank) -> jax.Array:
+    """`g = m / ||W + s A B||`, `(*batch, *out)`: the factor of each output; 1 where a stack's matrix has rank 0.
+
+    The norm is a constant for the gradient (section 4.3 of the paper). Neither A B nor anything of W's shape is made:
+    `||w_j + s A b_j||^2 = ||w_j||^2 + 2 s (W^T A)_j b_j + s^2 b_j^T (A^T A) b_j`.
+
+    Args:
+      base: W.
+      adapter: a pair with a `magnitude`.
+
+    >>> from lora_jax.adapter import Layout
+    >>> pair = LowRank(jnp.ones((2, 1)), jnp.ones((1, 1)), Layout((), (0,), (1,)), scale=2.0, magnitude=jnp.array([10.0]))
+    >>> gain(jnp.array([[1.0], [2.0]]), pair)
+    Array([2.], dtype=float32)
+    """
+    magnitude = jnp.asarray(adapter.magnitude)
+    result = magnitude / lax.stop_gradient(column_norm(base, adapter)).astype(magnitude.dtype)
+    if adapter.ranks is None:
+        return result
+    batch = result.shape[: len(adapter.layout.batch)]
+    adapted = np.reshape(np.array(adapter.ranks) > 0, batch + (1,) * (result.ndim - len(batch)))
+    return jnp.where(adapted, result, jnp.ones_like(result))
+
+
+def column_norm(base: Any, adapter: LowRank) -> jax.Array:
+    """`||W + s A B||` over the in axes, `(*batch, *out)`, in float32 or wider where W or the adapter is."""
+    base, layout, (a_axes, b_axes) = jnp.asarray(base), adapter.layout, adapter.axes()
+    with jax.numpy_dtype_promotion("standard"):
+        wide = jnp.result_type(jnp.float32, base.dtype, jnp.asarray(adapter.a).dtype)
+    a, b = jnp.asarray(adapter.a, wide), adapter.scaled(jnp.asarray(adapter.b, wide))
+    rank, other = -1, -2
+    w_axes, kept = tuple(range(base.ndim)), (*layout.batch, *layout.outputs)
+    precise: Any = {"precision": "highest", "preferred_element_type": wide}
+    squares = contract(base, w_axes, base, w_axes, kept, **precise)
+    across = contract(base, w_axes, a.astype(base.dtype), a_axes, (*layout.batch, *layout.outputs, rank), **precise)
+    mixed = contract(across, (*layout.batch, *layout.outputs, rank), b, b_axes, kept, **precise)
+    other_axes = tuple(other if axis == rank else axis for axis in a_axes)
+    gram = contract(a, a_axes, a, other_axes, (*layout.batch, rank, other), **precise)
+    twice = contract(gram, (*layout.batch, other, rank), b, b_axes, (*layout.batch, other, *layout.outputs), **precise)
+    pair = contract(twice, (*layout.batch, rank, *layout.outputs), b, b_axes, kept, **precise)
+    return jnp.sqrt(jnp.maximum(squares + 2 * mixed + pair, 0))
