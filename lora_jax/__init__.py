@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from lora_jax import checkpoint as checkpoint
     from lora_jax import models as models
     from lora_jax import nnx as nnx
+    from lora_jax import peft as peft
     from lora_jax import train as train
 
 __version__ = "0.1.0"
-_SUBMODULES = ("checkpoint", "models", "nnx", "train")
+_SUBMODULES = ("checkpoint", "models", "nnx", "peft", "train")
 
 
 def __getattr__(name: str) -> Any:

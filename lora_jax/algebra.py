@@ -1,5 +1,6 @@
 """Adapters and whole kernels: `merge` and `unmerge`."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +69,8 @@ def _folded(node: Any, sign: float = 1.0) -> Any:
         return adapter.value.astype(base.dtype)
     with jax.numpy_dtype_promotion("standard"):
         wide = jnp.promote_types(base.dtype, adapter.a.dtype)
-    result = base.astype(wide) + sign * adapter.delta().astype(wide)
+    pair = dataclasses.replace(adapter, a=adapter.a.astype(wide), b=adapter.b.astype(wide))
+    result = base.astype(wide) + sign * pair.delta()
     if adapter.magnitude is not None:
         layout = adapter.layout
         result = result * Factor(gain(base, adapter), (*layout.batch, *layout.outputs)).laid_along(range(base.ndim), wide)

@@ -13,22 +13,30 @@ ROOT = pathlib.Path(lora_jax.__file__).parent
 LAYERS = {
     0: ["_compat", "paths"],
     1: ["config", "adapter", "weight", "names"],
-    2: ["moves", "products", "dora"],
-    3: ["transform"],
+    2: ["moves", "products", "dora", "peft.settings", "peft.slots", "peft.rules"],
+    3: ["transform", "peft.replay"],
     4: ["usage", "initializers"],
     5: ["init", "algebra", "optim", "report", "packing"],
     6: ["train", "nnx"],
-    7: ["checkpoint", "models.checkpoint_files", "data", "fetch", "curve", "progress"],
-    8: ["models.bert", "run"],
-    9: ["session"],
-    10: ["finetune", "inspection"],
-    11: ["cli"],
+    7: ["checkpoint", "files", "tables", "fetch", "chat"],
+    8: ["metrics", "data"],
+    9: ["curve", "progress", "run", "models.llama_config"],
+    10: ["models.checkpoint_files", "models.gguf_reader", "models.decoder"],
+    11: ["models.bert", "models.gguf_files", "models.generation", "peft.files"],
+    12: ["models.llama", "text_tokenizer", "task", "peft.reading"],
+    13: ["classify", "lm_data", "hf_directory", "peft.writing"],
+    14: ["rows"],
+    15: ["lm"],
+    16: ["session"],
+    17: ["finetune", "inspection"],
+    18: ["generate", "transfer"],
+    19: ["cli"],
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py") if path.name != "__init__.py"
 }
-THIRD_PARTY = {"matplotlib", "flax", "orbax", "grain", "tokenizers", "rich", "safetensors", "transformers"}
+THIRD_PARTY = {"matplotlib", "flax", "orbax", "grain", "tokenizers", "rich", "safetensors", "transformers", "jinja2", "gguf"}
 
 
 def imported(path):

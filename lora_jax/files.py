@@ -1,0 +1,43 @@
+"""Files and directories that are there in full or not at all."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+
+def write(file: pathlib.Path, content: bytes) -> None:
+    """Replace a file in one go, so that a crash leaves the old one or the new one."""
+    temporary = file.with_name(f".{file.name}.new")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def check_empty(directory: pathlib.Path) -> None:
+    """Raise a FileExistsError unless new files can go into this directory."""
+    # A crash can leave hidden forerunners of files.
+    if directory.exists() and (not directory.is_dir() or any(not entry.name.startswith(".") for entry in directory.iterdir())):
+        raise FileExistsError(f"{directory} is not an empty directory: choose another --out")
+
+
+@contextlib.contextmanager
+def fresh_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory to write into, which becomes `directory` at the end, or vanishes if an error is raised.
+
+    Raises:
+      FileExistsError: there are files in `directory` already.
+    """
+    check_empty(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
+        made = pathlib.Path(temporary) / "made"
+        made.mkdir()
+        yield made
+        if directory.exists():
+            shutil.rmtree(directory)
+        made.rename(directory)

@@ -1,0 +1,6 @@
+"""Adapters to and from Hugging Face PEFT."""
+
+from lora_jax.names import HFName as HFName
+from lora_jax.names import match as match
+from lora_jax.peft.reading import load as load
+from lora_jax.peft.writing import save as save

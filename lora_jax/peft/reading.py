@@ -1,0 +1,356 @@
+"""Adapters from Hugging Face PEFT's directories."""
+
+import dataclasses
+import pathlib
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.adapter import Adapter, Full, LowRank
+from lora_jax.names import HFName, listing
+from lora_jax.peft import files, replay
+from lora_jax.peft.settings import Settings
+from lora_jax.peft.slots import Slot, decode, layout, place, slots, stored_shape, tensor_names
+
+
+def load(
+    directory: str | pathlib.Path,
+    variables: Any,
+    *,
+    names: Mapping[str, HFName],
+    adapter: str | None = None,
+    strict: bool = True,
+) -> dict[str, Adapter]:
+    """The adapters of a Hugging Face PEFT directory, for the parameters of a JAX model.
+
+    Everything that PEFT's LoRA configuration can say is honoured or refused. An adapter made on a base that PiSSA or OLoRA
+    changed is turned into one of twice the rank on the original base: `s (B A - B0 A0)`, with the initialiser's `B0 A0`.
+
+    Args:
+      directory: what `PeftModel.save_pretrained` wrote: `adapter_config.json` and `adapter_model.safetensors`.
+      variables: the base's parameters (shapes suffice where nothing has to be compared or made again).
+      names: `{path: HFName}` for every parameter that Hugging Face has; see `match` and `rules`.
+      adapter: the name of an adapter that was saved under one, in `directory/<name>/`.
+      strict: whether a tensor that no parameter takes is an error, or only a warning.
+
+    Returns:
+      `{path: adapter}` in the dtype of the file. A stacked parameter has one adapter, with the true rank of each layer.
+
+    Raises:
+      FileNotFoundError: a file is missing. An `adapter_model.bin` is never opened.
+      ValueError: a damaged file, an unknown field, a tensor that is missing, of the wrong shape or not taken, or an adapter of
+        one use of a tied parameter; the message lists them.
+
+    >>> import tempfile, jax.numpy as jnp, lora_jax as lj
+    >>> from lora_jax import peft
+    >>> names = {"dense/kernel": peft.HFName("encoder.dense.weight", "i o -> o i")}
+    >>> pair = lj.LowRank(jnp.ones((3, 2)), jnp.ones((2, 4)), lj.Layout((), (0,), (1,)), scale=0.5)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     peft.save(directory, {"dense/kernel": pair}, names=names)
+    ...     loaded = peft.load(directory, {"dense": {"kernel": jnp.zeros((3, 4))}}, names=names)
+    >>> loaded["dense/kernel"].scale, loaded["dense/kernel"].b.shape
+    (0.5, (2, 4))
+    """
+    where = files.locate(directory, adapter)
+    fields, tensors = files.read(where)
+    settings = Settings.from_fields(fields, where / files.CONFIG)
+    leaves, _ = paths.flatten(variables)
+    unknown = [path for path in names if path not in leaves]
+    if unknown:
+        raise ValueError(f"the names are those of another model: these paths are not in the variables: {listing(unknown)}")
+    found = _Reader(where, settings, tensors, leaves, names)
+    adapters = found.adapters()
+    found.finish(strict)
+    return adapters
+
+
+@dataclasses.dataclass
+class _Found:
+    """The tensors of one pair, laid out as the parameter's, and its rank and scale."""
+
+    slot: Slot
+    rank: int
+    scale: float
+    parts: dict[str, np.ndarray]
+
+
+class _Reader:
+    """One directory's tensors, each of which some parameter must take."""
+
+    def __init__(self, directory: pathlib.Path, settings: Settings, tensors: Any, leaves: Any, names: Mapping[str, HFName]):
+        self.directory, self.settings, self.tensors, self.leaves = directory, settings, dict(tensors), leaves
+        self.left = dict.fromkeys(tensors)
+        self.slots = slots(names, {path: jnp.shape(leaves[path]) for path in names})
+        self.missing: list[str] = []
+
+    def adapters(self) -> dict[str, Adapter]:
+        """Every adapter, in the order of the parameters."""
+        pairs = self._pairs()
+        whole = self._whole()
+        if self.missing:
+            raise ValueError(
+                f"{self.directory}: {files.CONFIG} asks for tensors that {files.WEIGHTS} lacks: {listing(self.missing)}"
+            )
+        both = sorted(set(pairs) & set(whole))
+        if both:
+            raise ValueError(
+                f"{self.directory}: {listing(both)} would get a pair in some layers and be trained whole in others: use a "
+                "model whose layers are not stacked"
+            )
+        made = {path: self._low_rank(found) for path, found in pairs.items()}
+        made |= {path: self._full(path, found) for path, found in whole.items()}
+        return {path: made[path] for path in self.leaves if path in made}
+
+    def finish(self, strict: bool) -> None:
+        """Complain of tensors that are left."""
+        for slot in self.slots.values():
+            if slot.name.tied and any(name.startswith(f"{slot.name.tied.rpartition('.')[0]}.") for name in self.left):
+                raise ValueError(self._half_tied(slot, slot.name.tied.rpartition(".")[0]))
+        if not self.left:
+            return
+        problem = (
+            f"{self.directory / files.WEIGHTS} has {len(self.left)} tensors that no parameter takes: "
+            f"{listing(sorted(files.PREFIX + name for name in self.left))}"
+        )
+        if strict:
+            raise ValueError(
+                f"{problem}. Is it an adapter of this model, and do the names cover it? strict=False leaves them out"
+            )
+        warnings.warn(problem, stacklevel=3)
+
+    # --- pairs ---
+
+    def _pairs(self) -> dict[str, list[_Found]]:
+        pairs: dict[str, list[_Found]] = {}
+        for slot in self.slots.values():
+            if slot.is_kernel and self._is_target(slot):
+                pairs.setdefault(slot.path, []).append(self._pair(slot, slot.module, tensor_names(slot)))
+        for slot, depth in self._wrapped():
+            pairs.setdefault(slot.path, []).append(self._pair(slot, slot.tensor, tensor_names(slot, depth)))
+        for found in [f for listed in pairs.values() for f in listed]:
+            self._same_base(found.slot)
+            self._same_tied_pair(found)
+        return pairs
+
+    def _is_target(self, slot: Slot) -> bool:
+        targets = self.settings.target_modules
+        if isinstance(targets, str) and targets.lower() == "all-linear":  # PEFT saves the list that it stands for
+            return slot.name.kind != "embedding" and tensor_names(slot)["a"] in self.tensors
+        tied = self.settings.ensure_weight_tying and tensor_names(slot)["a"] in self.tensors
+        return tied or self.settings.targets(slot.module)
+
+    def _wrapped(self) -> list[tuple[Slot, int]]:
+        """The parameters that PEFT adapts by themselves, each with its place among the wrappers of its module."""
+        by_module: dict[str, list[Slot]] = {}
+        for slot in self.slots.values():
+            if slot.is_parameter and self.settings.targets_parameter(slot.tensor):
+                by_module.setdefault(slot.module, []).append(slot)
+        return [placed for group in by_module.values() for placed in nested(group)]
+
+    def _pair(self, slot: Slot, name: str, tensors: Mapping[str, str]) -> _Found:
+        settings = self.settings
+        rank, wanted = settings.rank(name), ["a", "b"]
+        wanted += ["magnitude"] if settings.use_dora else []
+        wanted += ["bias"] if settings.lora_bias and "bias" in tensors else []
+        parts = {}
+        for part in wanted:
+            tensor = self._take(tensors[part], stored_shape(slot, part, rank), slot.path)
+            if tensor is not None:
+                parts[part] = decode(slot, part, tensor, rank)
+        found = _Found(slot, rank, settings.scale(name), parts)
+        return found if self.missing or not settings.replays else self._replayed(found)
+
+    def _take(self, name: str, shape: tuple[int, ...], path: str) -> np.ndarray | None:
+        """A tensor of the file, which no other parameter may take then."""
+        if name not in self.tensors:
+            self.missing.append(files.PREFIX + name)
+            return None
+        tensor = self.tensors[name]
+        self.left.pop(name, None)
+        if tensor.ndim == len(shape) > 2 and tensor.shape[1] > shape[1] and tensor.shape[1] % shape[1] == 0:
+            raise ValueError(
+                f"{path}: in a grouped convolution PEFT's adapter takes all channels to each group, which is no change of the "
+                f"kernel ({files.PREFIX + name} has the shape {tensor.shape}, the kernel's own would be {shape})"
+            )
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{self.directory / files.WEIGHTS}: {files.PREFIX + name} has the shape {tensor.shape}; {path} of the shape "
+                f"{jnp.shape(self.leaves[path])} and the configuration's rank need {shape}"
+            )
+        return tensor
+
+    def _replayed(self, found: _Found) -> _Found:
+        """A pair of twice the rank on the original base, from one on the base that the initialiser changed."""
+        if self._is_abstract(found.slot.path):
+            raise ValueError(
+                f"{found.slot.path}: init_lora_weights={self.settings.replays!r} needs the base's values, not shapes"
+            )
+        a, b = replay.on_original_base(self.settings.replays, found.slot, self._base(found.slot), found.parts, found.scale)
+        return dataclasses.replace(found, rank=2 * found.rank, parts={**found.parts, "a": a, "b": b})
+
+    def _low_rank(self, listed: list[_Found]) -> LowRank:
+        """One adapter from the pairs of all of a parameter's tensors; those without one have rank 0."""
+        slot = listed[0].slot
+        laid, rank = layout(slot.name, len(slot.shape)), max(found.rank for found in listed)
+        a_shape, b_shape = laid.factor_shapes(slot.shape, rank)
+        batch = b_shape[: len(laid.batch)]
+        shapes = {"a": a_shape, "b": b_shape} | dict.fromkeys(("magnitude", "bias"), (*batch, *b_shape[len(batch) + 1 :]))
+        dtype = np.result_type(*(part for found in listed for part in found.parts.values()))
+        arrays = {part: np.zeros(shapes[part], dtype) for part in listed[0].parts}
+        ranks, scales = np.zeros(batch, int), np.full(batch, listed[0].scale)
+        for found in listed:
+            here = place(found.slot, laid.batch, len(batch))
+            ranks[here], scales[here] = found.rank, found.scale
+            for part, array in found.parts.items():
+                arrays[part][(*here, *_first(part, found.rank, array.ndim, len(batch) - len(found.slot.index)))] = array
+        same = len({found.scale for found in listed}) == 1
+        return LowRank(
+            self._array(arrays["a"]),
+            self._array(arrays["b"]),
+            laid,
+            scale=listed[0].scale if same else jnp.asarray(scales, jnp.float32),
+            dropout=float(self.settings.lora_dropout),
+            ranks=None if (ranks == rank).all() else tuple(map(int, ranks.reshape(-1))),
+            magnitude=self._array(arrays["magnitude"]) if "magnitude" in arrays else None,
+            bias=self._array(arrays["bias"]) if "bias" in arrays else None,
+            bias_path=self._bias_path(listed) if "bias" in arrays else None,
+        )
+
+    def _bias_path(self, listed: list[_Found]) -> str | None:
+        """The bias of the same layers, if they have one."""
+        biases = [self.slots.get(f"{found.slot.module}.bias") for found in listed]
+        fits = [bias is not None and bias.index == found.slot.index for bias, found in zip(biases, listed)]
+        return biases[0].path if biases[0] and all(fits) and len({bias.path for bias in biases if bias}) == 1 else None
+
+    # --- parameters trained whole ---
+
+    def _whole(self) -> dict[str, list[tuple[Slot, np.ndarray]]]:
+        whole: dict[str, list[tuple[Slot, np.ndarray]]] = {}
+        for slot in self.slots.values():
+            key = self._whole_key(slot)
+            if key is not None:
+                tensor = self._take(key, slot.name.shape(slot.shape), slot.path)
+                self._drop_copies(slot, tensor)
+                if tensor is not None:
+                    whole.setdefault(slot.path, []).append((slot, tensor))
+            elif slot.tensor in self.left and self._is_base(slot, self.tensors[slot.tensor]):
+                del self.left[slot.tensor]  # PEFT adds the embeddings of a model whose vocabulary was changed
+        for listed in whole.values():
+            for slot, tensor in listed:
+                self._same_tied_value(slot, tensor)
+        return whole
+
+    def _whole_key(self, slot: Slot) -> str | None:
+        """What the file calls a parameter that the configuration trains whole; `None` if it does not."""
+        settings = self.settings
+        if settings.saves(slot.module) or (settings.ensure_weight_tying and slot.tensor in self.tensors):
+            return slot.tensor
+        kernel = self.slots.get(f"{slot.module}.weight")
+        adapted = kernel is not None and kernel.is_kernel and self._is_target(kernel)
+        if slot.parameter != "bias" or settings.bias == "none" or (settings.bias == "lora_only" and not adapted):
+            return None
+        inside = f"{slot.module}.base_layer.bias"  # as PEFT writes it since its layers wrap the base's
+        return inside if adapted and inside in self.tensors else slot.tensor
+
+    def _drop_copies(self, slot: Slot, tensor: np.ndarray | None) -> None:
+        """With bias="all" PEFT writes a saved module's biases three times: also the wrapper's, and the one that is not used."""
+        again = f"{slot.module}.modules_to_save.{slot.parameter}"
+        if tensor is not None and again in self.tensors and np.array_equal(self.tensors[again], tensor):
+            self.left.pop(again, None)
+            self.left.pop(f"{slot.module}.original_module.{slot.parameter}", None)
+
+    def _full(self, path: str, listed: list[tuple[Slot, np.ndarray]]) -> Full:
+        shape = jnp.shape(self.leaves[path])
+        covered = len(listed) == len(listed[0][0].name.tensors(shape))
+        if not covered and self._is_abstract(path):
+            raise ValueError(f"{path}: the file has only some of its layers, so the base's values are needed, not shapes")
+        value = np.empty(shape, listed[0][1].dtype) if covered else np.array(self.leaves[path], listed[0][1].dtype)
+        for slot, tensor in listed:
+            value[place(slot, range(len(shape)), len(shape))] = slot.name.restore(tensor, shape)
+        return Full(self._array(value))
+
+    # --- the base ---
+
+    def _is_abstract(self, path: str) -> bool:
+        return isinstance(self.leaves[path], jax.ShapeDtypeStruct)
+
+    def _base(self, slot: Slot) -> np.ndarray:
+        return np.asarray(slot.name.export(self.leaves[slot.path], slot.index))
+
+    def _is_base(self, slot: Slot, tensor: np.ndarray) -> bool:
+        return not self._is_abstract(slot.path) and np.array_equal(tensor, self._base(slot).astype(tensor.dtype))
+
+    def _same_base(self, slot: Slot) -> None:
+        """PEFT saves the base of an embedding beside its adapter, and puts it in the base's place when it loads."""
+        for tensor_name in filter(None, (slot.tensor, slot.name.tied)):
+            copy = f"{tensor_name.rpartition('.')[0]}.base_layer.weight"
+            if copy not in self.left:
+                continue
+            if self._is_abstract(slot.path) or not self._is_base(slot, self.tensors[copy]):
+                raise ValueError(
+                    f"{self.directory / files.WEIGHTS}: {files.PREFIX + copy} of the shape {self.tensors[copy].shape} replaces "
+                    f"the base's weight, but is not equal to {slot.path} of the shape {slot.shape}: give the base this weight"
+                )
+            del self.left[copy]
+
+    # --- tied parameters: one here, used twice there ---
+
+    def _same_tied_pair(self, found: _Found) -> None:
+        """An adapter of a tied parameter must be there for both uses, as PEFT's `ensure_weight_tying` makes it."""
+        slot = found.slot
+        if not slot.name.tied or self.missing:
+            return
+        head = slot.name.tied.rpartition(".")[0]
+        keys = [f"{head}.lora_A.weight", f"{head}.lora_B.weight"]
+        own = tensor_names(slot)
+        twins = [self.tensors[own["b"]].T, self.tensors[own["a"]].T]
+        if all(key in self.tensors and np.array_equal(self.tensors[key], twin) for key, twin in zip(keys, twins)):
+            self._forget(keys)
+            return
+        raise ValueError(self._half_tied(slot, slot.module))
+
+    def _same_tied_value(self, slot: Slot, tensor: np.ndarray) -> None:
+        if not slot.name.tied:
+            return
+        if slot.name.tied not in self.tensors or not np.array_equal(self.tensors[slot.name.tied], tensor):
+            raise ValueError(self._half_tied(slot, slot.module))
+        self._forget([slot.name.tied])
+
+    def _half_tied(self, slot: Slot, module: str) -> str:
+        return (
+            f"{self.directory}: the adapter changes {module} alone, but {slot.path} is {slot.tensor} and {slot.name.tied}: "
+            "load the model with the two apart (llama.load(..., tie=False)), or make it with ensure_weight_tying=True"
+        )
+
+    def _forget(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.left.pop(key, None)
+
+    def _array(self, array: np.ndarray) -> jax.Array:
+        if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+            raise ValueError(
+                f"{self.directory / files.WEIGHTS} has {array.dtype} tensors: set jax_enable_x64 to read them as they are"
+            )
+        return jnp.asarray(array)
+
+
+def _first(part: str, rank: int, ndim: int, experts: int) -> tuple[slice, ...]:
+    """The index of the first `rank` places along a part's rank axis."""
+    index = [slice(None)] * (ndim - experts)
+    if part in ("a", "b"):
+        index[-1 if part == "a" else 0] = slice(rank)
+    return tuple(index)
+
+
+def nested(group: list[Slot]) -> list[tuple[Slot, int]]:
+    """The adapted parameters of one module, each with the number of wrappers around it: the last registered is outermost."""
+    ordered = sorted(group, key=lambda slot: slot.name.order)
+    if len({slot.name.order for slot in group}) != len(group):
+        alike = ", ".join(slot.path for slot in group)
+        raise ValueError(f"{alike} are parameters of one module: give their names an `order`, as the module registers them")
+    return [(slot, len(ordered) - 1 - i) for i, slot in enumerate(ordered)]

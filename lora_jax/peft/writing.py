@@ -1,0 +1,337 @@
+"""Adapters as Hugging Face PEFT's directories."""
+
+import collections
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.adapter import Adapter, Full, LowRank
+from lora_jax.config import LoraConfig
+from lora_jax.dora import column_norm
+from lora_jax.names import HFName, listing
+from lora_jax.peft import files
+from lora_jax.peft.reading import nested
+from lora_jax.peft.slots import RANK, Slot, encode, roles, slots, stored_shape, tensor_names
+
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT stores the base of these two beside their adapters
+
+
+def save(
+    directory: str | pathlib.Path,
+    adapters: Mapping[str, Adapter],
+    *,
+    names: Mapping[str, HFName],
+    config: LoraConfig | None = None,
+    adapter: str | None = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    variables: Any = None,
+) -> None:
+    """Write adapters as Hugging Face PEFT does, for `PeftModel.from_pretrained`, vLLM and all else that reads its format.
+
+    Args:
+      directory: where `adapter_config.json` and `adapter_model.safetensors` go; files of these names are replaced.
+      adapters: `{path: adapter}`; `LowRank` becomes lora_A and lora_B (with its magnitude and bias), `Full` becomes a module to
+        save, or a trained bias.
+      names: `{path: HFName}`; see `match` and `rules`.
+      config: what the adapters were made with: it says whether alpha is over r or over sqrt(r), and the default rank and alpha.
+      adapter: a name to save under, in `directory/<name>/`.
+      base_model: the base's name or directory, for `base_model_name_or_path`.
+      task_type: PEFT's `"CAUSAL_LM"`, `"SEQ_CLS"`, ...
+      variables: the base, needed where PEFT stores more than what is trained (the other parameters of a module, the magnitudes
+        of layers without one); with it the base's embeddings beside an adapter are stored too, as PEFT does, which needs
+        them only if the vocabulary was changed.
+
+    Raises:
+      ValueError: an adapter has no name, is abstract or can't be expressed in PEFT; the message names it and says what to do.
+    """
+    unnamed = [path for path in adapters if path not in names]
+    if unnamed:
+        raise ValueError(f"names has no Hugging Face name for {listing(unnamed)}")
+    abstract = [path for path, a in adapters.items() if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(a))]
+    if abstract:
+        raise ValueError(f"only arrays can be saved, but these adapters are abstract: {listing(abstract)}")
+    leaves = {} if variables is None else paths.flatten(variables)[0]
+    writer = _Writer(adapters, names, config, leaves)
+    fields = writer.fields() | {"base_model_name_or_path": base_model, "task_type": task_type}
+    files.write(files.locate(directory, adapter), fields, writer.tensors)
+
+
+@dataclasses.dataclass
+class _Pair:
+    """One module's pair as PEFT has it."""
+
+    slot: Slot
+    rank: int
+    scale: float
+
+    @property
+    def key(self) -> str:
+        """The name that PEFT matches patterns with."""
+        return self.slot.tensor if self.slot.is_parameter else self.slot.module
+
+
+class _Writer:
+    """The tensors of an adapter set, and what the configuration must say of them."""
+
+    def __init__(self, adapters: Any, names: Mapping[str, HFName], config: LoraConfig | None, leaves: Mapping[str, Any]):
+        self.names, self.config, self.leaves = names, config, leaves
+        self.pairs: list[_Pair] = []
+        self.tensors: dict[str, np.ndarray] = {}
+        self.low_rank = {path: a for path, a in adapters.items() if isinstance(a, LowRank)}
+        self.full = {path: a for path, a in adapters.items() if isinstance(a, Full)}
+        self.dora = any(a.magnitude is not None for a in self.low_rank.values())
+        self.lora_bias = any(a.bias is not None for a in self.low_rank.values())
+        self.tied: set[str] = set()
+        self._write_pairs()
+        self.saved, self.bias = self._write_whole()
+
+    # --- pairs ---
+
+    def _write_pairs(self) -> None:
+        by_module: dict[str, list[Slot]] = collections.defaultdict(list)
+        cut = {}
+        for path, adapter in self.low_rank.items():
+            for slot in slots({path: self.names[path]}, {path: _shape(adapter)}).values():
+                pair = _Cut(slot, adapter)
+                if pair.rank:
+                    cut[slot.tensor] = pair
+                    by_module[slot.module].append(slot)
+        if not cut:
+            raise ValueError("PEFT needs a low-rank pair, and these adapters have none: save them with lora_jax.checkpoint")
+        for group in by_module.values():
+            for slot, depth in nested(group) if group[0].is_parameter else [(slot, 0) for slot in group]:
+                self._write_pair(cut[slot.tensor], tensor_names(slot, depth))
+
+    def _write_pair(self, cut: "_Cut", keys: Mapping[str, str]) -> None:
+        slot = cut.slot
+        a, b = cut.factors()
+        parts = {"a": a, "b": b}
+        if self.dora:
+            parts["magnitude"] = cut.magnitude(self.leaves.get(slot.path))
+        if self.lora_bias:
+            parts["bias"] = cut.bias()
+        for part, array in parts.items():
+            if part not in keys or (slot.is_parameter and part in ("magnitude", "bias")):
+                raise ValueError(
+                    f"{slot.path}: PEFT has no {part} for {slot.tensor} ({slot.name.kind}), so it can't be saved there"
+                )
+            self.tensors[keys[part]] = array
+        self.pairs.append(_Pair(slot, cut.rank, cut.scale))
+        if slot.name.tied:
+            self._write_twin(slot, parts)
+        for tensor in (slot.tensor, slot.name.tied):
+            module = tensor.rpartition(".")[0]
+            if slot.path in self.leaves and module.rpartition(".")[2] in _EMBEDDINGS:
+                self.tensors[f"{module}.base_layer.weight"] = slot.name.export(np.asarray(self.leaves[slot.path]), slot.index)
+
+    def _write_twin(self, slot: Slot, parts: Mapping[str, np.ndarray]) -> None:
+        """A tied parameter's adapter is there for both uses, as `ensure_weight_tying` makes it."""
+        if len(parts) > 2:
+            raise ValueError(f"{slot.path} is also {slot.name.tied}: PEFT ties pairs only, not magnitudes or biases")
+        head = slot.name.tied.rpartition(".")[0]
+        self.tensors |= {f"{head}.lora_A.weight": parts["b"].T, f"{head}.lora_B.weight": parts["a"].T}
+        self.tied.add(head)
+
+    # --- parameters trained whole ---
+
+    def _write_whole(self) -> tuple[list[str], str]:
+        """Write what is trained whole; returns `modules_to_save` and `bias`."""
+        module = {path: name.name.rpartition(".")[0] for path, name in self.names.items()}
+        biases = {path for path, name in self.names.items() if name.name.endswith(".bias")}
+        adapted = {module[path] for path in self.low_rank}
+        saved = {module[path] for path in self.full if path not in biases}
+        free = {path for path in self.full if module[path] not in saved}
+        beside = {path for path in biases if module[path] in adapted}
+        if free and free == {path for path in biases if module[path] not in saved} and not free <= beside:
+            mode, wanted = "all", free
+        else:
+            saved |= {module[path] for path in free - beside}
+            mode, wanted = ("lora_only", beside) if free & beside else ("none", set())
+        clash = [path for path in self.low_rank if module[path] in saved]
+        if clash:
+            raise ValueError(f"PEFT can't give a pair to a module that it saves whole: {listing(clash)}")
+        written = {path for path in self.names if module[path] in saved} | wanted
+        self._check_at_hand(written)
+        modules = {slot.module for path in written - wanted for slot in self._write_value(path)}
+        for path in wanted:
+            self._write_value(path, inside=module[path] in adapted)
+        self._check_ends(modules, {module[path] for path in self.names} - saved)
+        return sorted(modules | {head for head in self.tied if f"{head}.weight" in self.tensors}), mode
+
+    def _check_at_hand(self, paths: set[str]) -> None:
+        missing = sorted(path for path in paths if path not in self.full and path not in self.leaves)
+        if missing:
+            raise ValueError(
+                f"PEFT stores whole modules, and the biases of all adapted layers, so it needs {listing(missing)} too: train "
+                "them as well, or pass save(..., variables=) the base"
+            )
+
+    def _check_ends(self, saved: set[str], others: set[str]) -> None:
+        """PEFT takes every module whose name ends like one of `modules_to_save`."""
+        for name in saved:
+            alike = sorted(other for other in others if other.endswith(name))
+            if alike:
+                raise ValueError(
+                    f"PEFT would save {listing(alike)} along with {name}, whose name ends alike: train them whole too"
+                )
+
+    def _write_value(self, path: str, *, inside: bool = False) -> list[Slot]:
+        """The tensors of a parameter that is trained whole, or of one that PEFT stores beside it."""
+        value = np.asarray(self.full[path].value if path in self.full else self.leaves[path])
+        found = list(slots({path: self.names[path]}, {path: value.shape}).values())
+        for slot in found:
+            name = f"{slot.module}.base_layer.{slot.parameter}" if inside else slot.tensor
+            self.tensors[name] = slot.name.export(value, slot.index)
+            if slot.name.tied:
+                self.tensors[slot.name.tied] = self.tensors[name]
+                self.tied.add(slot.name.tied.rpartition(".")[0])
+        return found
+
+    # --- the configuration ---
+
+    def fields(self) -> dict[str, Any]:
+        """`adapter_config.json`."""
+        rslora = self.config is not None and self.config.scaling == "rslora"
+        alphas = {pair.key: _alpha(pair.scale, math.sqrt(pair.rank) if rslora else pair.rank) for pair in self.pairs}
+        ranks = {pair.key: pair.rank for pair in self.pairs}
+        # PEFT warns of patterns for parameters, though it follows them.
+        first = [pair.key for pair in self.pairs if pair.slot.is_parameter] or list(ranks)
+        common = lambda table: collections.Counter(table[key] for key in first).most_common(1)[0][0]
+        rank, alpha = common(ranks), common(alphas)
+        dropouts = {a.dropout for a in self.low_rank.values()}
+        if len(dropouts) > 1:
+            raise ValueError(f"PEFT has one dropout for all adapters, but these have {sorted(dropouts)}")
+        kernels = [pair.slot for pair in self.pairs if not pair.slot.is_parameter]
+        parameters = [pair.slot.tensor for pair in self.pairs if pair.slot.is_parameter]
+        if parameters and dropouts != {0.0}:
+            raise ValueError(f"PEFT has no dropout for parameters such as {parameters[0]}: set the adapters' dropout to 0.0")
+        tied_targets = [head for head in self.tied if f"{head}.lora_A.weight" in self.tensors]
+        return {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": alpha,
+            "use_rslora": rslora,
+            "rank_pattern": {_exactly(key): value for key, value in ranks.items() if value != rank},
+            "alpha_pattern": {_exactly(key): value for key, value in alphas.items() if value != alpha},
+            "lora_dropout": dropouts.pop(),
+            "target_modules": sorted({slot.module for slot in kernels} | set(tied_targets)),
+            "target_parameters": sorted(parameters) or None,
+            "modules_to_save": self.saved or None,
+            "bias": self.bias,
+            "lora_bias": self.lora_bias,
+            "use_dora": self.dora,
+            "ensure_weight_tying": bool(self.tied),
+            "fan_in_fan_out": bool(kernels) and all(slot.name.kind == "conv1d" for slot in kernels),
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
+
+
+def _exactly(name: str) -> str:
+    """A pattern that matches this name alone, whatever the order of the table (PEFT sorts it when it saves)."""
+    return "^" + name.replace(".", r"\.")
+
+
+def _alpha(scale: float, divisor: float) -> float | int:
+    """The shortest alpha with `alpha / divisor == scale`."""
+    for digits in range(1, 18):
+        alpha = float(f"{scale * divisor:.{digits}g}")
+        if type(scale)(alpha / divisor) == scale:
+            break
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _shape(adapter: LowRank) -> tuple[int, ...]:
+    """The shape of the parameter that a pair belongs to."""
+    sizes = {
+        axis: size for axes, array in zip(adapter.axes(), (adapter.a, adapter.b)) for axis, size in zip(axes, jnp.shape(array))
+    }
+    return tuple(sizes[axis] for axis in sorted(sizes) if axis != RANK)
+
+
+class _Cut:
+    """The part of an adapter that belongs to one tensor."""
+
+    def __init__(self, slot: Slot, adapter: LowRank):
+        self.slot, self.adapter = slot, adapter
+        self.at = dict(zip(slot.name.indexed, slot.index))
+        self.roles = roles(slot.name, len(slot.shape))
+        batch = adapter.layout.batch
+        if adapter.ranks is None:
+            self.rank = adapter.rank
+        else:
+            ranks = np.reshape(adapter.ranks, [slot.shape[axis] for axis in batch])
+            self.rank = int(self._pick(ranks, batch)[0].max())
+        self.scale: Any = adapter.scale
+        if not isinstance(adapter.scale, float):
+            scales = np.unique(self._pick(np.asarray(adapter.scale), batch)[0])
+            if len(scales) > 1:
+                raise ValueError(
+                    f"{slot.path}: PEFT has one alpha for all of {slot.tensor}, but the scale varies in it: {scales}"
+                )
+            self.scale = scales[0]
+
+    def _pick(self, array: Any, axes: tuple[int, ...]) -> tuple[np.ndarray, tuple[int, ...]]:
+        """An array along these axes at the slot's index, and the axes that are left."""
+        index = tuple(self.at.get(axis, slice(None)) for axis in axes)
+        return np.asarray(array)[index], tuple(axis for axis in axes if axis not in self.at)
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """lora_A and lora_B."""
+        found = []
+        for array, axes in zip((self.adapter.a, self.adapter.b), self.adapter.axes()):
+            part, labels = self._pick(array, axes)
+            part = np.take(part, range(self.rank), axis=labels.index(RANK))
+            for expert in reversed(self.roles.experts):
+                if expert not in labels:
+                    part, labels = np.broadcast_to(part, (self.slot.shape[expert], *part.shape)), (expert, *labels)
+            found.append((part, labels))
+        if self._lies_along(found[0][1]) == set(self.roles.outputs) and self._lies_along(found[1][1]) == set(
+            self.roles.flat_inputs
+        ):
+            found.reverse()  # W = A B is the transpose of what Hugging Face has: W^T = B^T A^T
+        wanted = {"a": set(self.roles.flat_inputs), "b": set(self.roles.outputs)}
+        for (_, labels), (part, axes) in zip(found, wanted.items()):
+            if self._lies_along(labels) != axes:
+                raise ValueError(
+                    f"{self.slot.path}: {self.adapter.layout} does not go with {self.slot.tensor}, where PEFT's {part.upper()} "
+                    f"lies along the axes {sorted(axes)} of the shape {self.slot.shape}: LoraConfig(batch_axes=...) can say so"
+                )
+        (a, a_labels), (b, b_labels) = found
+        return encode(self.slot, "a", a, a_labels, self.rank), encode(self.slot, "b", b, b_labels, self.rank)
+
+    def _lies_along(self, labels: tuple[int, ...]) -> set[int]:
+        return set(labels) - {RANK, *self.roles.experts}
+
+    def magnitude(self, base: Any) -> np.ndarray:
+        """lora_magnitude_vector; for an adapter without one, the norm that leaves it as it is."""
+        value = self.adapter.magnitude
+        if value is None:
+            if base is None:
+                raise ValueError(
+                    f"{self.slot.path} has no magnitude, but other adapters have: PEFT has one for all or none, so pass "
+                    "save(..., variables=) the base"
+                )
+            value = column_norm(base, self.adapter)
+        return self._along_outputs("magnitude", value)
+
+    def bias(self) -> np.ndarray:
+        """The bias of lora_B, zero where the adapter has none."""
+        value = self.adapter.bias
+        if value is None:
+            return np.zeros(stored_shape(self.slot, "bias", self.rank), np.asarray(self.adapter.b).dtype)
+        return self._along_outputs("bias", value)
+
+    def _along_outputs(self, part: str, value: Any) -> np.ndarray:
+        array, labels = self._pick(value, (*self.adapter.layout.batch, *self.adapter.layout.outputs))
+        if set(labels) != set(self.roles.outputs):
+            raise ValueError(f"{self.slot.path}: the adapter's {part} does not lie along the outputs of {self.slot.tensor}")
+        return encode(self.slot, part, array, labels, self.rank)
