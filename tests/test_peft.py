@@ -250,3 +250,17 @@ def test_one_magnitude_asks_for_all(tmp_path):
         for a in (peft.load(tmp_path, variables, names=names), adapters)
     )
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_task_head_is_written_though_it_is_not_trained(tmp_path):
+    """PEFT saves the classifier of a SEQ_CLS adapter by itself, and fails to load a file without it."""
+    variables, names, apply = peft_cases.model("bert")
+    config = lj.LoraConfig(rank=2, targets=["query"])
+    adapters = moved(lj.init(jax.random.key(0), config, apply, variables, **peft_cases.inputs("bert-bias")))
+    with pytest.raises(ValueError, match="it needs params/classifier/bias, params/classifier/kernel too"):
+        peft.save(tmp_path, adapters, names=names, task_type="SEQ_CLS")
+    peft.save(tmp_path, adapters, names=names, task_type="SEQ_CLS", variables=variables)
+    assert set(peft.load(tmp_path, variables, names=names)) - set(adapters) == {
+        "params/classifier/kernel",
+        "params/classifier/bias",
+    }

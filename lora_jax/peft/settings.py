@@ -7,6 +7,8 @@ Files come from anywhere, so every field is checked, and a regular expression th
 import dataclasses
 import functools
 import math
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +24,6 @@ NO_EFFECT = {
     "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "task_type",
 }  # fmt: skip
-_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,10 @@ class Settings:
     use_dora: bool = False
     ensure_weight_tying: bool = False
     init_lora_weights: bool | str = True
+    _match: Any = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        object.__setattr__(self, "_match", _Matcher())
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, getattr(self, name) or {})
         for names, fits, what in _TYPES:
@@ -71,7 +74,7 @@ class Settings:
         kind = fields.pop("peft_type", None)
         if kind != "LORA":
             raise ValueError(f"{source}: the peft_type is {kind!r}; only 'LORA' can be read")
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {field.name for field in dataclasses.fields(cls) if field.init}
         odd = [
             f"{name}={value!r:.80}" for name, value in fields.items() if name not in known | NO_EFFECT and not _is_empty(value)
         ]
@@ -103,11 +106,11 @@ class Settings:
 
     def rank(self, name: str) -> int:
         """r of a module, by its full name."""
-        return _first(self.rank_pattern, name, self.r, "rank_pattern")
+        return self._by_pattern("rank_pattern", name, self.r)
 
     def scale(self, name: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA, of a module."""
-        alpha, rank = _first(self.alpha_pattern, name, self.lora_alpha, "alpha_pattern"), self.rank(name)
+        alpha, rank = self._by_pattern("alpha_pattern", name, self.lora_alpha), self.rank(name)
         return float(alpha / (math.sqrt(rank) if self.use_rslora else rank))
 
     def saves(self, module: str) -> bool:
@@ -124,7 +127,7 @@ class Settings:
         if targets is None:
             return False
         if isinstance(targets, str):
-            return matches(targets, module, "target_modules")
+            return bool(self._match(targets, module, "target_modules"))
         if module in targets:
             return True
         return _ends(module, targets) and self._in_layers(module)
@@ -133,12 +136,20 @@ class Settings:
         """Whether a parameter gets a pair by `target_parameters`."""
         return _ends(parameter, self.target_parameters or ())
 
+    def _by_pattern(self, field: str, name: str, default: Any) -> Any:
+        """The value of the first key that matches, as PEFT's `get_pattern_key`."""
+        table = getattr(self, field)
+        found = (value for key, value in table.items() if self._match(rf"(.*\.)?({key})$", name, field, whole=False))
+        return next(found, default)
+
     def _excluded(self, module: str) -> bool:
         exclude = self.exclude_modules
-        if exclude and (matches(exclude, module, "exclude_modules") if isinstance(exclude, str) else _ends(module, exclude)):
+        if exclude and (
+            self._match(exclude, module, "exclude_modules") if isinstance(exclude, str) else _ends(module, exclude)
+        ):
             return True
         saved = self.modules_to_save or ()
-        return any(matches(rf"(^|.*\.){name}($|\..*)", module, "modules_to_save", whole=False) for name in saved)
+        return any(self._match(rf"(^|.*\.){name}($|\..*)", module, "modules_to_save", whole=False) for name in saved)
 
     def _in_layers(self, module: str) -> bool:
         layers = self.layers_to_transform
@@ -147,26 +158,35 @@ class Settings:
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns or () if pattern]
         for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-            found = _compiled(expression, "layers_pattern").match(module, timeout=_SECONDS)
+            found = self._match(expression, module, "layers_pattern", whole=False)
             if found:
                 return int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
         return False
 
 
-def matches(pattern: str, name: str, field: str, *, whole: bool = True) -> bool:
-    """Whether a regular expression of a field matches a name.
+class _Matcher:
+    """Regular expressions of one file, which may take three seconds together.
 
-    Raises:
-      ValueError: it is not a regular expression, or takes more than a second.
-
-    >>> matches(r".*\\.[02]\\.q_proj", "layers.2.q_proj", "target_modules")
-    True
+    >>> _Matcher()(r".*\\.[02]\\.q_proj", "layers.2.q_proj", "target_modules").group()
+    'layers.2.q_proj'
     """
-    compiled = _compiled(pattern, field)
-    try:
-        return (compiled.fullmatch if whole else compiled.match)(name, timeout=_SECONDS) is not None
-    except TimeoutError:
-        raise ValueError(f"{field}: the regular expression {pattern!r:.80} takes too long on {name!r:.80}") from None
+
+    def __init__(self):
+        self._left = 3.0
+
+    def __call__(self, pattern: str, name: str, field: str, *, whole: bool = True) -> Any:
+        """The match of a field's pattern with a name, or with its beginning.
+
+        Raises:
+          ValueError: it is not a regular expression, or takes too long.
+        """
+        compiled, began = _compiled(pattern, field), time.monotonic()
+        try:
+            return (compiled.fullmatch if whole else compiled.match)(name, timeout=max(self._left, 1e-3))
+        except TimeoutError:
+            raise ValueError(f"{field}: the regular expression {pattern!r:.80} takes too long on {name!r:.80}") from None
+        finally:
+            self._left -= time.monotonic() - began
 
 
 @functools.lru_cache(maxsize=1 << 15)
@@ -175,12 +195,6 @@ def _compiled(pattern: str, field: str) -> Any:
         return regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"{field}: {pattern!r:.80} is not a regular expression ({error})") from None
-
-
-def _first(table: Mapping[str, Any], name: str, default: Any, field: str) -> Any:
-    """The value of the first key that matches, as PEFT's `get_pattern_key`."""
-    found = (value for key, value in table.items() if matches(rf"(.*\.)?({key})$", name, field, whole=False))
-    return next(found, default)
 
 
 def _ends(name: str, targets: Sequence[str]) -> bool:
@@ -192,7 +206,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_table(is_item: Callable[[Any], bool]) -> Callable[[Any], bool]:

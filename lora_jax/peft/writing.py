@@ -21,6 +21,8 @@ from lora_jax.peft.reading import nested
 from lora_jax.peft.slots import RANK, Slot, encode, roles, slots, stored_shape, tensor_names
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT stores the base of these two beside their adapters
+# PEFT saves these modules by itself, and looks for them when it loads.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def save(
@@ -59,7 +61,7 @@ def save(
     if abstract:
         raise ValueError(f"only arrays can be saved, but these adapters are abstract: {listing(abstract)}")
     leaves = {} if variables is None else paths.flatten(variables)[0]
-    writer = _Writer(adapters, names, config, leaves)
+    writer = _Writer(adapters, names, config, leaves, task_type)
     fields = writer.fields() | {"base_model_name_or_path": base_model, "task_type": task_type}
     files.write(files.locate(directory, adapter), fields, writer.tensors)
 
@@ -81,8 +83,8 @@ class _Pair:
 class _Writer:
     """The tensors of an adapter set, and what the configuration must say of them."""
 
-    def __init__(self, adapters: Any, names: Mapping[str, HFName], config: LoraConfig | None, leaves: Mapping[str, Any]):
-        self.names, self.config, self.leaves = names, config, leaves
+    def __init__(self, adapters: Any, names: Any, config: LoraConfig | None, leaves: Mapping[str, Any], task_type: Any):
+        self.names, self.config, self.leaves, self.task_type = names, config, leaves, task_type
         self.pairs: list[_Pair] = []
         self.tensors: dict[str, np.ndarray] = {}
         self.low_rank = {path: a for path, a in adapters.items() if isinstance(a, LowRank)}
@@ -112,18 +114,17 @@ class _Writer:
 
     def _write_pair(self, cut: "_Cut", keys: Mapping[str, str]) -> None:
         slot = cut.slot
+        extra = [part for part, has in (("magnitude", self.dora), ("bias", self.lora_bias)) if has]
+        for part in extra:
+            if part not in keys or slot.is_parameter:
+                raise ValueError(f"{slot.path}: PEFT has no {part} for {slot.tensor} ({slot.name.kind}), so it can't be saved")
         a, b = cut.factors()
         parts = {"a": a, "b": b}
-        if self.dora:
+        if "magnitude" in extra:
             parts["magnitude"] = cut.magnitude(self.leaves.get(slot.path))
-        if self.lora_bias:
+        if "bias" in extra:
             parts["bias"] = cut.bias()
-        for part, array in parts.items():
-            if part not in keys or (slot.is_parameter and part in ("magnitude", "bias")):
-                raise ValueError(
-                    f"{slot.path}: PEFT has no {part} for {slot.tensor} ({slot.name.kind}), so it can't be saved there"
-                )
-            self.tensors[keys[part]] = array
+        self.tensors |= {keys[part]: array for part, array in parts.items()}
         self.pairs.append(_Pair(slot, cut.rank, cut.scale))
         if slot.name.tied:
             self._write_twin(slot, parts)
@@ -147,10 +148,12 @@ class _Writer:
         module = {path: name.name.rpartition(".")[0] for path, name in self.names.items()}
         biases = {path for path, name in self.names.items() if name.name.endswith(".bias")}
         adapted = {module[path] for path in self.low_rank}
-        saved = {module[path] for path in self.full if path not in biases}
+        heads = {name for name in module.values() if name.endswith(_HEADS.get(self.task_type, ()))}
+        saved = {module[path] for path in self.full if path not in biases} | heads
         free = {path for path in self.full if module[path] not in saved}
         beside = {path for path in biases if module[path] in adapted}
-        if free and free == {path for path in biases if module[path] not in saved} and not free <= beside:
+        alone = not free <= beside or any(self._is_alone(slot) for path in free for slot in self._slots_of(path))
+        if alone and free == {path for path in biases if module[path] not in saved}:
             mode, wanted = "all", free
         else:
             saved |= {module[path] for path in free - beside}
@@ -162,7 +165,7 @@ class _Writer:
         self._check_at_hand(written)
         modules = {slot.module for path in written - wanted for slot in self._write_value(path)}
         for path in wanted:
-            self._write_value(path, inside=module[path] in adapted)
+            self._write_bias(path, mode)
         self._check_ends(modules, {module[path] for path in self.names} - saved)
         return sorted(modules | {head for head in self.tied if f"{head}.weight" in self.tensors}), mode
 
@@ -183,17 +186,44 @@ class _Writer:
                     f"PEFT would save {listing(alike)} along with {name}, whose name ends alike: train them whole too"
                 )
 
-    def _write_value(self, path: str, *, inside: bool = False) -> list[Slot]:
-        """The tensors of a parameter that is trained whole, or of one that PEFT stores beside it."""
-        value = np.asarray(self.full[path].value if path in self.full else self.leaves[path])
-        found = list(slots({path: self.names[path]}, {path: value.shape}).values())
+    def _value(self, path: str) -> np.ndarray:
+        """A parameter that is trained whole, or one that PEFT stores beside it."""
+        return np.asarray(self.full[path].value if path in self.full else self.leaves[path])
+
+    def _slots_of(self, path: str) -> list[Slot]:
+        return list(slots({path: self.names[path]}, {path: self._value(path).shape}).values())
+
+    def _is_alone(self, bias: Slot) -> bool:
+        """Whether a bias is trained in a layer without a pair."""
+        if any(bias.module == pair.slot.module for pair in self.pairs):
+            return False
+        value, base = self._value(bias.path), self.leaves.get(bias.path)
+        return base is None or not np.array_equal(*(bias.name.export(np.asarray(x), bias.index) for x in (value, base)))
+
+    def _write_value(self, path: str) -> list[Slot]:
+        """The tensors of a parameter in a module that is saved."""
+        value, found = self._value(path), self._slots_of(path)
         for slot in found:
-            name = f"{slot.module}.base_layer.{slot.parameter}" if inside else slot.tensor
-            self.tensors[name] = slot.name.export(value, slot.index)
+            self.tensors[slot.tensor] = slot.name.export(value, slot.index)
             if slot.name.tied:
-                self.tensors[slot.name.tied] = self.tensors[name]
+                self.tensors[slot.name.tied] = self.tensors[slot.tensor]
                 self.tied.add(slot.name.tied.rpartition(".")[0])
         return found
+
+    def _write_bias(self, path: str, mode: str) -> None:
+        """A trained bias; in an adapted layer PEFT calls it that of the base layer."""
+        value, adapted = self._value(path), {pair.slot.module for pair in self.pairs}
+        for slot in self._slots_of(path):
+            tensor = slot.name.export(value, slot.index)
+            if slot.module in adapted:
+                self.tensors[f"{slot.module}.base_layer.bias"] = tensor
+            elif mode == "all":
+                self.tensors[slot.tensor] = tensor
+            elif self._is_alone(slot):
+                raise ValueError(
+                    f"{path}: {slot.module} has no pair, and PEFT trains the biases of adapted layers only: if this one "
+                    "is the base's, pass save(..., variables=) the base"
+                )
 
     # --- the configuration ---
 
@@ -213,6 +243,7 @@ class _Writer:
         parameters = [pair.slot.tensor for pair in self.pairs if pair.slot.is_parameter]
         if parameters and dropouts != {0.0}:
             raise ValueError(f"PEFT has no dropout for parameters such as {parameters[0]}: set the adapters' dropout to 0.0")
+        kinds = {slot.name.kind for slot in kernels}
         tied_targets = [head for head in self.tied if f"{head}.lora_A.weight" in self.tensors]
         return {
             "peft_type": "LORA",
@@ -229,7 +260,7 @@ class _Writer:
             "lora_bias": self.lora_bias,
             "use_dora": self.dora,
             "ensure_weight_tying": bool(self.tied),
-            "fan_in_fan_out": bool(kernels) and all(slot.name.kind == "conv1d" for slot in kernels),
+            "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
             "init_lora_weights": True,
             "inference_mode": True,
         }
