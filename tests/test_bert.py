@@ -171,7 +171,7 @@ BAD = {
     ),
     "wrong shape": (
         lambda d: configure(d, intermediate_size=40),
-        r"output.dense.weight has the shape \(32, 48\); config.json asks for \(32, 40\)",
+        r"output.dense.weight has the shape \(32, 48\); the configuration asks for \(32, 40\)",
     ),
     "truncated": (truncate, "model.safetensors is truncated or not a safetensors file"),
     "max pooling": (lambda d: as_sentence_model(d, "pooling_mode_max_tokens"), "mean or first-token pooling"),

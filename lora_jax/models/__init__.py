@@ -1,3 +1,5 @@
 """Small Linen models with loaders for Hugging Face weights."""
 
 from lora_jax.models import bert as bert
+from lora_jax.models import gguf_files as gguf_files
+from lora_jax.models import llama as llama

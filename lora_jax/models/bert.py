@@ -169,7 +169,7 @@ class Loaded:
       apply: `apply(variables, input_ids=, attention_mask=None, token_type_ids=None)` -> logits `(batch, num_labels)`.
         Token ids and masks are `(batch, length)`; without a mask nothing is padding.
       variables: `{"params": ...}`.
-      names: `{path: HFName}` for every parameter.
+      names: `{path: HFName}` for every parameter, as in transformers' `BertForSequenceClassification`, whatever the file's are.
       config: the model's sizes.
       labels: the checkpoint's names of the labels, in the order of the logits; `LABEL_0`, ... where the head is new.
       new: paths of parameters that the checkpoint lacks, initialised from the seed (a new head).
@@ -216,7 +216,7 @@ def hf_names(config: BertConfig, prefix: str = "bert.") -> dict[str, HFName]:
 
 
 def load(directory: str | pathlib.Path, *, dtype: Any = jnp.float32, num_labels: int | None = None, seed: int = 0) -> Loaded:
-    """Read a Hugging Face directory: `config.json` and `model.safetensors`.
+    """Read a Hugging Face directory: `config.json` and `model.safetensors`, or an index of several files.
 
     The head reads BERT's pooler, or what a sentence model (a directory with a `modules.json`) pools itself. A
     checkpoint without a head of `num_labels` outputs gets a new one, initialised from the seed; `Loaded.new` says so.
@@ -234,25 +234,23 @@ def load(directory: str | pathlib.Path, *, dtype: Any = jnp.float32, num_labels:
     """
     directory = pathlib.Path(directory)
     fields = checkpoint_files.read_json(directory, "config.json")
-    tensors = {_modern(name): tensor for name, tensor in checkpoint_files.read_tensors(directory).items()}
-    has_head = "classifier.weight" in tensors
-    config = _config(directory, fields, _pooling(directory, tensors, has_head), num_labels)
-    if has_head and num_labels not in (None, tensors["classifier.weight"].shape[0]):
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
-        has_head = False
+    tensors = checkpoint_files.SafeTensors(directory, _modern)
+    has_head = "classifier.weight" in tensors.shapes
+    config = _config(directory, fields, _pooling(directory, tensors.shapes, has_head), num_labels)
+    replaced = has_head and num_labels not in (None, tensors.shapes["classifier.weight"][0])
+    has_head = has_head and not replaced
     model = Bert(config, jnp.dtype(dtype))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     wanted, treedef = paths.flatten(shapes)
-    names = hf_names(config, "bert." if any(name.startswith("bert.") for name in tensors) else "")
-    new = () if has_head else tuple(path for path in names if path.startswith("params/classifier/"))
-    kept = {name: tensor for name, tensor in tensors.items() if not _is_spare(name, config.pooling)}
-    found = checkpoint_files.arrange(
-        directory, kept, {names[path]: leaf.shape for path, leaf in wanted.items() if path not in new}
-    )
+    stored = hf_names(config, "bert." if any(name.startswith("bert.") for name in tensors.shapes) else "")
+    new = () if has_head else tuple(path for path in stored if path.startswith("params/classifier/"))
+    spare = lambda name: _is_spare(name, config.pooling) or (replaced and name.startswith("classifier."))
+    checkpoint_files.check(tensors, {stored[path]: leaf.shape for path, leaf in wanted.items() if path not in new}, spare)
     head = _new_head(config, seed)
-    leaves = [head[path] if path in new else found[names[path]] for path in wanted]
-    variables = jax.tree.unflatten(treedef, [jnp.asarray(leaf, dtype) for leaf in leaves])
-    return Loaded(model.apply, variables, names, config, _labels(fields, config.num_labels, has_head), new)
+    read = lambda path, shape: checkpoint_files.put(checkpoint_files.fill(tensors, stored[path], shape, dtype), None)
+    leaves = [jnp.asarray(head[path], dtype) if path in new else read(path, leaf.shape) for path, leaf in wanted.items()]
+    variables = jax.tree.unflatten(treedef, leaves)
+    return Loaded(model.apply, variables, hf_names(config), config, _labels(fields, config.num_labels, has_head), new)
 
 
 def _modern(name: str) -> str:

@@ -2,14 +2,97 @@
 
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
+import jax
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from lora_jax.names import HFName
+from lora_jax.names import HFName, listing
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Tensors(Protocol):
+    """A file's tensors, each read when it is asked for.
+
+    Args:
+      file: what to call them in errors.
+      shapes: the shape of each by name.
+    """
+
+    file: pathlib.Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, as it is stored."""
+        ...
+
+
+class SafeTensors:
+    """The tensors of `model.safetensors`, or of the files that `model.safetensors.index.json` lists.
+
+    Args:
+      directory: the model's directory.
+      rename: what to call a tensor instead of its name in the file.
+
+    Raises:
+      FileNotFoundError: there is no such directory or file.
+      ValueError: a file is truncated or not safetensors, or the index is wrong.
+    """
+
+    def __init__(self, directory: pathlib.Path, rename: Callable[[str], str] = str):
+        sharded = (directory / INDEX).is_file() and not (directory / SINGLE).is_file()
+        self.file = directory / (INDEX if sharded else SINGLE)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._stored: dict[str, tuple[Any, str, str]] = {}
+        placed = _shards(directory) if sharded else {existing(directory, SINGLE): None}
+        for file, names in placed.items():
+            try:
+                self._open(file, names, rename)
+            except (safetensors.SafetensorError, OSError) as error:
+                raise ValueError(f"{file} is truncated or not a safetensors file ({error}): fetch it again") from None
+
+    def _open(self, file: pathlib.Path, names: list[str] | None, rename: Callable[[str], str]) -> None:
+        opened: Any = safetensors.safe_open(file, framework="numpy")
+        present = list(opened.keys())
+        complain(f"{file} lacks the tensors", set(names or ()) - set(present), f"that {INDEX} places there")
+        for name in present if names is None else names:
+            part, new = opened.get_slice(name), rename(name)
+            if new in self.shapes:
+                raise ValueError(f"{file} has two tensors for {new}, {self._stored[new][1]} and {name}")
+            self.shapes[new], self._stored[new] = tuple(part.get_shape()), (opened, name, str(part.get_dtype()))
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, as it is stored.
+
+        Raises:
+          ValueError: it does not hold floats.
+        """
+        opened, stored, dtype = self._stored[name]
+        if dtype not in _FLOATS:
+            raise ValueError(f"{self.file}: {stored} is stored as {dtype}; {', '.join(_FLOATS)} can be read")
+        return opened.get_tensor(stored)
+
+
+def _shards(directory: pathlib.Path) -> dict[pathlib.Path, list[str]]:
+    """The files that the index lists, each with the names of its tensors."""
+    placed = read_json(directory, INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise ValueError(f"{directory / INDEX} must have a weight_map, an object of file names by tensor")
+    bad = {name for name in placed.values() if not _is_plain(name)}
+    complain(f"{directory / INDEX} has file names that are not plain ones ending in .safetensors:", map(repr, bad))
+    files: dict[pathlib.Path, list[str]] = {}
+    for tensor, name in placed.items():
+        files.setdefault(directory / name, []).append(tensor)
+    return {existing(directory, file.name): names for file, names in files.items()}
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file of the directory itself, on every system."""
+    return name.endswith(".safetensors") and not set(name) & set('/\\:\0"') and not name.startswith(".")
 
 
 def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
@@ -19,64 +102,77 @@ def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
       FileNotFoundError: there is no such directory or file.
       ValueError: the file is not a JSON object.
     """
-    file = _existing(directory, name)
+    file = existing(directory, name)
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{file} must hold a JSON object, not {type(fields).__name__}")
     return fields
 
 
-def read_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors of `model.safetensors` by name.
-
-    Raises:
-      FileNotFoundError: there is no such directory or file.
-      ValueError: the file is truncated or not safetensors.
-    """
-    file = _existing(directory, "model.safetensors")
-    try:
-        return safetensors.numpy.load_file(file)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file ({error}): fetch it again") from None
-
-
-def arrange(
-    directory: pathlib.Path, tensors: Mapping[str, np.ndarray], wanted: Mapping[HFName, tuple[int, ...]]
-) -> dict[HFName, np.ndarray]:
-    """The wanted tensors, each with its parameter's orientation.
+def check(
+    tensors: Tensors, wanted: Mapping[HFName, tuple[int, ...]], spare: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Every wanted tensor is there with the right shape, and nothing else but spares.
 
     Args:
-      directory: where the tensors were read, for the errors.
-      tensors: all that were read, but for those that nobody needs.
+      tensors: what the file has.
       wanted: the parameter's shape by name.
+      spare: whether a tensor may be left unread.
 
     Raises:
       ValueError: tensors are missing, unexpected, or of another shape; they are named.
     """
-    file = directory / "model.safetensors"
-    _complain(f"{file} lacks the tensors", {name.name for name in wanted} - set(tensors))
-    _complain(f"{file} has unexpected tensors", set(tensors) - {name.name for name in wanted})
-    found = {}
-    for name, shape in wanted.items():
-        tensor, want = tensors[name.name], name.shape(shape)
-        if tensor.shape != want:
-            raise ValueError(f"{file}: {name.name} has the shape {tensor.shape}; config.json asks for {want}")
-        found[name] = name.restore(tensor, shape)
-    return found
+    shapes = {tensor: name.shape(shape) for name, shape in wanted.items() for tensor in name.tensors(shape).values()}
+    have = {name for name in tensors.shapes if name in shapes or not spare(name)}
+    complain(f"{tensors.file} lacks the tensors", set(shapes) - have)
+    complain(f"{tensors.file} has unexpected tensors", have - set(shapes))
+    for name, want in shapes.items():
+        if tensors.shapes[name] != want:
+            raise ValueError(f"{tensors.file}: {name} has the shape {tensors.shapes[name]}; the configuration asks for {want}")
 
 
-def _complain(problem: str, names: Iterable[str]) -> None:
+def fill(tensors: Tensors, name: HFName, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """A parameter in the chosen dtype, from its tensors, of which one is held at a time."""
+    out = np.empty(shape, dtype)
+    for index, tensor in name.tensors(shape).items():
+        place: list[Any] = [slice(None)] * len(shape)
+        for axis, i in zip(name.indexed, index):
+            place[axis] = i
+        out[tuple(place)] = name.restore(tensors.read(tensor), shape)
+    return out
+
+
+def put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """An array on its devices; the transfer has ended on return, so that the host's copy can go."""
+    if sharding is None:
+        return jax.block_until_ready(jax.device_put(array))
+    return jax.block_until_ready(jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]))
+
+
+def complain(problem: str, names: Iterable[str], tail: str = "") -> None:
+    """Raise `ValueError` if there are any names, with the first few of them."""
+    names = sorted(names)
     if names:
-        raise ValueError(f"{problem} {', '.join(sorted(names))}")
+        raise ValueError(f"{problem} {listing(names)}{' ' if tail else ''}{tail}")
 
 
-def _existing(directory: pathlib.Path, name: str) -> pathlib.Path:
+def existing(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """A file of the directory.
+
+    Raises:
+      FileNotFoundError: there is no such directory or file.
+    """
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}")
     file = directory / name
-    if not file.is_file():
-        raise FileNotFoundError(f"{directory} has no {name}: a Hugging Face directory with safetensors is needed")
-    return file
+    if file.is_file():
+        return file
+    if name == SINGLE and any(directory.glob("pytorch_model*.bin")):
+        raise FileNotFoundError(
+            f"{directory} has its weights in pytorch_model.bin only, a pickle, which can run any code and is never opened: "
+            "get the model's safetensors, or convert it with save_pretrained(directory, safe_serialization=True)"
+        )
+    raise FileNotFoundError(f"{directory} has no {name}: a Hugging Face directory with safetensors is needed")

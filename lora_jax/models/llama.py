@@ -1,0 +1,247 @@
+"""Decoders of the Llama family (Llama, Mistral, Qwen2, SmolLM2): Linen models from Hugging Face directories and GGUF files."""
+
+import dataclasses
+import pathlib
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.models import checkpoint_files, gguf_files
+from lora_jax.models.decoder import Cache as Cache
+from lora_jax.models.decoder import Llama as Llama
+from lora_jax.models.decoder import init_cache
+from lora_jax.models.generation import Generated as Generated
+from lora_jax.models.generation import generate as generate
+from lora_jax.models.gguf_reader import GgufFile
+from lora_jax.models.llama_config import LlamaConfig as LlamaConfig
+from lora_jax.models.llama_config import hf_config as hf_config
+from lora_jax.models.llama_config import read_config
+from lora_jax.names import HFName
+
+Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, so that `jax.jit(loaded.apply)` works
+class Loaded:
+    """A model with its weights.
+
+    Args:
+      model: the Linen module.
+      variables: `{"params": ...}`.
+      names: the Hugging Face name of each parameter, by path.
+      config: its sizes.
+    """
+
+    model: Llama
+    variables: Any
+    names: dict[str, HFName]
+    config: LlamaConfig
+
+    def apply(
+        self,
+        variables: Any,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        segment_ids: Any = None,
+        positions: Any = None,
+        last_only: bool = False,
+    ) -> jax.Array:
+        """The logits `(batch, length, vocab)` of token ids `(batch, length)`.
+
+        Args:
+          variables: the parameters.
+          input_ids: `(batch, length)`.
+          attention_mask: `(batch, length)`: 0 for padding, on the left or the right.
+          segment_ids: `(batch, length)`: tokens see only tokens of the same id, so that packed documents stay apart.
+          positions: `(batch, length)`; without them they count what is not padding, and start again with each segment.
+          last_only: logits for the last token of each row only, `(batch, 1, vocab)`.
+        """
+        options = {"segment_ids": segment_ids, "positions": positions, "last_only": last_only}
+        return self.model.apply(variables, input_ids, attention_mask, **options)  # type: ignore[return-value]
+
+    def apply_cached(
+        self, variables: Any, input_ids: Any, cache: Cache, attention_mask: Any = None, *, last_only: bool = False
+    ) -> tuple[jax.Array, Cache]:
+        """The logits of tokens that follow those of a cache, and the cache with them added.
+
+        Args:
+          variables: the parameters.
+          input_ids: `(batch, length)`.
+          cache: from `init_cache`, or a call before; once it is full, the logits are NaN.
+          attention_mask: `(batch, length)`: 0 for padding.
+          last_only: logits for the last token of each row only.
+        """
+        return self.model.apply(variables, input_ids, attention_mask, cache=cache, last_only=last_only)  # type: ignore[return-value]
+
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """An empty cache for `batch` rows of at most `max_length` tokens, padding included."""
+        return init_cache(self.model, batch, max_length)
+
+
+def parameters(config: LlamaConfig, scan_layers: bool = False) -> dict[str, tuple[tuple[int, ...], HFName]]:
+    """The shape and the Hugging Face name of each parameter, by path.
+
+    >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=3, max_position_embeddings=8)
+    >>> config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=2, **sizes)
+    >>> shape, name = parameters(config, scan_layers=True)["params/layers/self_attn/k_proj/kernel"]
+    >>> shape, name.name, name.axes
+    ((3, 4, 2), 'model.layers.{l}.self_attn.k_proj.weight', 'l i o -> o i')
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    tied = "lm_head.weight" if config.tie_word_embeddings else ""
+    table = {
+        "embed_tokens/embedding": (
+            (config.vocab_size, width),
+            HFName("model.embed_tokens.weight", kind="embedding", tied=tied),
+        ),
+        "norm/scale": ((width,), HFName("model.norm.weight")),
+    }
+    if not tied:
+        table["lm_head/kernel"] = ((width, config.vocab_size), HFName("lm_head.weight", "i o -> o i"))
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    dense = {
+        **{f"self_attn/{name}_proj": (width, n, config.qkv_bias) for name, n in (("q", queries), ("k", keys), ("v", keys))},
+        "self_attn/o_proj": (queries, width, config.output_bias),
+        "mlp/gate_proj": (width, inner, config.mlp_bias),
+        "mlp/up_proj": (width, inner, config.mlp_bias),
+        "mlp/down_proj": (inner, width, config.mlp_bias),
+    }
+    count = config.num_hidden_layers
+    stack, mark = ((count,), "l ") if scan_layers else ((), "")
+    places = [("layers", "{l}")] if scan_layers else [(f"layer_{i}", str(i)) for i in range(count)]
+    for ours, theirs in places:
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            name = HFName(f"model.layers.{theirs}.{norm}.weight", f"{mark}o -> o")
+            table[f"{ours}/{norm}/scale"] = ((*stack, width), name)
+        for module, (into, out, has_bias) in dense.items():
+            full = f"model.layers.{theirs}.{module.replace('/', '.')}"
+            table[f"{ours}/{module}/kernel"] = ((*stack, into, out), HFName(f"{full}.weight", f"{mark}i o -> o i"))
+            if has_bias:
+                table[f"{ours}/{module}/bias"] = ((*stack, out), HFName(f"{full}.bias", f"{mark}o -> o"))
+    return {f"params/{path}": entry for path, entry in table.items()}
+
+
+def load(
+    source: str | pathlib.Path,
+    *,
+    dtype: Any = jnp.float32,
+    scan_layers: bool = False,
+    remat: bool = False,
+    tie: bool | None = None,
+    sharding: Sharding = None,
+) -> Loaded:
+    """Read a Hugging Face directory (`config.json`, and `model.safetensors` or an index of several) or a GGUF file.
+
+    Each parameter is read, cast and put on its devices before the next, so that no second copy of the model is ever held.
+
+    Args:
+      source: the directory, or a file that ends in `.gguf`.
+      dtype: the dtype of the parameters, and of the computation but for norms and attention weights.
+      scan_layers: stack the layers' parameters along a leading axis and scan over them: compiles once for all layers.
+      remat: recompute each layer's activations in the backward pass instead of keeping them.
+      tie: whether the head is the embedding; `None`: as in the checkpoint. `False` gives a tied checkpoint a head of its own.
+      sharding: where the parameters go: one sharding for all, or a function of (path, shape).
+
+    Raises:
+      FileNotFoundError: the source, or one of its files, is missing.
+      ValueError: another architecture, a file that is truncated or not what its name says, tensors that are missing,
+        unexpected or of the wrong shape, a head that can't be tied, or a dtype that is no float.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a float dtype, not {jnp.dtype(dtype).name}")
+    source = pathlib.Path(source)
+    if source.suffix == ".gguf":
+        tensors: Any = GgufFile(source)
+        config = gguf_files.read_config(tensors)
+    else:
+        config = _read_directory(source)
+        tensors = checkpoint_files.SafeTensors(source)
+    _check_layers(tensors, config)
+    tied = config.tie_word_embeddings
+    if tied or tie:
+        _check_tied(tensors, tied)
+    config = dataclasses.replace(config, tie_word_embeddings=tied if tie is None else tie)
+    table = parameters(config, scan_layers)
+    stored = {path: name for path, (_, name) in table.items()}
+    if tied and not config.tie_word_embeddings:
+        stored["params/lm_head/kernel"] = HFName("model.embed_tokens.weight", "i o -> o i")
+    checkpoint_files.check(tensors, {stored[path]: shape for path, (shape, _) in table.items()}, _is_spare)
+    place = sharding if callable(sharding) else lambda path, shape: sharding
+    leaves = {
+        path: checkpoint_files.put(checkpoint_files.fill(tensors, stored[path], shape, jnp.dtype(dtype)), place(path, shape))
+        for path, (shape, _) in table.items()
+    }
+    return _loaded(config, dtype, scan_layers, remat, leaves)
+
+
+def init(
+    config: LlamaConfig, key: jax.Array, *, dtype: Any = jnp.float32, scan_layers: bool = False, remat: bool = False
+) -> Loaded:
+    """A model with random weights: kernels and embeddings from a normal distribution of deviation 0.02.
+
+    >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=3, max_position_embeddings=8)
+    >>> config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=2, **sizes)
+    >>> tiny = init(config, jax.random.key(0))
+    >>> tiny.apply(tiny.variables, jnp.ones((2, 5), jnp.int32)).shape
+    (2, 5, 8)
+    """
+
+    def leaf(path: str, shape: tuple[int, ...]) -> jax.Array:
+        if path.endswith("/scale"):
+            return jnp.ones(shape, dtype)
+        if path.endswith("/bias"):
+            return jnp.zeros(shape, dtype)
+        return (0.02 * jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), shape)).astype(dtype)
+
+    leaves = {path: leaf(path, shape) for path, (shape, _) in parameters(config, scan_layers).items()}
+    return _loaded(config, dtype, scan_layers, remat, leaves)
+
+
+def _loaded(config: LlamaConfig, dtype: Any, scan_layers: bool, remat: bool, leaves: dict[str, jax.Array]) -> Loaded:
+    variables: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = variables
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    names = {path: name for path, (_, name) in parameters(config, scan_layers).items()}
+    return Loaded(Llama(config, jnp.dtype(dtype), scan_layers, remat), variables, names, config)
+
+
+def _read_directory(directory: pathlib.Path) -> LlamaConfig:
+    fields = checkpoint_files.read_json(directory, "config.json")
+    try:
+        return read_config(fields)
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+
+
+def _check_layers(tensors: Any, config: LlamaConfig) -> None:
+    """As many layers as the configuration says, before anything is made for each."""
+    suffix = ".input_layernorm.weight"
+    count = sum(name.startswith("model.layers.") and name.endswith(suffix) for name in tensors.shapes)
+    if count != config.num_hidden_layers:
+        raise ValueError(f"{tensors.file} has {count} layers; the configuration asks for {config.num_hidden_layers}")
+
+
+def _check_tied(tensors: Any, tied: bool) -> None:
+    """A head that is stored although it is tied, or is to be tied, must be the embedding."""
+    if "lm_head.weight" not in tensors.shapes or "model.embed_tokens.weight" not in tensors.shapes:
+        return
+    shapes = [tensors.shapes[name] for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    if shapes[0] == shapes[1] and np.array_equal(tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")):
+        return
+    reason = "tie_word_embeddings is true" if tied else "tie=True asks for one matrix"
+    advice = "correct the configuration" if tied else "leave tie out"
+    raise ValueError(f"{tensors.file}: {reason}, but lm_head.weight differs from model.embed_tokens.weight: {advice}")
+
+
+def _is_spare(name: str) -> bool:
+    """Buffers of old checkpoints, a head beside tied embeddings, and llama.cpp's form of the rope scaling."""
+    return name.endswith("rotary_emb.inv_freq") or name in ("lm_head.weight", "rope_freqs.weight")
