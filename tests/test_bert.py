@@ -108,7 +108,7 @@ def test_sentence_model_reads_the_mean_of_the_tokens(model):
     as_sentence_model(model)
     loaded = bert.load(model, num_labels=2, seed=5)
     assert loaded.new == ("params/classifier/kernel", "params/classifier/bias")
-    assert loaded.names["params/encoder/layer_0/mlp/up/kernel"].name == "encoder.layer.0.intermediate.dense.weight"
+    assert loaded.names["params/encoder/layer_0/mlp/up/kernel"].name == "bert.encoder.layer.0.intermediate.dense.weight"
     out, captured = loaded.apply(loaded.variables, **INPUTS, capture_intermediates=True, mutable=["intermediates"])
     [hidden] = captured["intermediates"]["encoder"]["__call__"]
     mask = np.asarray(INPUTS["attention_mask"], np.float32)[:, :, None]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax import peft
@@ -289,3 +289,25 @@ def test_trained_adapters_give_the_same_logits_after_a_round_trip(flavour, tmp_p
     again = peft.load(tmp_path, variables, names=names)
     got, want = (jax.jit(lj.lora(apply))(lj.attach(variables, a), ids) for a in (again, state.adapters))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("case", "rename"), [
+    ("bert-dora", lambda name: name.replace("model.bert.", "model.")),  # BertModel, which has no head
+    ("llama-patterns", lambda name: name.replace("model.model.", "model.")),
+    ("llama-qv", lambda name: name.replace("base_model.model.", "base_model.model.language_model.")),  # within a larger model
+])  # fmt: skip
+def test_model_classes_with_other_outermost_modules(case, rename, tmp_path):
+    want, variables, names, _ = load(case, "unrolled")
+    tensors = {
+        rename(name): tensor for name, tensor in load_file(peft_cases.directory(case) / "adapter_model.safetensors").items()
+    }
+    if case.startswith("bert"):
+        tensors = {name: tensor for name, tensor in tensors.items() if "classifier" not in name}
+        want = {path: adapter for path, adapter in want.items() if "classifier" not in path}
+    fields = json.loads((peft_cases.directory(case) / "adapter_config.json").read_text()) | {"modules_to_save": None}
+    fields["rank_pattern"] = {key.replace("^model.", "^"): value for key, value in fields["rank_pattern"].items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    got = peft.load(tmp_path, variables, names=names)
+    assert list(got) == list(want)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))

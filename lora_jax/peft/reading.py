@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,7 +16,9 @@ from lora_jax.adapter import Adapter, Full, LowRank
 from lora_jax.names import HFName, listing
 from lora_jax.peft import files, replay
 from lora_jax.peft.settings import Settings
-from lora_jax.peft.slots import Slot, decode, layout, place, slots, stored_shape, tensor_names
+from lora_jax.peft.slots import Slot, aligned, decode, layout, place, slots, stored_shape, tensor_names
+
+_PAIR = re.compile(r"(\.base_layer)*\.lora_(A\.weight|embedding_A)$")
 
 
 def load(
@@ -85,7 +88,8 @@ class _Reader:
     def __init__(self, directory: pathlib.Path, settings: Settings, tensors: Any, leaves: Any, names: Mapping[str, HFName]):
         self.directory, self.settings, self.tensors, self.leaves = directory, settings, dict(tensors), leaves
         self.left = dict.fromkeys(tensors)
-        self.slots = slots(names, {path: jnp.shape(leaves[path]) for path in names})
+        adapted = {_PAIR.sub("", name) for name in tensors if _PAIR.search(name)}
+        self.slots = aligned(slots(names, {path: jnp.shape(leaves[path]) for path in names}), adapted)
         self.missing: list[str] = []
 
     def adapters(self) -> dict[str, Adapter]:

@@ -6,7 +6,7 @@ experts A as `(experts r, in)`, expert by expert, and B as `(out, r experts)`, r
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,33 @@ def slots(names: Mapping[str, HFName], shapes: Mapping[str, tuple[int, ...]]) ->
             if other is not slot:
                 raise ValueError(f"{other.path} and {path} are both {tensor} in Hugging Face: give each a name of its own")
     return found
+
+
+def aligned(found: Mapping[str, Slot], modules: Collection[str]) -> dict[str, Slot]:
+    """The slots by the names of a model that has other outermost modules, if none of its modules is known otherwise.
+
+    A model class without a head leaves the outermost name out (`BertModel`: `encoder.layer.0...`, not `bert.encoder...`); one
+    with more around it adds some (`language_model.model.layers.0...`).
+
+    Args:
+      found: the slots.
+      modules: the modules of an adapter file.
+
+    >>> slot = Slot("w", HFName("bert.pooler.dense.weight"), (2, 2), (), "bert.pooler.dense.weight")
+    >>> list(aligned({slot.tensor: slot}, ["pooler.dense"]))
+    ['pooler.dense.weight']
+    """
+    known = {slot.module for slot in found.values()}
+    if not modules or not known.isdisjoint(modules):
+        return dict(found)
+    inner = {slot.tensor: slot.tensor.partition(".")[2] or slot.tensor for slot in found.values()}
+    if not {name.rpartition(".")[0] for name in inner.values()}.isdisjoint(modules):
+        renamed = inner
+    else:
+        ends = ((module, name) for module in modules for name in known if module.endswith(f".{name}"))
+        module, name = max(ends, key=lambda pair: len(pair[1]), default=("", ""))
+        renamed = {tensor: module.removesuffix(name) + tensor for tensor in found}
+    return {renamed[tensor]: dataclasses.replace(slot, tensor=renamed[tensor]) for tensor, slot in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)
