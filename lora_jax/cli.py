@@ -4,23 +4,29 @@ import argparse
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from lora_jax import run
 from lora_jax.run import RunConfig
 
-_EXTRA = ("grain", "matplotlib", "rich", "tokenizers")
+_EXTRA = ("gguf", "grain", "jinja2", "matplotlib", "rich", "tokenizers")
 _OPTIONS: dict[str, tuple[type, str]] = {
-    "model": (str, "a Hugging Face directory of a BERT (default: MiniLM, fetched once)"),
-    "data": (str, "a .csv or .jsonl file of labelled texts (default: short movie reviews, fetched once)"),
+    "model": (str, "a Hugging Face directory, or for lm a .gguf file (default: MiniLM or SmolLM2, fetched once)"),
+    "data": (str, "a .csv or .jsonl file, or for lm a .txt file (default: movie reviews, fetched once)"),
     "text_field": (str, "the column of the texts"),
     "label_field": (str, "the column of the labels"),
+    "prompt_field": (str, "the column of the prompts, of which nothing is learnt"),
+    "completion_field": (str, "the column of the completions"),
+    "messages_field": (str, "the column of chats: lists of objects with a role and a content"),
+    "held_out": (int, "tokens to measure the perplexity on, at most a tenth of all"),
+    "dtype": (str, f"the base's dtype in memory: {', '.join(run.DTYPES)}"),
     "rank": (int, "rank of every low-rank pair"),
     "alpha": (float, "the scale of every pair is alpha / rank"),
     "learning_rate": (float, "peak learning rate"),
-    "batch_size": (int, "examples per step"),
+    "batch_size": (int, "examples, or for lm packed rows, per step"),
     "steps": (int, "training steps"),
-    "max_length": (int, "texts are cut to this many tokens"),
+    "max_length": (int, "texts are cut to this many tokens; for lm, the tokens of a packed row"),
     "seed": (int, "seed of the adapters, a new head and the order of the batches"),
 }
 
@@ -36,26 +42,59 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = _Parser(prog="lora-jax", description="Fine-tune BERT classifiers with low-rank adapters.")
+    top = _Parser(prog="lora-jax", description="Fine-tune classifiers and language models with low-rank adapters.")
     commands = top.add_subparsers(required=True, metavar="command")
-    tune = commands.add_parser("finetune", help="train adapters and a head on labelled texts")
-    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    _add_finetune(commands.add_parser("finetune", help="train adapters on texts"))
+    predict = _add_run(commands, "predict", "classify texts with a run", _predict)
+    predict.add_argument("--text", action="append", required=True, help="a text; may be given more than once")
+    generate = _add_run(commands, "generate", "go on from a prompt with a run", _generate)
+    generate.add_argument("--prompt", required=True, help="the text to go on from")
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="at most this many tokens (default: 64)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (the default): the most likely token each time")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the draws at a temperature above 0 (default: 0)")
+    generate.add_argument("--chat", action="store_true", help="write the prompt with the model's chat template")
+    generate.add_argument("--base", action="store_true", help="leave the run's adapters out")
+    _add_run(commands, "inspect", "show what a run changed, per adapted parameter", _inspect)
+    export = _add_run(commands, "export", "write a run for other tools", _export)
+    formats = "peft: the adapters, for Hugging Face PEFT; merged: the whole model, for transformers"
+    export.add_argument("--format", required=True, choices=("peft", "merged"), help=formats)
+    export.add_argument("--out", type=pathlib.Path, help="the directory (default: RUN/peft or RUN/merged)")
+    import_ = commands.add_parser("import", help="make a run of a PEFT directory")
+    import_.add_argument("directory", type=pathlib.Path, help="the PEFT directory")
+    import_.add_argument("--model", type=pathlib.Path, required=True, help="the base: a Hugging Face directory or .gguf file")
+    import_.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")
+    import_.set_defaults(command=_import)
+    return top
+
+
+def _add_finetune(tune: argparse.ArgumentParser) -> None:
+    tasks = "classify (the default): labels of texts, with a BERT; lm: next tokens, with a decoder of the Llama family"
+    tune.add_argument("--task", choices=run.TASKS, help=tasks)
     for name, (kind, text) in _OPTIONS.items():
-        default = "" if defaults[name] is None else f" (default: {defaults[name]})"
-        tune.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text + default)
+        tune.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text + _default(name))
     targets = "kernels to adapt: patterns, or one of the words all-linear (the default) and attention"
     tune.add_argument("--targets", nargs="+", metavar="PATTERN", help=targets)
     tune.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")
     tune.add_argument("--resume", type=pathlib.Path, metavar="RUN", help="go on with a run that was stopped")
     tune.set_defaults(command=_finetune)
-    predict = commands.add_parser("predict", help="classify texts with a run")
-    predict.add_argument("run", type=pathlib.Path)
-    predict.add_argument("--text", action="append", required=True, help="a text; may be given more than once")
-    predict.set_defaults(command=_predict)
-    inspect = commands.add_parser("inspect", help="show what a run changed, per adapted parameter")
-    inspect.add_argument("run", type=pathlib.Path)
-    inspect.set_defaults(command=_inspect)
-    return top
+
+
+def _default(name: str) -> str:
+    """The default of an option, of each task where they differ."""
+    usual = {field.name: field.default for field in dataclasses.fields(RunConfig)}[name]
+    if usual is None:
+        return ""
+    own = run.DEFAULTS["lm"].get(name)
+    only = next((f"; {task} only" for task in run.TASKS if name in run.OWN[task]), "")
+    return f" (default: {usual}{'' if own is None else f', for lm {own}'}{only})"
+
+
+def _add_run(commands: Any, name: str, text: str, command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    """A command whose first argument is a run."""
+    made = commands.add_parser(name, help=text)
+    made.add_argument("run", type=pathlib.Path)
+    made.set_defaults(command=command)
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in _EXTRA:
             raise
         return _refuse(f"the package {error.name} is missing: pip install 'lora-jax[finetune]'")
+    except Exception as error:
+        from lora_jax.task import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        return _refuse(error)
 
 
 def _refuse(reason: Any) -> int:
@@ -82,10 +127,11 @@ def _refuse(reason: Any) -> int:
 def _finetune(options: argparse.Namespace) -> int:
     import rich.console
 
-    from lora_jax import finetune, run
-    from lora_jax.session import UserError, user_errors
+    from lora_jax import finetune
+    from lora_jax.task import UserError, user_errors
 
-    given = {name: getattr(options, name) for name in (*_OPTIONS, "targets") if getattr(options, name) is not None}
+    names = ("task", *_OPTIONS, "targets")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     console = rich.console.Console()
     directory = options.resume
     try:
@@ -98,11 +144,9 @@ def _finetune(options: argparse.Namespace) -> int:
                 if name in given:
                     given[name] = str(pathlib.Path(given[name]).absolute())
             with user_errors():
-                config = RunConfig(**given)
+                config = run.options(given.pop("task", "classify"), given)
             directory = options.out or run.free_directory(pathlib.Path("runs"))
             finetune.start(config, directory, console)
-    except UserError as error:
-        return _refuse(error)
     except finetune.Interrupted as error:
         print(f"lora-jax: stopped by {error}; go on with: lora-jax finetune --resume {directory}", file=sys.stderr)
         return 128 + error.signum
@@ -115,26 +159,29 @@ def _show(value: float | None, form: str) -> str:
 
 def _predict(options: argparse.Namespace) -> int:
     from lora_jax import inspection
-    from lora_jax.session import UserError
 
-    try:
-        results = inspection.predict(options.run, options.text)
-    except UserError as error:
-        return _refuse(error)
+    results = inspection.predict(options.run, options.text)
     for text, result in zip(options.text, results):
         best = max(result, key=lambda label: result[label])
         print(f"{best}\t{result[best]:.3f}\t{text}")
     return 0
 
 
+def _generate(options: argparse.Namespace) -> int:
+    from lora_jax import generate
+    from lora_jax.task import user_errors
+
+    names = [field.name for field in dataclasses.fields(generate.Options)]
+    with user_errors():
+        chosen = generate.Options(**{name: getattr(options, name) for name in names})
+    print(generate.generate(options.run, options.prompt, chosen))
+    return 0
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from lora_jax import inspection
-    from lora_jax.session import UserError
 
-    try:
-        rows = inspection.inspect(options.run)
-    except UserError as error:
-        return _refuse(error)
+    rows = inspection.inspect(options.run)
     width = max(len(row.path) for row in rows)
     print(f"{'parameter':{width}}  {'shape':>14} {'rank':>6} {'scale':>7} {'|dW|/|W|':>9} {'effective rank':>15}")
     for row in rows:
@@ -144,6 +191,29 @@ def _inspect(options: argparse.Namespace) -> int:
             f"{row.path:{width}}  {shape:>14} {rank:>6} {_show(row.scale, '.4g'):>7} {_show(row.change, '.4f'):>9} "
             f"{_show(row.effective_rank, '.2f'):>15}"
         )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from lora_jax import transfer
+
+    out = options.out or options.run / options.format
+    notes = transfer.export(options.run, options.format, out)
+    return _report(f"written: {out}", notes)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from lora_jax import transfer
+
+    out = options.out or run.free_directory(pathlib.Path("runs"))
+    notes = transfer.import_(options.directory, options.model, out)
+    return _report(f"run: {out}", notes)
+
+
+def _report(done: str, notes: Sequence[str]) -> int:
+    print(done)
+    for note in notes:
+        print(f"lora-jax: note: {note}", file=sys.stderr)
     return 0
 
 

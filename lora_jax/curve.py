@@ -1,4 +1,4 @@
-"""The picture of a run: loss and test accuracy by step."""
+"""The picture of a run: loss and test accuracy or perplexity by step."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from lora_jax.metrics import Metric
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -18,16 +20,17 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-def draw(lines: Sequence[Mapping[str, Any]], title: str, chance: float) -> bytes:
+def draw(lines: Sequence[Mapping[str, Any]], title: str, metric: Metric, baseline: tuple[str, float] | None = None) -> bytes:
     """A PNG of the metrics.
 
     Args:
       lines: the metrics of a run.
       title: what was trained on what.
-      chance: the accuracy of guessing the most frequent class.
+      metric: what was measured on held-out texts.
+      baseline: the name and value of what the measurements compare with.
     """
     losses = np.array([(line["step"], line["loss"]) for line in lines if line["loss"] is not None]).reshape(-1, 2)
-    tests = np.array([(line["step"], line["test_accuracy"]) for line in lines if line["test_accuracy"] is not None])
+    scores = [(line["step"], line[metric.field]) for line in lines if line[metric.field] is not None]
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     above.set_title(title.replace("$", r"\$"), fontsize=13)
@@ -38,15 +41,19 @@ def draw(lines: Sequence[Mapping[str, Any]], title: str, chance: float) -> bytes
         above.plot(losses[:, 0], mean, color="tab:blue", linewidth=2.2, label=f"mean of {width} steps")
     above.set_ylabel("training loss", fontsize=12)
     above.legend(fontsize=11, frameon=False)
-    tests = tests.reshape(-1, 2)
-    below.plot(tests[:, 0], 100 * tests[:, 1], color="tab:orange", linewidth=2.2, marker="o", markersize=7)
-    for i, (step, accuracy) in enumerate(tests):
-        place = {"xytext": (0, 9), "ha": "center"} if i else {"xytext": (11, -4), "ha": "left"}  # beside the steep start
-        below.annotate(f"{accuracy:.1%}", (step, 100 * accuracy), textcoords="offset points", fontsize=11, **place)
-    below.axhline(100 * chance, color="gray", linestyle="--", linewidth=1.2, label=f"most frequent class, {chance:.1%}")
-    below.set_ylabel("test accuracy (%)", fontsize=12)
+    steps, values = [step for step, _ in scores], [metric.factor * value for _, value in scores]
+    below.plot(steps, values, color="tab:orange", linewidth=2.2, marker="o", markersize=7)
+    for i, (step, score) in enumerate(scores):
+        beside = i == 0 or (score < scores[i - 1][1] and i < len(scores) - 1)  # where the line comes from above
+        place = {"xytext": (11, 3 if i else -4), "ha": "left"} if beside else {"xytext": (0, 9), "ha": "center"}
+        below.annotate(metric.text(score), (step, metric.factor * score), textcoords="offset points", fontsize=11, **place)
+    if baseline is not None:
+        name, value = baseline
+        label = f"{name}, {metric.text(value)}"
+        below.axhline(metric.factor * value, color="gray", linestyle="--", linewidth=1.2, label=label)
+        below.legend(fontsize=11, frameon=False, loc="center right")
+    below.set_ylabel(metric.axis, fontsize=12)
     below.set_xlabel("step", fontsize=12)
-    below.legend(fontsize=11, frameon=False, loc="center right")
     for axes in (above, below):
         axes.tick_params(labelsize=11)
         axes.grid(alpha=0.25)

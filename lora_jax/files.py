@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 
@@ -19,9 +18,8 @@ def write(file: pathlib.Path, content: bytes) -> None:
 
 
 def check_empty(directory: pathlib.Path) -> None:
-    """Raise a FileExistsError unless new files can go into this directory."""
-    # A crash can leave hidden forerunners of files.
-    if directory.exists() and (not directory.is_dir() or any(not entry.name.startswith(".") for entry in directory.iterdir())):
+    """Raise a FileExistsError unless there is nothing at this path, or an empty directory."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} is not an empty directory: choose another --out")
 
 
@@ -39,5 +37,5 @@ def fresh_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         made.mkdir()
         yield made
         if directory.exists():
-            shutil.rmtree(directory)
+            directory.rmdir()  # which fails if files have come in meanwhile
         made.rename(directory)

@@ -1,14 +1,12 @@
-"""Fine-tuning a BERT classifier with adapters: what `lora-jax finetune` does.
+"""Fine-tuning a base model with adapters: what `lora-jax finetune` does, whatever the task.
 
 A run can be stopped at any moment and resumed: checkpoints hold the adapters, the optimiser's state, the random key and
 the position of the data, and a step is a function of those, so a resumed run ends as one that was never stopped.
 """
 
-import functools
 import math
 import pathlib
 import signal
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,13 +14,11 @@ import numpy as np
 import optax
 import rich.console
 
-from lora_jax import checkpoint, curve, data, run, train
+from lora_jax import checkpoint, curve, files, metrics, run, train
 from lora_jax.progress import Progress
 from lora_jax.report import summary
-from lora_jax.session import Session, prepare, user_errors
-from lora_jax.transform import lora
-
-_TEST_BATCH = 128
+from lora_jax.session import prepare
+from lora_jax.task import Session, UserError, user_errors
 
 
 class Interrupted(Exception):
@@ -65,6 +61,8 @@ def resume(directory: pathlib.Path, console: rich.console.Console) -> None:
     """
     with user_errors():
         config = run.read_config(directory)
+    if config.imported is not None:
+        raise UserError(f"{directory} was imported from {config.imported}: there is no training to go on with")
     _train(prepare(config), directory, console)
 
 
@@ -96,8 +94,8 @@ class _Trainer:
 
     def __init__(self, session: Session, manager: checkpoint.Manager, signals: _Signals):
         self.session, self.config, self.manager, self.signals = session, session.config, manager, signals
-        tx = optimizer(self.config)
-        self.batches = data.train_batches(session.train, session.pad_lengths, self.config.batch_size, self.config.seed)
+        tx, task = optimizer(self.config), session.task
+        self.batches = task.train_batches()
         self.step, self.loss = 0, None
         self.state = train.init_state(session.adapters, tx, key=jax.random.key(self.config.seed))
         self._saved = manager.latest_step()
@@ -107,27 +105,27 @@ class _Trainer:
             assert found.state is not None
             self.state, self.step, self.loss = found.state, found.step, found.data["loss"]
             self.batches.set_state(found.data["position"])
-        self._train_step = train.make_train_step(functools.partial(_loss, session.model.apply), tx, max_grad_norm=1.0)
-        self._count = train.make_eval_step(functools.partial(_correct, session.model.apply))
+        self._train_step = train.make_train_step(task.loss, tx, max_grad_norm=1.0)
+        self._measure = train.make_eval_step(task.measure)
 
     def advance(self) -> None:
         """One training step."""
-        self.state, metrics = self._train_step(self.state, self.session.model.variables, next(self.batches))
+        self.state, metrics = self._train_step(self.state, self.session.task.variables, next(self.batches))
         loss = float(metrics["loss"])
         self.loss, self.step = loss if math.isfinite(loss) else None, self.step + 1
         if self.step % self.config.save_every == 0 or self.step == self.config.steps:
             self.save()
 
-    def test(self, progress: Progress) -> float:
-        """The accuracy on the held-out texts."""
-        session, correct = self.session, 0
-        total = -(-len(session.test) // _TEST_BATCH)
-        for i, batch in enumerate(data.eval_batches(session.test, session.pad_lengths, _TEST_BATCH)):
+    def test(self, progress: Progress) -> float | None:
+        """The score on the held-out texts; `None` if it is not finite."""
+        task, sums = self.session.task, np.zeros(())
+        for i, batch in enumerate(task.test_batches()):
             self.signals.check()
-            progress.testing(i, total)
-            correct += int(self._count(self.state.adapters, session.model.variables, batch))
-        progress.testing(total, total)
-        return correct / len(session.test)
+            progress.testing(i, task.test_count)
+            sums = sums + np.asarray(self._measure(self.state.adapters, task.variables, batch), np.float64)
+        progress.testing(task.test_count, task.test_count)
+        score = task.score(sums)
+        return score if math.isfinite(score) else None
 
     def save(self) -> None:
         """Write a checkpoint of this step in the background, unless it has one."""
@@ -138,46 +136,30 @@ class _Trainer:
             self._saved = self.step
 
 
-def _loss(apply: Any, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
-    logits = lora(apply, key=key)(params, batch["input_ids"], batch["attention_mask"])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
-
-
-def _correct(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    logits = lora(apply)(params, batch["input_ids"], batch["attention_mask"])
-    return (logits.argmax(-1) == batch["labels"]).sum()
-
-
 def _train(session: Session, directory: pathlib.Path, console: rich.console.Console) -> None:
-    config = session.config
-    console.out(summary(session.model.variables, session.adapters), highlight=False)
-    head = "a new head" if session.model.new else "the checkpoint's head"
-    console.out(
-        f"{len(session.train)} texts to train on, {len(session.test)} to test on\n"
-        f"{head} for the labels {', '.join(config.labels)}\n"
-        f"run: {directory}",
-        highlight=False,
-    )
+    config, task = session.config, session.task
+    console.out(summary(task.variables, session.adapters), highlight=False)
+    console.out("\n".join([*task.description, f"run: {directory}"]), highlight=False)
     with checkpoint.Manager(directory / "adapters", keep=2) as manager, _Signals() as signals:
         trainer = _Trainer(session, manager, signals)
-        with run.Metrics(directory, trainer.step) as metrics:
-            with Progress(console, config.steps, trainer.step, config.batch_size) as progress:
-                _loop(trainer, metrics, progress)
-            _finish(session, directory, metrics, console)
+        with metrics.Log(directory, trainer.step, task.metric) as log:
+            with Progress(console, config.steps, trainer.step, task.per_step, task.unit, task.metric) as progress:
+                _loop(trainer, log, progress)
+            _finish(session, directory, log, console)
 
 
-def _loop(trainer: _Trainer, metrics: run.Metrics, progress: Progress) -> None:
+def _loop(trainer: _Trainer, log: metrics.Log, progress: Progress) -> None:
     config, signals = trainer.config, trainer.signals
 
     def record() -> None:
-        accuracy = None
+        score = None
         if trainer.step % config.test_every == 0 or trainer.step == config.steps:
-            accuracy = trainer.test(progress)
-            progress.tested(trainer.step, accuracy)
-        metrics.append(trainer.step, trainer.loss, accuracy)
+            score = trainer.test(progress)
+            progress.tested(trainer.step, score)
+        log.append(trainer.step, trainer.loss, score)
 
     try:
-        if not metrics.lines or metrics.lines[-1]["step"] != trainer.step:
+        if not log.lines or log.lines[-1]["step"] != trainer.step:
             record()  # of step 0, or of a checkpoint whose line was not written any more
         while trainer.step < config.steps:
             signals.check()
@@ -194,15 +176,13 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _finish(session: Session, directory: pathlib.Path, metrics: run.Metrics, console: rich.console.Console) -> None:
-    counts = np.unique(session.test.labels, return_counts=True)[1]
-    base = pathlib.Path(session.config.model).name if session.config.model else "MiniLM"
-    texts = pathlib.Path(session.config.data).name if session.config.data else "movie reviews"
-    run.write(directory / "curve.png", curve.draw(metrics.lines, f"{base} on {texts}", counts.max() / counts.sum()))
-    before, after = metrics.accuracy(0), metrics.accuracy(session.config.steps)
-    adapter, whole = _bytes(session.adapters), _bytes(session.model.variables)
+def _finish(session: Session, directory: pathlib.Path, log: metrics.Log, console: rich.console.Console) -> None:
+    task = session.task
+    files.write(directory / "curve.png", curve.draw(log.lines, task.title, task.metric, task.baseline))
+    before, after = log.score(0), log.score(session.config.steps)
+    adapter, whole = _bytes(session.adapters), _bytes(task.variables)
     console.out(
-        f"test accuracy on {len(session.test)} texts: {before} before, {after} after\n"
+        f"{task.metric.held_out} on {task.held_out}: {before} before, {after} after\n"
         f"adapter: {adapter:,} bytes, base: {whole:,} bytes ({adapter / whole:.2%})\n"
         f"metrics and picture: {directory / 'metrics.jsonl'}, {directory / 'curve.png'}",
         highlight=False,

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import checkpoint, data, fetch, paths, run
+from lora_jax import checkpoint, classify, data, paths, run
 from lora_jax.adapter import Adapter, LowRank, attach
-from lora_jax.session import Base, base_directory, load_base, user_errors
+from lora_jax.algebra import merge
+from lora_jax.session import check_task, task_module
+from lora_jax.task import user_errors
 from lora_jax.transform import lora
 
 
@@ -34,7 +37,8 @@ def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, flo
         if not all(text.strip() for text in texts):
             raise ValueError("a text is empty: there is nothing to classify")
         config = run.read_config(directory)
-    base = load_base(base_directory(config), config)
+    check_task(config, "classify")
+    base = classify.load_base(classify.base_directory(config), config)
     model, adapters = base.model, load_adapters(directory, base.model.variables)
     tokens = data.token_ids(base.tokenizer, texts, config.max_length)
     examples = data.Examples(tokens, np.zeros(len(texts), np.int32))
@@ -79,9 +83,10 @@ def inspect(directory: pathlib.Path) -> list[Row]:
     return [_row(path, adapter, weights.get(path)) for path, adapter in adapters.items()]
 
 
-def _base_at_hand(config: run.RunConfig) -> Base | None:
-    directory = fetch.location(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
-    return load_base(directory, config) if directory.is_dir() else None
+def _base_at_hand(config: run.RunConfig) -> Any:
+    task = task_module(config)
+    source = task.location(config)
+    return task.load_base(source, config) if source.exists() else None
 
 
 def _row(path: str, adapter: Adapter, weight: Any) -> Row:
@@ -89,14 +94,23 @@ def _row(path: str, adapter: Adapter, weight: Any) -> Row:
     if isinstance(adapter, LowRank):
         sizes = dict(zip(adapter.layout.inputs, adapter.a.shape)) | dict(zip(adapter.layout.outputs, adapter.b.shape[1:]))
         shape, rank, scale = tuple(sizes[axis] for axis in sorted(sizes)), adapter.rank, float(adapter.scale)
-        values = scale * product_values(np.asarray(adapter.a).reshape(-1, rank), np.asarray(adapter.b).reshape(rank, -1))
     else:
         [value] = jax.tree.leaves(adapter)
         shape, rank, scale = value.shape, None, None
-        values = None if weight is None else _values(np.asarray(value, np.float64) - weight)
+    if isinstance(adapter, LowRank) and adapter.magnitude is None:
+        product = np.asarray(adapter.a).reshape(-1, adapter.rank), np.asarray(adapter.b).reshape(adapter.rank, -1)
+        values = float(adapter.scale) * product_values(*product)
+    else:
+        values = None if weight is None else _values(_folded(weight, adapter) - weight)
     size = 0.0 if weight is None else float(np.linalg.norm(weight))
     change = None if values is None or not size else float(np.linalg.norm(values)) / size
     return Row(path, shape, rank, scale, change, None if values is None else effective_rank(values))
+
+
+def _folded(weight: np.ndarray, adapter: Adapter) -> np.ndarray:
+    """The parameter with its adapter folded in; a bias of the adapter goes to another parameter."""
+    alone = dataclasses.replace(adapter, bias=None) if isinstance(adapter, LowRank) else adapter
+    return np.asarray(merge({"w": jnp.asarray(weight, jnp.float32)}, {"w": alone})["w"], np.float64)
 
 
 def _values(change: np.ndarray) -> np.ndarray:

@@ -3,8 +3,10 @@
     RUN/config.json     the options, and digests of the data and of the base model
     RUN/adapters/       checkpoints of the adapters and of the training state
     RUN/metrics.jsonl   a line per step: `step`, `loss` (null at step 0 and where it is not finite) and `test_accuracy`
-                        (null at steps without a test)
-    RUN/curve.png       loss and test accuracy by step
+                        or `perplexity` (null at steps without a test)
+    RUN/curve.png       loss and test accuracy or perplexity by step
+
+An imported run has no metrics and no picture.
 
 A run is there once its `config.json` is. Each file is replaced in one go, and the metrics grow by whole lines.
 """
@@ -13,15 +15,26 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_jax import files
 from lora_jax.config import WORDS, LoraConfig
 
-FORMAT_VERSION = 1
-METRICS = ("step", "loss", "test_accuracy")
+FORMAT_VERSION = 2
+TASKS = ("classify", "lm")
+DTYPES = ("float32", "bfloat16", "float16")
+# What differs from the defaults of `RunConfig`, which are those of `classify`.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "classify": {},
+    "lm": {"learning_rate": 1e-3, "batch_size": 2, "steps": 60, "max_length": 256},
+}
+# Options that only one task has.
+OWN: dict[str, tuple[str, ...]] = {
+    "classify": ("label_field",),
+    "lm": ("prompt_field", "completion_field", "messages_field", "held_out", "dtype"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,30 +42,44 @@ class RunConfig:
     """The options of a run, and what ties it to its data and base model.
 
     Args:
-      model: a Hugging Face directory, or `None` for the pinned MiniLM.
-      data: a `.csv` or `.jsonl` file, or `None` for the pinned movie reviews.
+      task: `"classify"` (labelled texts, a BERT) or `"lm"` (next tokens, a decoder of the Llama family).
+      model: a Hugging Face directory (or, for `lm`, a `.gguf` file), or `None` for the pinned MiniLM or SmolLM2.
+      data: a `.csv` or `.jsonl` file (or, for `lm`, a `.txt` file), or `None` for the pinned movie reviews.
       text_field: the column of the texts.
-      label_field: the column of the labels.
+      label_field: the column of the labels (`classify`).
+      prompt_field: the column of the prompts (`lm`).
+      completion_field: the column of the completions (`lm`).
+      messages_field: the column of the chats (`lm`).
+      held_out: tokens that the perplexity is measured on, at most a tenth of all (`lm`).
+      dtype: of the frozen base in memory (`lm`); the adapters are float32.
       rank: r of every low-rank pair.
       alpha: the scale of every pair is alpha / rank.
       targets: patterns of the adapted kernels, or one of LoraConfig's words.
       learning_rate: the peak, after the warm-up.
-      batch_size: examples per step.
+      batch_size: examples per step; for `lm`, packed rows.
       steps: training steps.
-      max_length: texts are cut to this many tokens.
+      max_length: texts are cut to this many tokens; for `lm`, the tokens of a packed row.
       seed: of the adapters, a new head and the order of the batches; the train/test split does not depend on it.
       labels: the classes, in the order of the logits.
       data_sha256: the digest of all texts and labels.
-      model_sha256: the digest of the base's `model.safetensors`.
+      model_sha256: the digest of the base's weights.
+      date: the day that chat templates are told, as ISO 8601: the day on which the run began.
+      imported: the PEFT directory that the adapters came from; such a run has no data, and options of training mean nothing.
 
     Raises:
       ValueError: an option is out of range.
     """
 
+    task: str = "classify"
     model: str | None = None
     data: str | None = None
     text_field: str = "text"
     label_field: str = "label"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    messages_field: str = "messages"
+    held_out: int = 4096
+    dtype: str = "float32"
     rank: int = 8
     alpha: float = 16.0
     targets: str | Sequence[str] = "all-linear"
@@ -64,9 +91,14 @@ class RunConfig:
     labels: Sequence[str] = ()
     data_sha256: str = ""
     model_sha256: str = ""
+    date: str = ""
+    imported: str | None = None
 
     def __post_init__(self):
-        for name, least in (("batch_size", 1), ("steps", 1), ("max_length", 3), ("seed", 0)):
+        for name, choices in (("task", TASKS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name, least in (("batch_size", 1), ("steps", 1), ("max_length", 3), ("seed", 0), ("held_out", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
@@ -80,12 +112,13 @@ class RunConfig:
 
     @property
     def lora(self) -> LoraConfig:
-        """What is adapted: the targets, and the head, which is trained whole.
+        """What is adapted: the targets and, in a classifier, the head, which is trained whole.
 
         Raises:
           ValueError: an option is out of range.
         """
-        return LoraConfig(rank=self.rank, alpha=self.alpha, targets=self.targets, train=["classifier"])
+        train = ["classifier"] if self.task == "classify" else []
+        return LoraConfig(rank=self.rank, alpha=self.alpha, targets=self.targets, train=train)
 
     @property
     def test_every(self) -> int:
@@ -113,9 +146,12 @@ class RunConfig:
         except json.JSONDecodeError as error:
             raise ValueError(f"{source} is not JSON: {error}") from None
         version = fields.pop("format_version", None) if isinstance(fields, dict) else None
-        if version != FORMAT_VERSION:
+        if version == 1:  # classifiers only; what came later has its default
+            later: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls) if f.name in _SINCE_2}
+            fields = later | fields
+        elif version != FORMAT_VERSION:
             raise ValueError(
-                f"{source} has the format version {version!r}, but this lora_jax reads {FORMAT_VERSION}: "
+                f"{source} has the format version {version!r}, but this lora_jax reads 1 and {FORMAT_VERSION}: "
                 "use the lora_jax that wrote the run, or train again"
             )
         odd = {field.name for field in dataclasses.fields(cls)} ^ set(fields)
@@ -124,14 +160,21 @@ class RunConfig:
         return cls(**fields)
 
 
-def write(file: pathlib.Path, content: bytes) -> None:
-    """Replace a file in one go, so that a crash leaves the old one or the new one."""
-    temporary = file.with_name(f".{file.name}.new")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+_SINCE_2 = ("task", *OWN["lm"], "date", "imported")
+
+
+def options(task: str, given: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a new run: the options given, and the task's defaults.
+
+    Raises:
+      ValueError: an option is out of range, or belongs to another task.
+    """
+    config = RunConfig(**{"task": task, **DEFAULTS.get(task, {}), **given})
+    for other in TASKS:
+        for name in OWN[other] if other != task else ():
+            if name in given:
+                raise ValueError(f"--{name.replace('_', '-')} is an option of --task {other}; leave it out of --task {task}")
+    return config
 
 
 def check_free(directory: pathlib.Path) -> None:
@@ -139,10 +182,8 @@ def check_free(directory: pathlib.Path) -> None:
     config = directory / "config.json"
     if config.is_file() and "format_version" in config.read_text(encoding="utf-8", errors="replace"):
         raise FileExistsError(f"{directory} holds a run already: continue it with --resume, or choose another --out")
-    if not directory.exists():
-        return
     # A crash before `config.json` was in place can leave its hidden forerunner.
-    if not directory.is_dir() or any(not entry.name.startswith(".") for entry in directory.iterdir()):
+    if directory.exists() and (not directory.is_dir() or any(not entry.name.startswith(".") for entry in directory.iterdir())):
         raise FileExistsError(f"{directory} is not an empty directory: choose another --out")
 
 
@@ -159,7 +200,7 @@ def create(directory: pathlib.Path, config: RunConfig) -> None:
     """
     check_free(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write(directory / "config.json", config.to_json().encode())
+    files.write(directory / "config.json", config.to_json().encode())
 
 
 def read_config(directory: pathlib.Path) -> RunConfig:
@@ -173,52 +214,3 @@ def read_config(directory: pathlib.Path) -> RunConfig:
     if not file.is_file():
         raise FileNotFoundError(f"there is no run in {directory}: it has no config.json")
     return RunConfig.from_json(file.read_text(encoding="utf-8"), file)
-
-
-class Metrics:
-    """The metrics of a run, on disk and in `lines`.
-
-    Opening drops a line that a crash cut off, and all lines after the step at which the run goes on.
-
-    Args:
-      directory: the run.
-      step: the step at which the run goes on.
-    """
-
-    def __init__(self, directory: pathlib.Path, step: int):
-        file = directory / "metrics.jsonl"
-        self.lines = [line for line in read_metrics(directory) if line["step"] <= step]
-        write(file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
-        self._stream = file.open("a", encoding="utf-8")
-
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-    def append(self, step: int, loss: float | None, test_accuracy: float | None) -> None:
-        """Write one line."""
-        self.lines.append(dict(zip(METRICS, (step, loss, test_accuracy))))
-        self._stream.write(json.dumps(self.lines[-1]) + "\n")
-        self._stream.flush()
-
-    def accuracy(self, step: int) -> str:
-        """The test accuracy at a step as a percentage; `unknown` if the line is gone."""
-        found = [line["test_accuracy"] for line in self.lines if line["step"] == step]
-        return f"{found[0]:.1%}" if found else "unknown"
-
-
-def read_metrics(directory: pathlib.Path) -> list[Mapping[str, Any]]:
-    """The whole lines of a run's metrics, up to the first that is damaged."""
-    file = directory / "metrics.jsonl"
-    lines = []
-    for text in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if not text.endswith(b"\n") or not isinstance(line, dict) or tuple(line) != METRICS:
-            break
-        lines.append(line)
-    return lines

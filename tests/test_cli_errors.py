@@ -81,6 +81,8 @@ BAD = {
     "a run is there": (hold_a_run, {}, "run holds a run already: continue it with --resume"),
     "a file is there": (nothing, {"out": "reviews.csv"}, "is not an empty directory"),
     "files are there": (nothing, {"out": "model"}, "is not an empty directory"),
+    "an option of lm": (nothing, {"prompt_field": "review"}, "--prompt-field is an option of --task lm; leave it out"),
+    "no such task": (nothing, {"task": "translate"}, "invalid choice: 'translate'"),
     "unknown option": (nothing, {"layers": 3}, "unrecognized arguments: --layers 3"),
 }
 
@@ -146,9 +148,9 @@ def test_no_such_run(home, capsys, command):
 
 @pytest.mark.parametrize("command", [["finetune", "--resume"], ["predict", "--text", "fine"], ["inspect"]])
 def test_damaged_run(stopped, capsys, command):
-    edit(stopped, format_version=2)
-    refused([*command, stopped], "has the format version 2, but this lora_jax reads 1", capsys)
-    edit(stopped, format_version=1, layers=3)
+    edit(stopped, format_version=3)
+    refused([*command, stopped], "has the format version 3, but this lora_jax reads 1 and 2", capsys)
+    edit(stopped, format_version=2, layers=3)
     refused([*command, stopped], "has missing or unknown fields: layers", capsys)
     (stopped / "config.json").write_text("[")
     refused([*command, stopped], r"config\.json is not JSON", capsys)

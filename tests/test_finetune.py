@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax import cli, curve, run
+from lora_jax import cli, curve, metrics, run
 from tests import tiny
 
 STEPS = 120
@@ -145,10 +145,10 @@ def test_signals_save_and_resume_goes_on(home, reference, tmp_path):
         assert f"stopped by {signum.name}; go on with: lora-jax finetune --resume {directory}" in output
         assert "Traceback" not in output
         stopped = lj.checkpoint.restore(directory / "adapters")
-        assert step <= stopped.step < STEPS and run.read_metrics(directory)[-1]["step"] == stopped.step
+        assert step <= stopped.step < STEPS and metrics.read(directory)[-1]["step"] == stopped.step
         arguments = ["finetune", "--resume", directory]
-    with (directory / "metrics.jsonl").open("a") as metrics:
-        metrics.write('{"step": 99, "lo')  # as a crash would leave it
+    with (directory / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 99, "lo')  # as a crash would leave it
     code, output = tiny.finish(*arguments)
     assert code == 0, output
     same(directory, reference[0])
@@ -172,12 +172,12 @@ def test_kill_at_a_random_moment(home, kill_reference, tmp_path, number):
         time.sleep(share * seconds)
     else:  # by progress, since a busy machine is slower than the reference was
         lines = (share - 0.2) / 0.8 * KILL_STEPS
-        while process.poll() is None and len(run.read_metrics(directory)) <= lines:
+        while process.poll() is None and len(metrics.read(directory)) <= lines:
             time.sleep(0.01)
         time.sleep(0.1 * random.random())
     process.kill()
     process.wait()
-    moment, found = time.monotonic() - began, run.read_metrics(directory)
+    moment, found = time.monotonic() - began, metrics.read(directory)
     has_run = (directory / "config.json").exists()
     print(f"killed after {moment:.2f} s at step {found[-1]['step'] if found else None}, exit code {process.returncode}")
     code, output = tiny.finish(*(["finetune", "--resume", directory] if has_run else start))
@@ -193,16 +193,27 @@ def test_resume_of_a_finished_run_changes_nothing(home, reference, capsys):
 
 
 def test_metrics_drop_what_a_crash_cut_off_and_what_comes_again(tmp_path):
-    with run.Metrics(tmp_path, 0) as metrics:
+    with metrics.Log(tmp_path, 0, metrics.ACCURACY) as log:
         for step in range(6):
-            metrics.append(step, None if step == 0 else 1.0 / step, 0.5 if step % 5 == 0 else None)
+            log.append(step, None if step == 0 else 1.0 / step, 0.5 if step % 5 == 0 else None)
     whole = (tmp_path / "metrics.jsonl").read_bytes()
     for cut in (whole[:-1], whole[:-20], whole + b'{"step": 6, "loss"', whole + b"\xff\x00", whole + b"null\n"):
         (tmp_path / "metrics.jsonl").write_bytes(cut)
-        with run.Metrics(tmp_path, 3) as metrics:
-            assert [line["step"] for line in metrics.lines] == [0, 1, 2, 3]
-            assert (metrics.accuracy(0), metrics.accuracy(5)) == ("50.0%", "unknown")
+        with metrics.Log(tmp_path, 3, metrics.ACCURACY) as log:
+            assert [line["step"] for line in log.lines] == [0, 1, 2, 3]
+            assert (log.score(0), log.score(5)) == ("50.0%", "unknown")
         assert whole.startswith((tmp_path / "metrics.jsonl").read_bytes())
+
+
+def test_a_run_of_the_first_format(reference, tmp_path, capsys):
+    directory = tmp_path / "run"
+    shutil.copytree(reference[0], directory)
+    fields = json.loads((directory / "config.json").read_text()) | {"format_version": 1}
+    new = ("task", "prompt_field", "completion_field", "messages_field", "held_out", "dtype", "date", "imported")
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if k not in new}))
+    assert run.read_config(directory) == run.read_config(reference[0])
+    assert cli.main(["predict", str(directory), "--text", "superb cast"]) == 0
+    assert capsys.readouterr().out.startswith("good")
 
 
 def test_a_damaged_checkpoint_is_refused(reference, tmp_path, capsys):
@@ -218,4 +229,4 @@ def test_curve_of_little():
     for losses in ([], [(1, 0.5)], [(1, None), (2, 0.25)]):
         lines = [{"step": 0, "loss": None, "test_accuracy": 0.5}]
         lines += [{"step": step, "loss": loss, "test_accuracy": None} for step, loss in losses]
-        assert curve.draw(lines, "a $ in a_name", 0.5).startswith(b"\x89PNG")
+        assert curve.draw(lines, "a $ in a_name", metrics.ACCURACY, ("chance", 0.5)).startswith(b"\x89PNG")

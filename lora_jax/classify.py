@@ -1,0 +1,155 @@
+"""The task `classify`: a BERT with a head, on labelled texts."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+
+from lora_jax import data, fetch, run, text_tokenizer
+from lora_jax.init import init
+from lora_jax.metrics import ACCURACY
+from lora_jax.models import bert
+from lora_jax.task import Session, Task, UserError, digest, user_errors
+from lora_jax.transform import lora
+
+_HELD_OUT = 3000
+_TEST_BATCH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model and its tokenizer."""
+
+    model: bert.Loaded
+    tokenizer: tokenizers.Tokenizer
+    sha256: str
+
+
+def location(config: run.RunConfig) -> pathlib.Path:
+    """Where the run's base model is, or will be once it is fetched."""
+    return fetch.location(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
+
+
+def base_directory(config: run.RunConfig) -> pathlib.Path:
+    """Where the run's base model is, fetched if it is the pinned one.
+
+    Raises:
+      UserError: it could not be fetched.
+    """
+    with user_errors():
+        return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
+
+
+def load_base(directory: pathlib.Path, config: run.RunConfig) -> Base:
+    """The base model with a head for the run's labels.
+
+    Raises:
+      UserError: the directory does not hold a BERT and its tokenizer, or another one than the run was made with.
+    """
+    with user_errors():
+        model = bert.load(directory, num_labels=len(config.labels) or None, seed=config.seed)
+        weights = digest(directory)
+    if config.model_sha256 not in ("", weights):
+        raise UserError(f"{directory} is not the model that the run was trained on: its weights have changed")
+    positions = model.config.max_position_embeddings
+    if config.max_length > positions:
+        raise UserError(f"max_length {config.max_length} is above the {positions} positions of the model {directory}")
+    return Base(model, load_tokenizer(directory, model.config.vocab_size), weights)
+
+
+def load_tokenizer(directory: pathlib.Path, vocab_size: int) -> tokenizers.Tokenizer:
+    """The `tokenizer.json` of a directory.
+
+    Raises:
+      UserError: there is none, it is damaged, or its ids do not fit the model's vocabulary.
+    """
+    with user_errors():
+        tokenizer = text_tokenizer.read_tokenizer(directory)
+    tokens = tokenizer.get_vocab_size()
+    if tokens > vocab_size:
+        raise UserError(f"{directory / 'tokenizer.json'} has {tokens} tokens, but the model's vocabulary has {vocab_size} only")
+    return tokenizer
+
+
+def load_texts(config: run.RunConfig) -> data.Texts:
+    """The run's data.
+
+    Raises:
+      UserError: it can't be read, or is not what the run was made with.
+    """
+    with user_errors():
+        if config.data is None:
+            texts = data.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300))
+        else:
+            texts = data.read(config.data, config.text_field, config.label_field)
+    if config.data_sha256 not in ("", texts.digest()):
+        raise UserError(f"{config.data} has changed since the run began, so the run can't go on: start a new one")
+    return texts
+
+
+def prepare(config: run.RunConfig) -> Session:
+    """Check everything and bring it into memory.
+
+    Raises:
+      UserError: any of it can't be used.
+    """
+    with user_errors():
+        lora_config = config.lora
+    texts = load_texts(config)
+    config = dataclasses.replace(config, labels=config.labels or texts.classes(), data_sha256=texts.digest())
+    base = load_base(base_directory(config), config)
+    config = dataclasses.replace(config, labels=_order(config.labels, base.model), model_sha256=base.sha256)
+    with user_errors():
+        parts = data.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
+        ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
+        adapters = init(jax.random.key(config.seed), lora_config, base.model.apply, base.model.variables, ids, ids)
+    training, test = (data.encode(base.tokenizer, part, config.labels, config.max_length) for part in parts)
+    return Session(config, _task(config, base.model, training, test), adapters)
+
+
+def _task(config: run.RunConfig, model: bert.Loaded, training: data.Examples, test: data.Examples) -> Task:
+    lengths = data.pad_lengths(np.concatenate([training.lengths, test.lengths]))
+    counts = np.unique(test.labels, return_counts=True)[1]
+    head = "a new head" if model.new else "the checkpoint's head"
+    base = pathlib.Path(config.model).name if config.model else "MiniLM"
+    return Task(
+        variables=model.variables,
+        loss=functools.partial(_loss, model.apply),
+        train_batches=lambda: data.train_batches(training, lengths, config.batch_size, config.seed),
+        measure=functools.partial(_correct, model.apply),
+        test_batches=lambda: data.eval_batches(test, lengths, _TEST_BATCH),
+        test_count=-(-len(test) // _TEST_BATCH),
+        score=lambda correct: int(correct) / len(test),
+        metric=ACCURACY,
+        per_step=config.batch_size,
+        unit="examples",
+        description=(
+            f"{len(training)} texts to train on, {len(test)} to test on",
+            f"{head} for the labels {', '.join(config.labels)}",
+        ),
+        held_out=f"{len(test)} texts",
+        title=f"{base} on {pathlib.Path(config.data).name if config.data else 'movie reviews'}",
+        baseline=("most frequent class", float(counts.max() / counts.sum())),
+    )
+
+
+def _order(labels: Any, model: bert.Loaded) -> tuple[str, ...]:
+    """The labels in the order of the checkpoint's head where it knows them, else sorted."""
+    return model.labels if sorted(model.labels) == sorted(labels) else tuple(labels)
+
+
+def _loss(apply: Any, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+    logits = lora(apply, key=key)(params, batch["input_ids"], batch["attention_mask"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
+
+
+def _correct(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    logits = lora(apply)(params, batch["input_ids"], batch["attention_mask"])
+    return (logits.argmax(-1) == batch["labels"]).sum()

