@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
+import peft_command
 import peft_twins
 import safetensors.numpy
 import torch
@@ -198,14 +199,20 @@ def check(case, directory):
 def main():
     """Run the cases, print how far apart the logits are, and fail if one is wrong."""
     t.utils.logging.disable_progress_bar()
+    t.utils.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}")
+    known = CASES | peft_command.CASES
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(known)}")
     wrong = []
-    for name in parser.parse_args().cases or CASES:
+    for name in parser.parse_args().cases or known:
         with tempfile.TemporaryDirectory() as directory:
-            ours, back, theirs, unadapted = check(CASES[name], pathlib.Path(directory))
+            if name in CASES:
+                ours, back, theirs, unadapted = check(CASES[name], pathlib.Path(directory))
+            else:
+                ours, theirs, back, unadapted = peft_command.check(known[name], pathlib.Path(directory), IDS)
         off, again, effect = (float(np.abs(x).max()) for x in (ours - theirs, back - theirs, theirs - unadapted))
-        print(f"{name}: logits differ by {off:.2g}, loaded again by {again:.2g}; the adapter moves them by {effect:.2g}")
+        other = "loaded again" if name in CASES else "merged"
+        print(f"{name}: logits differ by {off:.2g}, {other} by {again:.2g}; the adapter moves them by {effect:.2g}")
         if max(off, again) > TOLERANCE or effect < 100 * TOLERANCE:
             wrong.append(name)
     print(f"peft {peft.__version__}, transformers {t.__version__}, torch {torch.__version__}: {len(wrong)} wrong")
