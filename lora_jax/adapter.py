@@ -109,6 +109,11 @@ class LowRank(Adapter):
         """r, the inner size of the pair."""
         return self.a.shape[-1]
 
+    def widened(self) -> Self:
+        """The same with arrays of float32 at least, for what is not a product with an activation."""
+        arrays = {name: jnp.asarray(getattr(self, name)) for name in self.children()}
+        return dataclasses.replace(self, **{name: array.astype(wide_dtype(array)) for name, array in arrays.items()})
+
     def scaled(self, array: Any) -> jax.Array:
         """`scale` times an array whose first axes are the batch axes."""
         scale = self.scale
@@ -128,6 +133,16 @@ class LowRank(Adapter):
         label = lambda axes: [rank_label if axis < 0 else axis for axis in axes]
         order = range(len(self.layout.batch + self.layout.inputs + self.layout.outputs))
         return jnp.einsum(self.a, label(a_axes), self.scaled(self.b), label(b_axes), list(order), precision="highest")
+
+
+def wide_dtype(*arrays: Any) -> Any:
+    """The widest dtype of some arrays, at least float32.
+
+    >>> wide_dtype(jnp.ones(2, jnp.bfloat16)).name
+    'float32'
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *(array.dtype for array in arrays))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,6 +1,5 @@
 """Adapters and whole kernels: `merge` and `unmerge`."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.adapter import Adapter, Full, LowRank, attach, is_adapted
+from lora_jax.adapter import Adapter, Full, LowRank, attach, is_adapted, wide_dtype
 from lora_jax.dora import gain
 from lora_jax.weight import Factor
 
@@ -16,8 +15,8 @@ from lora_jax.weight import Factor
 def merge(variables: Any, adapters: Mapping[str, Adapter], *, check: bool = False) -> Any:
     """Plain parameters with the adapters folded in: `W + s A B` (`g (W + s A B)` with a magnitude), or a `Full`'s value.
 
-    The sum is made in the wider of the kernel's and the adapter's dtype and has the kernel's dtype. The base is not changed. An
-    adapter's bias goes to the parameter that its `bias_path` names.
+    The sum is made in the wider of the kernel's and the adapter's dtype, at least float32, and has the kernel's dtype. The base
+    is not changed. An adapter's bias goes to the parameter that its `bias_path` names.
 
     Args:
       variables: the base tree.
@@ -67,10 +66,9 @@ def _folded(node: Any, sign: float = 1.0) -> Any:
     base, adapter = node.base, node.adapter
     if isinstance(adapter, Full):
         return adapter.value.astype(base.dtype)
-    with jax.numpy_dtype_promotion("standard"):
-        wide = jnp.promote_types(base.dtype, adapter.a.dtype)
-    pair = dataclasses.replace(adapter, a=adapter.a.astype(wide), b=adapter.b.astype(wide))
-    result = base.astype(wide) + sign * pair.delta()
+    adapter = adapter.widened()
+    wide = wide_dtype(base, adapter.a)
+    result = base.astype(wide) + sign * adapter.delta().astype(wide)
     if adapter.magnitude is not None:
         layout = adapter.layout
         result = result * Factor(gain(base, adapter), (*layout.batch, *layout.outputs)).laid_along(range(base.ndim), wide)
@@ -92,5 +90,7 @@ def _with_biases(tree: Any, adapters: Mapping[str, Adapter], sign: float) -> Any
             raise ValueError(
                 f"{path}: the adapter's bias has the shape {jnp.shape(adapter.bias)}, {adapter.bias_path} {jnp.shape(leaf)}"
             )
-        leaves[adapter.bias_path] = leaf + sign * adapter.scaled(adapter.bias).astype(leaf.dtype)
+        change = adapter.widened().scaled(adapter.widened().bias)
+        with jax.numpy_dtype_promotion("standard"):
+            leaves[adapter.bias_path] = (leaf + sign * change).astype(leaf.dtype)
     return jax.tree.unflatten(treedef, list(leaves.values()))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.adapter import LowRank
+from lora_jax.adapter import LowRank, wide_dtype
 from lora_jax.weight import contract
 
 
@@ -26,8 +26,8 @@ def gain(base: Any, adapter: LowRank) -> jax.Array:
     >>> gain(jnp.array([[1.0], [2.0]]), pair)
     Array([2.], dtype=float32)
     """
-    magnitude = jnp.asarray(adapter.magnitude)
-    result = magnitude / lax.stop_gradient(column_norm(base, adapter)).astype(magnitude.dtype)
+    norm = lax.stop_gradient(column_norm(base, adapter))
+    result = jnp.asarray(adapter.magnitude, norm.dtype) / norm
     if adapter.ranks is None:
         return result
     batch = result.shape[: len(adapter.layout.batch)]
@@ -38,8 +38,7 @@ def gain(base: Any, adapter: LowRank) -> jax.Array:
 def column_norm(base: Any, adapter: LowRank) -> jax.Array:
     """`||W + s A B||` over the in axes, `(*batch, *out)`, in float32 or wider where W or the adapter is."""
     base, layout, (a_axes, b_axes) = jnp.asarray(base), adapter.layout, adapter.axes()
-    with jax.numpy_dtype_promotion("standard"):
-        wide = jnp.result_type(jnp.float32, base.dtype, jnp.asarray(adapter.a).dtype)
+    wide = wide_dtype(base, jnp.asarray(adapter.a))
     a, b = jnp.asarray(adapter.a, wide), adapter.scaled(jnp.asarray(adapter.b, wide))
     rank, other = -1, -2
     w_axes, kept = tuple(range(base.ndim)), (*layout.batch, *layout.outputs)

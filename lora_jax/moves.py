@@ -134,6 +134,8 @@ def _rev(eqn: Equation, weight: Weight) -> list[Any]:
 def _slice(eqn: Equation, weight: Weight) -> list[Any]:
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
+    whole = zip(starts, limits, strides, weight.shape)
+    weight.divide(axis for axis, (start, limit, stride, size) in enumerate(whole) if (start, limit, stride) != (0, size, 1))
 
     def cut(factor: Factor) -> Factor:
         for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides)):
@@ -146,6 +148,7 @@ def _slice(eqn: Equation, weight: Weight) -> list[Any]:
 
 def _split(eqn: Equation, weight: Weight) -> list[Any]:
     axis, start, parts = eqn.params["axis"], 0, []
+    weight.divide([axis])
     for base, size in zip(_on_base(eqn, weight), eqn.params["sizes"]):
         cut = lambda x, d, start=start, stop=start + size: lax.slice_in_dim(x, start, stop, axis=d)
         parts.append(weight.move(base, lambda factor, cut=cut: factor.along(axis, cut)))
@@ -164,6 +167,7 @@ def _index(weight: Weight, axes: Sequence[int], factor: Factor, how: str) -> Fac
 def _dynamic_slice(eqn: Equation, weight: Weight, *starts: Any) -> list[Any]:
     sizes = eqn.params["slice_sizes"]
     cut_axes = [axis for axis, size in enumerate(sizes) if size != weight.shape[axis]]
+    weight.divide(cut_axes)
 
     def cut(factor: Factor) -> Factor:
         factor = _index(weight, cut_axes, factor, "slice")
@@ -188,6 +192,7 @@ def _gather(eqn: Equation, weight: Weight, indices: Any) -> list[Any]:
     picked = {axis for axis, size in enumerate(sizes) if size != weight.shape[axis]} | set(removed)
     indexed = [axis for axis in numbers.start_index_map if axis in picked]
     one_row = [axis for axis in indexed if axis in removed]  # `w[i, 2:5]`: rows by i, a window by the slice
+    weight.divide(picked)
     base = _on_base(eqn, weight, indices)[0]
     index_labels = [d for d in range(base.ndim) if d not in numbers.offset_dims]
 

@@ -29,7 +29,8 @@ class HFName:
         name's fields index have no place on the right. Empty: the tensor is the parameter as it is.
       kind: what the tensor is the weight of: `"linear"` (out, in), `"conv1d"` (GPT-2's Conv1D: in, out), `"embedding"` (rows,
         size), `"conv"` (out, in, *window), or a parameter of its own: `"parameter"` ((experts,) out, in) or
-        `"parameter_transposed"` (experts, in, out), which PEFT adapts by `target_parameters`. Of no account for vectors.
+        `"parameter_transposed"` (experts, in, out), which PEFT adapts by `target_parameters`; the latter only in modules that
+        transformers marks `is_transposed` (GPT-OSS). Of no account for vectors.
       order: the place of a `"parameter"` among those of its module, as the module registers them.
       tied: the name of another tensor there that is the same parameter (a head tied to the embedding).
 

@@ -123,7 +123,7 @@ def _dot_general(eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
         result = result + branch.astype(result.dtype)
         if term.excess:
             result = result + _more_base(term, plain, product, x, dropped, x_labels, out)
-        result = _with_bias(result, term, out)
+        result = _with_bias(result, term, out, [axis for axis in range(n) if roles[axis] == "in"])
     return [result]
 
 
@@ -143,11 +143,12 @@ def _more_base(
     return jnp.sum(scaled_along(base, after, [*kept, *out]), tuple(range(len(kept))))
 
 
-def _with_bias(result: Any, term: Term, out: Sequence[int]) -> Any:
-    """A product with the bias of the branch added."""
+def _with_bias(result: Any, term: Term, out: Sequence[int], contracted: Sequence[int]) -> Any:
+    """A product with the bias of the branch added: it must contract all in axes at once."""
     if term.bias is None:
         return result
-    if not set(term.bias.axes) <= set(out):
+    others = {axis for factor in term.factors for axis in factor.axes} - {RANK, *term.bias.axes}
+    if not set(term.bias.axes) <= set(out) or not others <= set(contracted):
         raise NotLowRank("the adapter's bias does not lie along the out axes of this use")
     return result + term.bias.laid_along(out, result.dtype)
 
@@ -206,7 +207,7 @@ def _conv(eqn: Equation, x: Any, weight: Any) -> list[Any]:
         result = result + _conv_branch(eqn, dropped, term, weight.shape, spec).astype(result.dtype)
         if term.excess:
             result = result + _more_base(term, plain, product, x, dropped, (), out)
-        result = _with_bias(result, term, out)
+        result = _with_bias(result, term, out, [axis for axis in range(len(weight.shape)) if axis != spec[0]])
     return [result]
 
 

@@ -126,6 +126,7 @@ def _value(path: str, node: Any, walk: Walk, key: Any, freeze: bool) -> Any:
 
 
 def _term(path: str, base: Any, adapter: LowRank, walk: Walk, key: Any) -> Term:
+    adapter = adapter.widened()
     (a_axes, b_axes), layout = adapter.axes(), adapter.layout
     static = isinstance(adapter.scale, float)
     b, excess, bias = adapter.b if static else adapter.scaled(adapter.b), (), None
@@ -359,6 +360,7 @@ def _unstack(weight: Weight) -> tuple[Any, Callable[[Any], Weight]]:
 
     A factor without that axis is the same in every iteration and is closed over.
     """
+    weight.divide([0])
     factors = [part for term in weight.terms for part in term.parts]
     stacked = [jnp.moveaxis(f.array, f.dim(0), 0) if 0 in f.axes else None for f in factors]
 
@@ -403,6 +405,9 @@ def _while(eqn: Equation, values: list[Any], walk: Walk) -> list[Any]:
 def _shard_map(eqn: Equation, values: list[Any], walk: Walk) -> list[Any]:
     """Each factor is laid out as the weight's axes that it has."""
     params = eqn.params
+    for v, spec in zip(values, params["in_specs"]):
+        if is_weight(v):
+            v.divide(axis for axis, mesh_axis in enumerate(spec) if mesh_axis is not None)
     jaxpr, consts = _compat.open_jaxpr(params["jaxpr"])
     specs = [_factor_specs(v, s) if is_weight(v) else s for v, s in zip(values, params["in_specs"])]
     body = lambda *args: tuple(_arrays(evaluate(jaxpr, consts, args, walk), walk, eqn, "a shard returns it"))

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -191,6 +191,11 @@ class Weight:
     def biased(self) -> bool:
         """Whether an adapter has a bias, which the weight alone can't hold."""
         return any(term.bias is not None for term in self.terms)
+
+    def divide(self, axes: Iterable[int]) -> None:
+        """Raise NotLowRank if these axes must not be taken apart: then several products would each add a bias."""
+        if any(axis not in term.bias.axes for axis in axes for term in self.terms if term.bias is not None):
+            raise NotLowRank("an in axis is taken apart, and its adapter has a bias, which only the whole product can take")
 
     def paths(self) -> list[str]:
         return [term.path for term in self.terms]

@@ -22,7 +22,7 @@ LAYERS = {
     8: ["metrics", "data"],
     9: ["curve", "progress", "run", "models.llama_config"],
     10: ["models.checkpoint_files", "models.gguf_reader", "models.decoder"],
-    11: ["models.bert", "models.gguf_files", "models.generation", "peft.files"],
+    11: ["models.bert", "models.gguf_files", "models.generation", "peft.storage"],
     12: ["models.llama", "text_tokenizer", "task", "peft.reading"],
     13: ["classify", "lm_data", "hf_directory", "peft.writing"],
     14: ["rows"],

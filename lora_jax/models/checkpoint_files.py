@@ -104,7 +104,7 @@ def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
     """
     file = existing(directory, name)
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(fields, dict):

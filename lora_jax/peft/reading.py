@@ -1,6 +1,7 @@
 """Adapters from Hugging Face PEFT's directories."""
 
 import dataclasses
+import math
 import pathlib
 import re
 import warnings
@@ -14,10 +15,11 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.adapter import Adapter, Full, LowRank
 from lora_jax.names import HFName, listing
-from lora_jax.peft import files, replay
+from lora_jax.peft import replay, storage
 from lora_jax.peft.settings import Settings
-from lora_jax.peft.slots import Slot, aligned, decode, layout, place, slots, stored_shape, tensor_names
+from lora_jax.peft.slots import Slot, aligned, decode, layout, nested, place, slots, stored_shape, tensor_names
 
+_COPY = re.compile(r"(.*?)\.(modules_to_save|original_module)\.(.*)")
 _PAIR = re.compile(r"(\.base_layer)*\.lora_(A\.weight|embedding_A)$")
 
 
@@ -59,13 +61,16 @@ def load(
     >>> loaded["dense/kernel"].scale, loaded["dense/kernel"].b.shape
     (0.5, (2, 4))
     """
-    where = files.locate(directory, adapter)
-    fields, tensors = files.read(where)
-    settings = Settings.from_fields(fields, where / files.CONFIG)
+    where = storage.locate(directory, adapter)
+    fields, tensors = storage.read(where)
+    settings = Settings.from_fields(fields, where / storage.CONFIG)
     leaves, _ = paths.flatten(variables)
     unknown = [path for path in names if path not in leaves]
     if unknown:
-        raise ValueError(f"the names are those of another model: these paths are not in the variables: {listing(unknown)}")
+        raise ValueError(
+            f"the names are those of another model: these paths are not in the variables: {listing(unknown)} (dots and slashes "
+            "of a key are `%2E` and `%2F` in a path)"
+        )
     found = _Reader(where, settings, tensors, leaves, names)
     adapters = found.adapters()
     found.finish(strict)
@@ -87,7 +92,7 @@ class _Reader:
 
     def __init__(self, directory: pathlib.Path, settings: Settings, tensors: Any, leaves: Any, names: Mapping[str, HFName]):
         self.directory, self.settings, self.tensors, self.leaves = directory, settings, dict(tensors), leaves
-        self.left = dict.fromkeys(tensors)
+        self.left, self.file = dict.fromkeys(tensors), directory / storage.WEIGHTS
         adapted = {_PAIR.sub("", name) for name in tensors if _PAIR.search(name)}
         self.slots = aligned(slots(names, {path: jnp.shape(leaves[path]) for path in names}), adapted)
         self.missing: list[str] = []
@@ -98,7 +103,7 @@ class _Reader:
         whole = self._whole()
         if self.missing:
             raise ValueError(
-                f"{self.directory}: {files.CONFIG} asks for tensors that {files.WEIGHTS} lacks: {listing(self.missing)}"
+                f"{self.directory}: {storage.CONFIG} asks for tensors that {storage.WEIGHTS} lacks: {listing(self.missing)}"
             )
         both = sorted(set(pairs) & set(whole))
         if both:
@@ -114,12 +119,12 @@ class _Reader:
         """Complain of tensors that are left."""
         for slot in self.slots.values():
             if slot.name.tied and any(name.startswith(f"{slot.name.tied.rpartition('.')[0]}.") for name in self.left):
-                raise ValueError(self._half_tied(slot, slot.name.tied.rpartition(".")[0]))
+                raise ValueError(self._half_tied(slot, f"changes {slot.name.tied.rpartition('.')[0]} alone"))
         if not self.left:
             return
         problem = (
-            f"{self.directory / files.WEIGHTS} has {len(self.left)} tensors that no parameter takes: "
-            f"{listing(sorted(files.PREFIX + name for name in self.left))}"
+            f"{self.file} has {len(self.left)} tensors that no parameter takes: "
+            f"{listing(sorted(storage.PREFIX + name for name in self.left))}"
         )
         if strict:
             raise ValueError(
@@ -152,13 +157,13 @@ class _Reader:
         """The parameters that PEFT adapts by themselves, each with its place among the wrappers of its module."""
         by_module: dict[str, list[Slot]] = {}
         for slot in self.slots.values():
-            if slot.is_parameter and self.settings.targets_parameter(slot.tensor):
-                by_module.setdefault(slot.module, []).append(slot)
+            if len(slot.name.groups(len(slot.shape))) > 1 and self.settings.targets_parameter(slot.tensor):
+                by_module.setdefault(slot.module, []).append(slot.as_parameter())
         return [placed for group in by_module.values() for placed in nested(group)]
 
     def _pair(self, slot: Slot, name: str, tensors: Mapping[str, str]) -> _Found:
         settings = self.settings
-        rank, wanted = settings.rank(name), ["a", "b"]
+        rank, wanted = self._tied_rank(slot) or settings.rank(name), ["a", "b"]
         wanted += ["magnitude"] if settings.use_dora else []
         wanted += ["bias"] if settings.lora_bias and "bias" in tensors else []
         parts = {}
@@ -167,23 +172,36 @@ class _Reader:
             if tensor is not None:
                 parts[part] = decode(slot, part, tensor, rank)
         found = _Found(slot, rank, settings.scale(name), parts)
-        return found if self.missing or not settings.replays else self._replayed(found)
+        # An embedding's pair starts as ever, whatever the initialiser.
+        replayed = settings.replays and slot.name.kind != "embedding"
+        return self._replayed(found) if replayed and not self.missing else found
+
+    def _tied_rank(self, slot: Slot) -> int | None:
+        """The rank of a head whose pair PEFT ties to that of the embedding, whatever the patterns say of the head."""
+        if not self.settings.ensure_weight_tying or slot.name.kind == "embedding" or slot.is_parameter:
+            return None
+        head = [self.tensors.get(tensor_names(slot)[part]) for part in "ab"]
+        for other in self.slots.values():
+            twin = [self.tensors.get(tensor_names(other)[part]) for part in "ba"] if other.name.kind == "embedding" else [None]
+            if all(x is not None and y is not None and np.array_equal(x, y.T) for x, y in zip(head, twin)):
+                return int(np.shape(head[0])[0])
+        return None
 
     def _take(self, name: str, shape: tuple[int, ...], path: str) -> np.ndarray | None:
         """A tensor of the file, which no other parameter may take then."""
         if name not in self.tensors:
-            self.missing.append(files.PREFIX + name)
+            self.missing.append(storage.PREFIX + name)
             return None
         tensor = self.tensors[name]
         self.left.pop(name, None)
         if tensor.ndim == len(shape) > 2 and tensor.shape[1] > shape[1] and tensor.shape[1] % shape[1] == 0:
             raise ValueError(
                 f"{path}: in a grouped convolution PEFT's adapter takes all channels to each group, which is no change of the "
-                f"kernel ({files.PREFIX + name} has the shape {tensor.shape}, the kernel's own would be {shape})"
+                f"kernel ({storage.PREFIX + name} has the shape {tensor.shape}, the kernel's own would be {shape})"
             )
         if tensor.shape != shape:
             raise ValueError(
-                f"{self.directory / files.WEIGHTS}: {files.PREFIX + name} has the shape {tensor.shape}; {path} of the shape "
+                f"{self.file}: {storage.PREFIX + name} has the shape {tensor.shape}; {path} of the shape "
                 f"{jnp.shape(self.leaves[path])} and the configuration's rank need {shape}"
             )
         return tensor
@@ -222,14 +240,23 @@ class _Reader:
             ranks=None if (ranks == rank).all() else tuple(map(int, ranks.reshape(-1))),
             magnitude=self._array(arrays["magnitude"]) if "magnitude" in arrays else None,
             bias=self._array(arrays["bias"]) if "bias" in arrays else None,
-            bias_path=self._bias_path(listed) if "bias" in arrays else None,
+            bias_path=self._bias_path(listed, shapes["bias"]) if "bias" in arrays else None,
         )
 
-    def _bias_path(self, listed: list[_Found]) -> str | None:
-        """The bias of the same layers, if they have one."""
+    def _bias_path(self, listed: list[_Found], shape: tuple[int, ...]) -> str | None:
+        """The bias of the same layers, if they have one and its axes lie as those of the adapter's."""
         biases = [self.slots.get(f"{found.slot.module}.bias") for found in listed]
-        fits = [bias is not None and bias.index == found.slot.index for bias, found in zip(biases, listed)]
-        return biases[0].path if biases[0] and all(fits) and len({bias.path for bias in biases if bias}) == 1 else None
+        first = biases[0]
+        if first is None or any(bias is None or bias.path != first.path for bias in biases) or first.shape != shape:
+            return None
+        ours, theirs = np.zeros(shape, int), np.zeros(shape, int)
+        for i, (found, bias) in enumerate(zip(listed, biases)):
+            assert bias is not None
+            numbers = np.arange(1, 1 + ours.size).reshape(-1)[: math.prod(bias.name.shape(shape))] + i * ours.size
+            laid = layout(found.slot.name, len(found.slot.shape))
+            ours[place(found.slot, laid.batch, len(shape))] = decode(found.slot, "bias", numbers, 1)
+            theirs[place(bias, range(len(shape)), len(shape))] = bias.name.restore(numbers, shape)
+        return first.path if np.array_equal(ours, theirs) else None
 
     # --- parameters trained whole ---
 
@@ -239,7 +266,6 @@ class _Reader:
             key = self._whole_key(slot)
             if key is not None:
                 tensor = self._take(key, slot.name.shape(slot.shape), slot.path)
-                self._drop_copies(slot, tensor)
                 if tensor is not None:
                     whole.setdefault(slot.path, []).append((slot, tensor))
             elif slot.tensor in self.left and self._is_base(slot, self.tensors[slot.tensor]):
@@ -247,6 +273,7 @@ class _Reader:
         for listed in whole.values():
             for slot, tensor in listed:
                 self._same_tied_value(slot, tensor)
+        self._drop_copies()
         return whole
 
     def _whole_key(self, slot: Slot) -> str | None:
@@ -261,12 +288,17 @@ class _Reader:
         inside = f"{slot.module}.base_layer.bias"  # as PEFT writes it since its layers wrap the base's
         return inside if adapted and inside in self.tensors else slot.tensor
 
-    def _drop_copies(self, slot: Slot, tensor: np.ndarray | None) -> None:
+    def _drop_copies(self) -> None:
         """With bias="all" PEFT writes a saved module's biases three times: also the wrapper's, and the one that is not used."""
-        again = f"{slot.module}.modules_to_save.{slot.parameter}"
-        if tensor is not None and again in self.tensors and np.array_equal(self.tensors[again], tensor):
-            self.left.pop(again, None)
-            self.left.pop(f"{slot.module}.original_module.{slot.parameter}", None)
+        for name in list(self.left):
+            found = _COPY.fullmatch(name)
+            if found is None:
+                continue
+            outer, wrapper, inner = found.groups()
+            for rest in (inner, inner.partition(".")[2]):  # without and with the adapter's name
+                saved = self.tensors.get(f"{outer}.{rest}")
+                if saved is not None and (wrapper == "original_module" or np.array_equal(self.tensors[name], saved)):
+                    self.left.pop(name, None)
 
     def _full(self, path: str, listed: list[tuple[Slot, np.ndarray]]) -> Full:
         shape = jnp.shape(self.leaves[path])
@@ -297,7 +329,7 @@ class _Reader:
                 continue
             if self._is_abstract(slot.path) or not self._is_base(slot, self.tensors[copy]):
                 raise ValueError(
-                    f"{self.directory / files.WEIGHTS}: {files.PREFIX + copy} of the shape {self.tensors[copy].shape} replaces "
+                    f"{self.file}: {storage.PREFIX + copy} of the shape {self.tensors[copy].shape} replaces "
                     f"the base's weight, but is not equal to {slot.path} of the shape {slot.shape}: give the base this weight"
                 )
             del self.left[copy]
@@ -313,22 +345,23 @@ class _Reader:
         keys = [f"{head}.lora_A.weight", f"{head}.lora_B.weight"]
         own = tensor_names(slot)
         twins = [self.tensors[own["b"]].T, self.tensors[own["a"]].T]
-        if all(key in self.tensors and np.array_equal(self.tensors[key], twin) for key, twin in zip(keys, twins)):
-            self._forget(keys)
-            return
-        raise ValueError(self._half_tied(slot, slot.module))
+        if not all(key in self.tensors and np.array_equal(self.tensors[key], twin) for key, twin in zip(keys, twins)):
+            raise ValueError(self._half_tied(slot, f"changes {slot.module} alone"))
+        if self.settings.scale(head) != found.scale:  # PEFT looks up each use's own rank and alpha
+            raise ValueError(self._half_tied(slot, f"has another scale for {slot.module} than for {head}"))
+        self._forget(keys)
 
     def _same_tied_value(self, slot: Slot, tensor: np.ndarray) -> None:
         if not slot.name.tied:
             return
         if slot.name.tied not in self.tensors or not np.array_equal(self.tensors[slot.name.tied], tensor):
-            raise ValueError(self._half_tied(slot, slot.module))
+            raise ValueError(self._half_tied(slot, f"changes {slot.module} alone"))
         self._forget([slot.name.tied])
 
-    def _half_tied(self, slot: Slot, module: str) -> str:
+    def _half_tied(self, slot: Slot, what: str) -> str:
         return (
-            f"{self.directory}: the adapter changes {module} alone, but {slot.path} is {slot.tensor} and {slot.name.tied}: "
-            "load the model with the two apart (llama.load(..., tie=False)), or make it with ensure_weight_tying=True"
+            f"{self.directory}: the adapter {what}, but {slot.path} is both {slot.tensor} and {slot.name.tied}: use a model "
+            "that has a parameter for each (llama.load(..., tie=False)), or an adapter of both (PEFT's ensure_weight_tying)"
         )
 
     def _forget(self, keys: Iterable[str]) -> None:
@@ -337,9 +370,7 @@ class _Reader:
 
     def _array(self, array: np.ndarray) -> jax.Array:
         if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-            raise ValueError(
-                f"{self.directory / files.WEIGHTS} has {array.dtype} tensors: set jax_enable_x64 to read them as they are"
-            )
+            raise ValueError(f"{self.file} has {array.dtype} tensors: set jax_enable_x64 to read them as they are")
         return jnp.asarray(array)
 
 
@@ -349,12 +380,3 @@ def _first(part: str, rank: int, ndim: int, experts: int) -> tuple[slice, ...]:
     if part in ("a", "b"):
         index[-1 if part == "a" else 0] = slice(rank)
     return tuple(index)
-
-
-def nested(group: list[Slot]) -> list[tuple[Slot, int]]:
-    """The adapted parameters of one module, each with the number of wrappers around it: the last registered is outermost."""
-    ordered = sorted(group, key=lambda slot: slot.name.order)
-    if len({slot.name.order for slot in group}) != len(group):
-        alike = ", ".join(slot.path for slot in group)
-        raise ValueError(f"{alike} are parameters of one module: give their names an `order`, as the module registers them")
-    return [(slot, len(ordered) - 1 - i) for i, slot in enumerate(ordered)]

@@ -6,6 +6,8 @@ import numpy as np
 
 from lora_jax.peft.slots import Slot, decode
 
+KINDS = {"pissa": ("linear", "conv1d"), "olora": ("linear",)}
+
 
 def on_original_base(
     init: str, slot: Slot, weight: np.ndarray, parts: Mapping[str, np.ndarray], scale: float
@@ -22,15 +24,17 @@ def on_original_base(
     Raises:
       ValueError: PEFT's initialiser does not work for such a layer.
     """
-    kinds = {"pissa": ("linear", "conv1d"), "olora": ("linear",)}[init]
-    if slot.name.kind not in kinds:
-        raise ValueError(f"{slot.path}: init_lora_weights={init!r} can be made again for {' and '.join(kinds)} layers only")
+    if slot.name.kind not in KINDS[init]:
+        raise ValueError(
+            f"{slot.path}: init_lora_weights={init!r} can't be made again for a layer of the kind {slot.name.kind}"
+        )
     matrix = np.asarray(weight, np.float64)
     rank = parts["a"].shape[-1]
     if slot.name.kind == "conv1d":
         matrix = matrix.T
     b0, a0 = _pissa(matrix, rank, scale) if init == "pissa" else _olora(matrix, rank)
-    first, second = (decode(slot, part, array.astype(parts[part].dtype), rank) for part, array in (("a", a0), ("b", b0)))
+    dtype = np.result_type(parts["a"].dtype, parts["b"].dtype, np.float32)
+    first, second = (decode(slot, part, array.astype(dtype), rank) for part, array in (("a", a0), ("b", b0)))
     return np.concatenate([parts["a"], first], -1), np.concatenate([parts["b"], -second], 0)
 
 

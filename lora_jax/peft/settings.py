@@ -7,6 +7,7 @@ Files come from anywhere, so every field is checked, and a regular expression th
 import dataclasses
 import functools
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +18,16 @@ import regex
 from lora_jax.names import listing
 
 CHANGED_BASE = ("pissa", "olora")  # the change can be made again
-PLAIN = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
+PLAIN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 # Fields that say nothing about what the adapter computes, or that matter while it is made or trained only.
 NO_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode", "loftq_config",
     "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "task_type",
 }  # fmt: skip
+
+_LONGEST = 20_000
+_FUZZY = re.compile(r"\{[0-9,]*[a-z<]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,7 @@ class Settings:
     lora_bias: bool = False
     use_dora: bool = False
     ensure_weight_tying: bool = False
-    init_lora_weights: bool | str = True
+    init_lora_weights: bool | str | None = True
     _match: Any = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -165,14 +169,14 @@ class Settings:
 
 
 class _Matcher:
-    """Regular expressions of one file, which may take three seconds together.
+    """Regular expressions of one file, which may take ten seconds together.
 
     >>> _Matcher()(r".*\\.[02]\\.q_proj", "layers.2.q_proj", "target_modules").group()
     'layers.2.q_proj'
     """
 
     def __init__(self):
-        self._left = 3.0
+        self._left = 10.0
 
     def __call__(self, pattern: str, name: str, field: str, *, whole: bool = True) -> Any:
         """The match of a field's pattern with a name, or with its beginning.
@@ -180,20 +184,28 @@ class _Matcher:
         Raises:
           ValueError: it is not a regular expression, or takes too long.
         """
-        compiled, began = _compiled(pattern, field), time.monotonic()
+        began = time.monotonic()
         try:
+            if self._left <= 0:
+                raise TimeoutError
+            compiled = _compiled(pattern, field)
             return (compiled.fullmatch if whole else compiled.match)(name, timeout=max(self._left, 1e-3))
         except TimeoutError:
-            raise ValueError(f"{field}: the regular expression {pattern!r:.80} takes too long on {name!r:.80}") from None
+            raise ValueError(f"{field}: the regular expressions take too long, at {pattern!r:.80} on {name!r:.80}") from None
         finally:
             self._left -= time.monotonic() - began
 
 
 @functools.lru_cache(maxsize=1 << 15)
 def _compiled(pattern: str, field: str) -> Any:
+    if len(pattern) > _LONGEST:
+        raise ValueError(f"{field}: a regular expression of {len(pattern)} characters is too long: list the modules instead")
     try:
+        re.compile(pattern)  # PEFT uses this module, and the other one has more syntax
+        if _FUZZY.search(pattern):
+            raise regex.error("its braces have another meaning here")
         return regex.compile(pattern)
-    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+    except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"{field}: {pattern!r:.80} is not a regular expression ({error})") from None
 
 

@@ -50,6 +50,10 @@ class Slot:
         """Whether PEFT can give the tensor's module a pair."""
         return self.parameter == "weight" and len(self.name.groups(len(self.shape))) > 1 and not self.is_parameter
 
+    def as_parameter(self) -> "Slot":
+        """The slot of a weight that PEFT adapts as a parameter, whatever its module."""
+        return self if self.is_parameter else dataclasses.replace(self, name=dataclasses.replace(self.name, kind="parameter"))
+
     @property
     def is_parameter(self) -> bool:
         """Whether PEFT adapts the tensor as a parameter of its own."""
@@ -90,7 +94,8 @@ def aligned(found: Mapping[str, Slot], modules: Collection[str]) -> dict[str, Sl
     known = {slot.module for slot in found.values()}
     if not modules or not known.isdisjoint(modules):
         return dict(found)
-    inner = {slot.tensor: slot.tensor.partition(".")[2] or slot.tensor for slot in found.values()}
+    deep = lambda tensor: tensor.count(".") > 1
+    inner = {tensor: tensor.partition(".")[2] if deep(tensor) else tensor for tensor in found}
     if not {name.rpartition(".")[0] for name in inner.values()}.isdisjoint(modules):
         renamed = inner
     else:
@@ -191,3 +196,12 @@ def place(slot: Slot, axes: Any, ndim: int) -> tuple[Any, ...]:
     """The index of a slot's part in an array that lies along these axes of the parameter."""
     at = dict(zip(slot.name.indexed, slot.index))
     return tuple(at.get(axis, slice(None)) for axis in axes) + (slice(None),) * (ndim - len(axes))
+
+
+def nested(group: Sequence[Slot]) -> list[tuple[Slot, int]]:
+    """The adapted parameters of one module, each with the number of wrappers around it: the last registered is outermost."""
+    ordered = sorted(group, key=lambda slot: slot.name.order)
+    if len({slot.name.order for slot in group}) != len(group):
+        alike = ", ".join(slot.path for slot in group)
+        raise ValueError(f"{alike} are parameters of one module: give their names an `order`, as the module registers them")
+    return [(slot, len(ordered) - 1 - i) for i, slot in enumerate(ordered)]

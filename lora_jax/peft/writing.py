@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +17,8 @@ from lora_jax.adapter import Adapter, Full, LowRank
 from lora_jax.config import LoraConfig
 from lora_jax.dora import column_norm
 from lora_jax.names import HFName, listing
-from lora_jax.peft import files
-from lora_jax.peft.reading import nested
-from lora_jax.peft.slots import RANK, Slot, encode, roles, slots, stored_shape, tensor_names
+from lora_jax.peft import storage
+from lora_jax.peft.slots import RANK, Slot, encode, nested, roles, slots, stored_shape, tensor_names
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT stores the base of these two beside their adapters
 # PEFT saves these modules by itself, and looks for them when it loads.
@@ -60,10 +60,13 @@ def save(
     abstract = [path for path, a in adapters.items() if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(a))]
     if abstract:
         raise ValueError(f"only arrays can be saved, but these adapters are abstract: {listing(abstract)}")
+    broken = [path for path, a in adapters.items() if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(a))]
+    if broken:
+        raise ValueError(f"these adapters hold NaN or infinite values: {listing(broken)}")
     leaves = {} if variables is None else paths.flatten(variables)[0]
     writer = _Writer(adapters, names, config, leaves, task_type)
     fields = writer.fields() | {"base_model_name_or_path": base_model, "task_type": task_type}
-    files.write(files.locate(directory, adapter), fields, writer.tensors)
+    storage.write(storage.locate(directory, adapter), fields, writer.tensors)
 
 
 @dataclasses.dataclass
@@ -92,6 +95,8 @@ class _Writer:
         self.dora = any(a.magnitude is not None for a in self.low_rank.values())
         self.lora_bias = any(a.bias is not None for a in self.low_rank.values())
         self.tied: set[str] = set()
+        if self.dora and self.lora_bias:
+            raise ValueError("PEFT has no adapters with both magnitudes and biases: save a set with one of them")
         self._write_pairs()
         self.saved, self.bias = self._write_whole()
 
@@ -104,6 +109,8 @@ class _Writer:
             for slot in slots({path: self.names[path]}, {path: _shape(adapter)}).values():
                 pair = _Cut(slot, adapter)
                 if pair.rank:
+                    if not slot.module:
+                        raise ValueError(f"{path}: the name {slot.tensor!r} has no module, and PEFT adapts modules")
                     cut[slot.tensor] = pair
                     by_module[slot.module].append(slot)
         if not cut:
@@ -127,19 +134,21 @@ class _Writer:
         self.tensors |= {keys[part]: array for part, array in parts.items()}
         self.pairs.append(_Pair(slot, cut.rank, cut.scale))
         if slot.name.tied:
-            self._write_twin(slot, parts)
+            self._write_twin(cut, parts)
         for tensor in (slot.tensor, slot.name.tied):
             module = tensor.rpartition(".")[0]
             if slot.path in self.leaves and module.rpartition(".")[2] in _EMBEDDINGS:
                 self.tensors[f"{module}.base_layer.weight"] = slot.name.export(np.asarray(self.leaves[slot.path]), slot.index)
 
-    def _write_twin(self, slot: Slot, parts: Mapping[str, np.ndarray]) -> None:
+    def _write_twin(self, cut: "_Cut", parts: Mapping[str, np.ndarray]) -> None:
         """A tied parameter's adapter is there for both uses, as `ensure_weight_tying` makes it."""
+        slot = cut.slot
         if len(parts) > 2:
             raise ValueError(f"{slot.path} is also {slot.name.tied}: PEFT ties pairs only, not magnitudes or biases")
-        head = slot.name.tied.rpartition(".")[0]
-        self.tensors |= {f"{head}.lora_A.weight": parts["b"].T, f"{head}.lora_B.weight": parts["a"].T}
-        self.tied.add(head)
+        head = dataclasses.replace(cut.slot, tensor=slot.name.tied)
+        self.tensors |= {f"{head.module}.lora_A.weight": parts["b"].T, f"{head.module}.lora_B.weight": parts["a"].T}
+        self.pairs.append(_Pair(head, cut.rank, cut.scale))  # PEFT looks up the rank and alpha of each use
+        self.tied.add(head.module)
 
     # --- parameters trained whole ---
 
@@ -221,8 +230,8 @@ class _Writer:
                 self.tensors[slot.tensor] = tensor
             elif self._is_alone(slot):
                 raise ValueError(
-                    f"{path}: {slot.module} has no pair, and PEFT trains the biases of adapted layers only: if this one "
-                    "is the base's, pass save(..., variables=) the base"
+                    f"{path}: {slot.module} has no pair, and PEFT trains the biases of adapted layers only (or all): give it "
+                    "one, or if this bias is the base's, pass save(..., variables=) the base"
                 )
 
     # --- the configuration ---
@@ -234,7 +243,8 @@ class _Writer:
         ranks = {pair.key: pair.rank for pair in self.pairs}
         # PEFT warns of patterns for parameters, though it follows them.
         first = [pair.key for pair in self.pairs if pair.slot.is_parameter] or list(ranks)
-        common = lambda table: collections.Counter(table[key] for key in first).most_common(1)[0][0]
+        counts = lambda table: collections.Counter(table[key] for key in first)
+        common = lambda table: max(counts(table).items(), key=lambda item: (item[1], item[0]))[0]
         rank, alpha = common(ranks), common(alphas)
         dropouts = {a.dropout for a in self.low_rank.values()}
         if len(dropouts) > 1:
@@ -243,8 +253,7 @@ class _Writer:
         parameters = [pair.slot.tensor for pair in self.pairs if pair.slot.is_parameter]
         if parameters and dropouts != {0.0}:
             raise ValueError(f"PEFT has no dropout for parameters such as {parameters[0]}: set the adapters' dropout to 0.0")
-        kinds = {slot.name.kind for slot in kernels}
-        tied_targets = [head for head in self.tied if f"{head}.lora_A.weight" in self.tensors]
+        kinds = {slot.name.kind for slot in kernels} | ({"linear"} if self.tied else set())
         return {
             "peft_type": "LORA",
             "r": rank,
@@ -253,7 +262,7 @@ class _Writer:
             "rank_pattern": {_exactly(key): value for key, value in ranks.items() if value != rank},
             "alpha_pattern": {_exactly(key): value for key, value in alphas.items() if value != alpha},
             "lora_dropout": dropouts.pop(),
-            "target_modules": sorted({slot.module for slot in kernels} | set(tied_targets)),
+            "target_modules": sorted({slot.module for slot in kernels}),
             "target_parameters": sorted(parameters) or None,
             "modules_to_save": self.saved or None,
             "bias": self.bias,
@@ -268,7 +277,7 @@ class _Writer:
 
 def _exactly(name: str) -> str:
     """A pattern that matches this name alone, whatever the order of the table (PEFT sorts it when it saves)."""
-    return "^" + name.replace(".", r"\.")
+    return "^" + re.escape(name)
 
 
 def _alpha(scale: float, divisor: float) -> float | int:

@@ -22,11 +22,10 @@ def locate(directory: str | pathlib.Path, adapter: str | None) -> pathlib.Path:
 
     Raises:
       ValueError: the adapter's name is not a plain file name.
-      FileNotFoundError: there is no such directory, or no adapter in it; those below it are listed.
     """
     directory = pathlib.Path(directory)
     if adapter is not None:
-        if not adapter or adapter.startswith(".") or set(adapter) & set('/\\:\0"'):
+        if not isinstance(adapter, str) or not adapter or adapter.startswith(".") or set(adapter) & set('/\\:\0"'):
             raise ValueError(f"adapter: {adapter!r} is not the name of a directory")
         directory = directory / adapter
     return directory
@@ -50,10 +49,7 @@ def read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]
     if not file.is_file():
         pickled = f"; its {PICKLE} is a pickle, which can run any code and is never opened: save it again with PEFT"
         raise FileNotFoundError(f"{directory} has no {WEIGHTS}{pickled if (directory / PICKLE).exists() else ''}")
-    try:
-        tensors = _tensors(file)
-    except (safetensors.SafetensorError, OSError, TypeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file ({error}): get it again") from None
+    tensors = _tensors(file)
     complain(f"{file} has tensors outside of {PREFIX!r}:", (name for name in tensors if not name.startswith(PREFIX)))
     bad = (name for name, tensor in tensors.items() if not np.isfinite(tensor).all())
     complain(f"{file} has NaN or infinite values in", bad, "(training diverged, or the file is damaged)")
@@ -61,11 +57,15 @@ def read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]
 
 
 def _tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    with safetensors.safe_open(file, framework="numpy") as opened:
-        dtypes = {name: str(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
-        odd = (f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _FLOATS)
-        complain(f"{file}: an adapter is made of {', '.join(_FLOATS)} tensors, unlike", odd)
-        return {name: opened.get_tensor(name) for name in dtypes}
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            dtypes = {name: str(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
+            tensors = {name: opened.get_tensor(name) for name, dtype in dtypes.items() if dtype in _FLOATS}
+    except (safetensors.SafetensorError, OSError, TypeError, ValueError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{file} is truncated or not a safetensors file ({error}): get it again") from None
+    odd = (f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _FLOATS)
+    complain(f"{file}: an adapter is made of {', '.join(_FLOATS)} tensors, unlike", odd)
+    return tensors
 
 
 def write(directory: pathlib.Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
