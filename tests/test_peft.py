@@ -318,3 +318,16 @@ def test_model_classes_with_other_outermost_modules(case, rename, tmp_path):
     got = peft.load(tmp_path, variables, names=names)
     assert list(got) == list(want)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+
+
+@pytest.mark.parametrize(("axes", "path"), [("l o -> o", "b"), ("o l -> o", None)])
+def test_a_bias_goes_to_the_layers_own_if_its_axes_lie_alike(axes, path, tmp_path):
+    names = {"w": peft.HFName("layers.{l}.w.weight", "l i o -> o i"), "b": peft.HFName("layers.{l}.w.bias", axes)}
+    key = jax.random.key(0)
+    pair = lj.LowRank(
+        jnp.ones((3, 4, 2)), jnp.ones((3, 2, 3)), lj.Layout((0,), (1,), (2,)), bias=jax.random.normal(key, (3, 3))
+    )
+    peft.save(tmp_path, {"w": pair}, names=names)
+    loaded = peft.load(tmp_path, {"w": jnp.zeros((3, 4, 3)), "b": jnp.zeros((3, 3))}, names=names)["w"]
+    assert loaded.bias_path == path
+    np.testing.assert_array_equal(loaded.bias, pair.bias)

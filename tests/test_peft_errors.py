@@ -91,6 +91,9 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ({"target_modules": "(a+)+$" * 20}, "asks for|tensors that no parameter takes"),
         ({"target_modules": 3}, "target_modules must be a string or a list of strings"),
         ({"modules_to_save": ["(", "lm_head"]}, "modules_to_save: .* is not a regular expression"),
+        ({"target_modules": "x{e<=20}"}, "target_modules: .* is not a regular expression"),
+        ({"target_modules": "(?R)"}, "target_modules: .* is not a regular expression"),
+        ({"target_modules": "q|" * 100_000}, "target_modules: a regular expression of 200000 characters is too long"),
         ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only', not 'some'"),
         ({"use_dora": True}, r"asks for tensors that .* lacks: base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
         ({"lora_bias": True}, "lacks: .*lora_B.bias"),
@@ -132,6 +135,26 @@ def test_tensors_that_do_not_fit_are_errors(spoil, message, copied):
         copied.take().tensors(spoil).load()
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "modules_to_save"])
+def test_a_hundred_thousand_patterns_end_in_time(field, copied):
+    keys = [f"module_{i}_proj" for i in range(100_000)]
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=f"{field}: the regular expressions take too long"):
+        copied.take().fields(**{field: dict.fromkeys(keys, 2) if field == "rank_pattern" else keys}).load()
+    assert time.monotonic() - began < 40
+
+
+def test_bytes_before_the_json_are_no_matter(copied):
+    copied.take()
+    file = copied.directory / CONFIG
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(copied.load()) == 6
+
+
+def test_no_initialiser_is_a_plain_start(copied):
+    assert len(copied.take().fields(init_lora_weights=None).load()) == 6
+
+
 def test_unused_tensors_may_be_left_out_with_a_warning(copied):
     copied.take().tensors(lambda t: t.update({"base_model.model.other.lora_A.weight": t[Q0]}))
     with pytest.warns(UserWarning, match="has 1 tensors that no parameter takes: base_model.model.other.lora_A.weight"):
@@ -168,7 +191,7 @@ def test_a_pickle_is_never_opened(copied, tmp_path):
     assert tmp_path.is_dir()
 
 
-@pytest.mark.parametrize("name", ["../adapter", "/etc", "a/b", "..", ".", "", "a\\b", "c:x", "x\0y"])
+@pytest.mark.parametrize("name", ["../adapter", "/etc", "a/b", "..", ".", "", "a\\b", "c:x", "x\0y", 3])
 def test_an_adapters_name_is_one_directory(name, copied, tmp_path):
     copied.take()
     with pytest.raises(ValueError, match="is not the name of a directory"):
@@ -221,6 +244,9 @@ FUSED = peft.HFName("experts.w", "e i o -> e o i", "parameter")
 @pytest.mark.parametrize(
     ("adapters", "names", "message"),
     [
+        ({"w": dataclasses.replace(PAIR, magnitude=jnp.ones(3), bias=jnp.ones(3))}, {"w": NAME}, "no adapters with both magnitudes and biases"),
+        ({"w": dataclasses.replace(PAIR, a=jnp.full((4, 2), jnp.nan))}, {"w": NAME}, "these adapters hold NaN or infinite values: w"),
+        ({"w": PAIR}, {"w": peft.HFName("weight", "i o -> o i")}, "w: the name 'weight' has no module"),
         ({"w": PAIR}, {}, "names has no Hugging Face name for w"),
         ({"w": jax.eval_shape(lambda: PAIR)}, {"w": NAME}, "these adapters are abstract: w"),
         ({"w": lj.Full(jnp.ones((4, 3)))}, {"w": NAME}, "PEFT needs a low-rank pair, and these adapters have none"),

@@ -139,3 +139,32 @@ def test_checkpoints_hold_magnitudes_and_biases(tmp_path):
     assert jax.tree.structure(again) == jax.tree.structure(pair)
     np.testing.assert_array_equal(again.magnitude, pair.magnitude)
     assert lj.summary({"w": jnp.ones((4, 3))}, {"w": pair}).trainable == 4 * 2 + 2 * 3 + 3 + 3
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda p, x: x[:, :4] @ p["w"][:4] + x[:, 4:] @ p["w"][4:],
+        lambda p, x: jnp.einsum("bgi,gio->bgo", x.reshape(6, 2, 4), p["w"].reshape(2, 4, 6)).sum(1),
+        lambda p, x: jax.lax.scan(
+            lambda y, parts: (y + parts[0] @ parts[1], None),
+            jnp.zeros((6, 6)),
+            (x.reshape(6, 2, 4).swapaxes(0, 1), p["w"].reshape(2, 4, 6)),
+        )[0],
+        jax.shard_map(
+            lambda p, x: jax.lax.psum(x @ p["w"], "d"),
+            mesh=jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,)),
+            in_specs=({"w": jax.P("d", None)}, jax.P(None, "d")),
+            out_specs=jax.P(),
+        ),
+    ],
+    ids=["sliced", "batched", "scanned", "sharded"],
+)
+def test_a_bias_is_not_added_to_each_part_of_a_product(model):
+    params, x = {"w": jax.random.normal(jax.random.key(0), (8, 6))}, jax.random.normal(jax.random.key(1), (6, 8))
+    pair = lj.LowRank(jnp.ones((8, 2)), jnp.ones((2, 6)), lj.Layout((), (0,), (1,)), bias=jnp.ones(6))
+    with pytest.raises(lj.NotLowRankError, match="bias"):
+        jax.jit(lj.lora(model))(lj.attach(params, {"w": pair}), x)
+    plain = dataclasses.replace(pair, bias=None, magnitude=jnp.arange(1.0, 7.0))  # a magnitude may be
+    want = x @ lj.merge(params, {"w": plain})["w"]
+    np.testing.assert_allclose(jax.jit(lj.lora(model))(lj.attach(params, {"w": plain}), x), want, atol=2e-5)
