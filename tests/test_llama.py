@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax import paths
@@ -390,3 +390,12 @@ def test_random_weights():
     kernel = stacked.variables["params"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.shape == (4, 8, 8) and kernel.dtype == jnp.bfloat16
     assert 0.015 < float(kernel.astype(jnp.float32).std()) < 0.025
+
+
+def test_a_decoder_without_its_head_is_refused(tmp_path):
+    source = PEFT / "llama" / "base"
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="has 0 layers; the configuration asks for 3: it holds the decoder alone"):
+        llama.load(tmp_path)

@@ -227,7 +227,9 @@ def _check_layers(tensors: Any, config: LlamaConfig) -> None:
     suffix = ".input_layernorm.weight"
     count = sum(name.startswith("model.layers.") and name.endswith(suffix) for name in tensors.shapes)
     if count != config.num_hidden_layers:
-        raise ValueError(f"{tensors.file} has {count} layers; the configuration asks for {config.num_hidden_layers}")
+        headless = "embed_tokens.weight" in tensors.shapes
+        reason = ": it holds the decoder alone (no `model.` in its names); save the model with its head" if headless else ""
+        raise ValueError(f"{tensors.file} has {count} layers; the configuration asks for {config.num_hidden_layers}{reason}")
 
 
 def _check_tied(tensors: Any, tied: bool) -> None:
