@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora_jax import algebra as algebra
 from lora_jax import initializers as initializers
 from lora_jax.adapter import Adapter as Adapter
 from lora_jax.adapter import Full as Full
@@ -15,6 +16,7 @@ from lora_jax.algebra import merge as merge
 from lora_jax.algebra import unmerge as unmerge
 from lora_jax.config import LoraConfig as LoraConfig
 from lora_jax.init import init as init
+from lora_jax.mixing import combine as combine
 from lora_jax.optim import optimizer as optimizer
 from lora_jax.report import summary as summary
 from lora_jax.transform import NotLowRankError as NotLowRankError

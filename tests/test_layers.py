@@ -17,7 +17,7 @@ LAYERS = {
     3: ["transform", "peft.replay"],
     4: ["usage", "initializers"],
     5: ["init", "algebra", "optim", "report", "packing"],
-    6: ["train", "nnx"],
+    6: ["train", "nnx", "mixing"],
     7: ["checkpoint", "files", "tables", "fetch", "chat"],
     8: ["metrics", "data"],
     9: ["curve", "progress", "run", "models.llama_config"],
