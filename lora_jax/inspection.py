@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import checkpoint, classify, data, paths, run
+from lora_jax import algebra, checkpoint, classify, data, paths, run
 from lora_jax.adapter import Adapter, LowRank, attach
-from lora_jax.algebra import merge
 from lora_jax.session import check_task, task_module
 from lora_jax.task import user_errors
 from lora_jax.transform import lora
@@ -98,47 +97,21 @@ def _row(path: str, adapter: Adapter, weight: Any) -> Row:
         [value] = jax.tree.leaves(adapter)
         shape, rank, scale = value.shape, None, None
     if isinstance(adapter, LowRank) and adapter.magnitude is None:
-        product = np.asarray(adapter.a).reshape(-1, adapter.rank), np.asarray(adapter.b).reshape(adapter.rank, -1)
-        values = float(adapter.scale) * product_values(*product)
+        values = np.asarray(algebra.singular_values({path: adapter})[path])
     else:
         values = None if weight is None else _values(_folded(weight, adapter) - weight)
     size = 0.0 if weight is None else float(np.linalg.norm(weight))
     change = None if values is None or not size else float(np.linalg.norm(values)) / size
-    return Row(path, shape, rank, scale, change, None if values is None else effective_rank(values))
+    spread = None if values is None else float(algebra.effective_rank(jnp.asarray(values, jnp.float32)))
+    return Row(path, shape, rank, scale, change, spread)
 
 
 def _folded(weight: np.ndarray, adapter: Adapter) -> np.ndarray:
     """The parameter with its adapter folded in; a bias of the adapter goes to another parameter."""
     alone = dataclasses.replace(adapter, bias=None) if isinstance(adapter, LowRank) else adapter
-    return np.asarray(merge({"w": jnp.asarray(weight, jnp.float32)}, {"w": alone})["w"], np.float64)
+    return np.asarray(algebra.merge({"w": jnp.asarray(weight, jnp.float32)}, {"w": alone})["w"], np.float64)
 
 
 def _values(change: np.ndarray) -> np.ndarray:
     """The singular values of a change; of a vector, its norm."""
     return np.linalg.svd(change.reshape(change.shape[0], -1), compute_uv=False)
-
-
-def product_values(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The singular values of A B, `(r,)`, from the r x r core of two QR decompositions; A B is never formed.
-
-    Args:
-      a: `(in, r)`.
-      b: `(r, out)`.
-
-    >>> product_values(np.array([[3.0], [4.0]]), np.array([[0.0, 2.0]])).tolist()
-    [10.0]
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.svd(np.linalg.qr(a, mode="r") @ np.linalg.qr(b.T, mode="r").T, compute_uv=False)
-
-
-def effective_rank(values: np.ndarray) -> float:
-    """exp(H(p)) with p the singular values over their sum (Roy and Vetterli, 2007); 0 if all are zero.
-
-    >>> round(effective_rank(np.array([2.0, 2.0, 0.0])), 6)
-    2.0
-    """
-    if not values.any():
-        return 0.0
-    share = values[values > 0] / values.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))

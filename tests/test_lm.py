@@ -150,7 +150,9 @@ def test_inspect_with_a_magnitude():
     change = 2 * whole - weight
     assert (row.shape, row.rank, row.scale) == ((6, 5), 2, 0.5)
     assert row.change == pytest.approx(np.linalg.norm(change) / np.linalg.norm(weight), rel=1e-5)
-    assert row.effective_rank == pytest.approx(inspection.effective_rank(np.linalg.svd(change, compute_uv=False)), rel=1e-5)
+    assert row.effective_rank == pytest.approx(
+        float(lj.algebra.effective_rank(jnp.linalg.svd(change, compute_uv=False))), rel=1e-5
+    )
     assert inspection._row("w", pair, None).change is None
 
 
