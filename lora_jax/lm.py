@@ -17,7 +17,7 @@ from lora_jax import data, fetch, lm_data, rows, run, text_tokenizer
 from lora_jax.init import init
 from lora_jax.metrics import PERPLEXITY
 from lora_jax.models import llama
-from lora_jax.task import Session, Task, UserError, digest, user_errors
+from lora_jax.task import Session, Task, UserError, check_data, check_weights, digest, user_errors
 from lora_jax.text_tokenizer import TextTokenizer
 from lora_jax.transform import lora
 
@@ -59,8 +59,7 @@ def load_base(source: pathlib.Path, config: run.RunConfig) -> Base:
         model = llama.load(source, dtype=jnp.dtype(config.dtype))
         tokenizer = text_tokenizer.load(source, model.config.vocab_size)
         weights = digest(source)
-    if config.model_sha256 not in ("", weights):
-        raise UserError(f"{source} is not the model that the run was trained on: its weights have changed")
+    check_weights(config, source, weights)
     return Base(model, tokenizer, weights)
 
 
@@ -85,8 +84,7 @@ def load_corpus(config: run.RunConfig) -> lm_data.Corpus:
         else:
             pair = (config.prompt_field, config.completion_field)
             corpus = lm_data.read(config.data, config.text_field, pair, config.messages_field)
-    if config.data_sha256 not in ("", corpus.digest()):
-        raise UserError(f"{config.data} has changed since the run began, so the run can't go on: start a new one")
+    check_data(config, corpus.digest())
     return corpus
 
 

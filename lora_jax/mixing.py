@@ -147,9 +147,7 @@ def _mixed_changes(path: str, listed: Any, mix: Mix, key: jax.Array, sets: Seque
     mixed = jax.vmap(mix)(changes * scales, weights, jax.random.split(key, changes.shape[0]))
     u, s, vt = jnp.linalg.svd(mixed, full_matrices=False)
     kept = min(_rank_of(path, sets, rank), s.shape[-1])
-    root = jnp.sqrt(s[:, :kept])
-    a, b = u[..., :kept] * root[:, None], root[..., None] * vt[:, :kept]
-    return _unscaled(algebra.from_matrices(first, a, b, None))
+    return _unscaled(algebra.from_matrices(first, *algebra.balanced(u, s, vt, kept), None))
 
 
 def _unscaled(pair: LowRank) -> LowRank:

@@ -36,6 +36,18 @@ def digest(source: pathlib.Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def check_data(config: run.RunConfig, found: str) -> None:
+    """Raise a UserError unless the data has the digest that the run was made with; a new run has none yet."""
+    if config.data_sha256 not in ("", found):
+        raise UserError(f"{config.data} has changed since the run began, so the run can't go on: start a new one")
+
+
+def check_weights(config: run.RunConfig, source: pathlib.Path, found: str) -> None:
+    """Raise a UserError unless the base has the digest that the run was made with; a new run has none yet."""
+    if config.model_sha256 not in ("", found):
+        raise UserError(f"{source} is not the model that the run was trained on: its weights have changed")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """A base model, what is learnt and how it is measured.

@@ -327,7 +327,7 @@ class _Reader:
             copy = f"{tensor_name.rpartition('.')[0]}.base_layer.weight"
             if copy not in self.left:
                 continue
-            if self._is_abstract(slot.path) or not self._is_base(slot, self.tensors[copy]):
+            if not self._is_base(slot, self.tensors[copy]):
                 raise ValueError(
                     f"{self.file}: {storage.PREFIX + copy} of the shape {self.tensors[copy].shape} replaces "
                     f"the base's weight, but is not equal to {slot.path} of the shape {slot.shape}: give the base this weight"

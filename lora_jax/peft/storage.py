@@ -59,7 +59,7 @@ def read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]
 def _tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
-            dtypes = {name: str(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
+            dtypes = {name: str(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118  not a dict
             tensors = {name: opened.get_tensor(name) for name, dtype in dtypes.items() if dtype in _FLOATS}
     except (safetensors.SafetensorError, OSError, TypeError, ValueError, OverflowError, MemoryError) as error:
         raise ValueError(f"{file} is truncated or not a safetensors file ({error}): get it again") from None

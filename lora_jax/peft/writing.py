@@ -334,11 +334,9 @@ class _Cut:
                 if expert not in labels:
                     part, labels = np.broadcast_to(part, (self.slot.shape[expert], *part.shape)), (expert, *labels)
             found.append((part, labels))
-        if self._lies_along(found[0][1]) == set(self.roles.outputs) and self._lies_along(found[1][1]) == set(
-            self.roles.flat_inputs
-        ):
-            found.reverse()  # W = A B is the transpose of what Hugging Face has: W^T = B^T A^T
         wanted = {"a": set(self.roles.flat_inputs), "b": set(self.roles.outputs)}
+        if [self._lies_along(labels) for _, labels in found] == [wanted["b"], wanted["a"]]:
+            found.reverse()  # W = A B is the transpose of what Hugging Face has: W^T = B^T A^T
         for (_, labels), (part, axes) in zip(found, wanted.items()):
             if self._lies_along(labels) != axes:
                 raise ValueError(
