@@ -11,11 +11,13 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 
 from lora_jax import paths
 
 ADAPTER, FROZEN = "adapter", "frozen"
+EXTRA = ("magnitude", "bias", "lambda_d", "lambda_b")  # what a pair may have besides A and B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """What is trained beside one frozen parameter: a `LowRank` pair or a `Full` copy.
+    """What is trained beside one frozen parameter: a `LowRank` pair, a `Full` copy, or some `Rows` of it.
 
     A pytree. `arrays` names its array fields; those listed in its `frozen` are never trained.
     """
@@ -61,7 +63,8 @@ class LowRank(Adapter):
     """A low-rank pair: the parameter W acts as `W + scale A B`.
 
     With a magnitude it acts as `m (W + scale A B) / ||W + scale A B||`, per output (DoRA, https://arxiv.org/abs/2402.09353).
-    With a bias each product with it gives `scale bias` more.
+    With a bias each product with it gives `scale bias` more. With `lambda_d` and `lambda_b` it acts as
+    `W + scale A diag(lambda_d) B diag(lambda_b)` (VeRA, https://arxiv.org/abs/2310.11454).
 
     Args:
       a: `(*batch, *in, r)`.
@@ -74,6 +77,9 @@ class LowRank(Adapter):
       magnitude: DoRA's m, `(*batch, *out)`.
       bias: `(*batch, *out)`.
       bias_path: the parameter that `merge` adds the bias to.
+      lambda_d: VeRA's scales of the inner axis, `(*batch, r)`.
+      lambda_b: VeRA's scales of the outputs, `(*batch, *out)`.
+      invocation: the tokens from which on the adapter acts (aLoRA, https://arxiv.org/abs/2504.12397); see `lora(fn, active=)`.
       frozen: names of arrays that are not trained.
 
     >>> import jax.numpy as jnp
@@ -93,11 +99,14 @@ class LowRank(Adapter):
     magnitude: Any = None
     bias: Any = None
     bias_path: str | None = None
+    lambda_d: Any = None
+    lambda_b: Any = None
+    invocation: tuple[int, ...] | None = None
 
     arrays = ("a", "b")
 
     def children(self) -> tuple[str, ...]:
-        extra = tuple(name for name in ("magnitude", "bias") if getattr(self, name) is not None)
+        extra = tuple(name for name in EXTRA if getattr(self, name) is not None)
         return (*self.arrays, *extra) if isinstance(self.scale, float) else (*self.arrays, *extra, "scale")
 
     def roles(self) -> Self:
@@ -114,12 +123,29 @@ class LowRank(Adapter):
         arrays = {name: jnp.asarray(getattr(self, name)) for name in self.children()}
         return dataclasses.replace(self, **{name: array.astype(wide_dtype(array)) for name, array in arrays.items()})
 
+    def folded(self) -> Self:
+        """The same change as an ordinary pair, with VeRA's scales multiplied into A and B."""
+        if self.lambda_d is None:
+            return self
+        batch = len(self.layout.batch)
+        a = self.a * jnp.expand_dims(self.lambda_d, tuple(range(batch, self.a.ndim - 1)))
+        b = self.b * jnp.expand_dims(self.lambda_b, batch)
+        return dataclasses.replace(self, a=a, b=b, lambda_d=None, lambda_b=None, frozen=())
+
     def scaled(self, array: Any) -> jax.Array:
         """`scale` times an array whose first axes are the batch axes."""
         scale = self.scale
         if not isinstance(scale, float):
             scale = jnp.reshape(scale, scale.shape + (1,) * (array.ndim - scale.ndim)).astype(array.dtype)
         return array * scale
+
+    def where_adapted(self, array: Any, other: float) -> jax.Array:
+        """An array whose first axes are the batch axes, with `other` for each matrix of a stack that has rank 0."""
+        if self.ranks is None:
+            return jnp.asarray(array)
+        batch = array.shape[: len(self.layout.batch)]
+        adapted = np.reshape(np.array(self.ranks) > 0, batch + (1,) * (array.ndim - len(batch)))
+        return jnp.where(adapted, array, jnp.asarray(other, array.dtype))
 
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The axis of W that each axis of A and of B lies along; -1 for the rank."""
@@ -131,8 +157,8 @@ class LowRank(Adapter):
         a_axes, b_axes = self.axes()
         rank_label = len(a_axes) + len(b_axes)
         label = lambda axes: [rank_label if axis < 0 else axis for axis in axes]
-        order = range(len(self.layout.batch + self.layout.inputs + self.layout.outputs))
-        return jnp.einsum(self.a, label(a_axes), self.scaled(self.b), label(b_axes), list(order), precision="highest")
+        order, pair = range(len(self.layout.batch + self.layout.inputs + self.layout.outputs)), self.folded()
+        return jnp.einsum(pair.a, label(a_axes), pair.scaled(pair.b), label(b_axes), list(order), precision="highest")
 
 
 def wide_dtype(*arrays: Any) -> Any:
@@ -157,6 +183,38 @@ class Full(Adapter):
     value: Any
 
     arrays = ("value",)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows(Adapter):
+    """Trained rows of a table that is looked up, in the place of the base's (PEFT's `trainable_token_indices`).
+
+    Args:
+      values: `(k, *out)`.
+      indices: which k rows.
+      layout: the table's, with one in axis and no batch axis.
+      frozen: `("values",)` where they are not trained.
+
+    >>> rows = Rows(jnp.ones((2, 3)), indices=(4, 7), layout=Layout((), (0,), (1,)))
+    >>> rows.put(jnp.zeros((9, 3)))[:, 0].astype(int).tolist()
+    [0, 0, 0, 0, 1, 0, 0, 1, 0]
+    """
+
+    values: Any
+    indices: tuple[int, ...]
+    layout: Layout
+
+    arrays = ("values",)
+
+    def put(self, table: Any) -> jax.Array:
+        """The table with the rows in it, in its own dtype."""
+        (axis,) = self.layout.inputs
+        first = jnp.moveaxis(table, axis, 0).at[np.array(self.indices)].set(self.values.astype(table.dtype))
+        return jnp.moveaxis(first, 0, axis)
+
+    def pick(self, table: Any) -> jax.Array:
+        """The table's own rows, `(k, *out)`."""
+        return jnp.moveaxis(jnp.take(table, np.array(self.indices), self.layout.inputs[0]), self.layout.inputs[0], 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -200,7 +258,7 @@ def _deserialize_aux(data: bytes) -> Any:
     return tuple(names), tuple(from_json(fields).items())
 
 
-for _kind in (LowRank, Full):
+for _kind in (LowRank, Full, Rows):
 
     def _unflatten_adapter(aux: Any, children: Any, kind: Any = _kind):
         names, static = aux
@@ -234,17 +292,31 @@ def check(path: str, adapter: Adapter, shape: tuple[int, ...]) -> None:
             raise ValueError(f"{path}: the parameter has the shape {shape}, which the adapter's {layout} does not cover")
         a_shape, b_shape = layout.factor_shapes(shape, adapter.rank)
         out_shape = tuple(shape[i] for i in (*layout.batch, *layout.outputs))
-        wanted = {"a": a_shape, "b": b_shape} | {n: out_shape for n in adapter.children() if n in ("magnitude", "bias")}
+        batch_shape = tuple(shape[i] for i in layout.batch)
+        shapes = dict.fromkeys(EXTRA, out_shape) | {"lambda_d": (*batch_shape, adapter.rank), "scale": batch_shape}
+        wanted = {"a": a_shape, "b": b_shape} | {n: shapes[n] for n in adapter.children() if n in shapes}
+        if (adapter.lambda_d is None) != (adapter.lambda_b is None):
+            raise ValueError(f"{path}: the adapter has only one of lambda_d and lambda_b; VeRA needs both")
         if isinstance(adapter.scale, int):
             raise ValueError(f"{path}: the adapter's scale is the whole number {adapter.scale}: write {float(adapter.scale)}")
-        if not isinstance(adapter.scale, float):
-            wanted["scale"] = tuple(shape[i] for i in layout.batch)
+    elif isinstance(adapter, Rows):
+        wanted = {"values": _rows_shape(path, adapter, shape)}
     else:
-        raise TypeError(f"{path}: an adapter is a LowRank or a Full, not {type(adapter).__name__}")
+        raise TypeError(f"{path}: an adapter is a LowRank, a Full or Rows, not {type(adapter).__name__}")
     for name, want in wanted.items():
         got = jnp.shape(getattr(adapter, name))
         if got != want:
             raise ValueError(f"{path}: the adapter's {name} has the shape {got}; a parameter of the shape {shape} needs {want}")
+
+
+def _rows_shape(path: str, rows: Rows, shape: tuple[int, ...]) -> tuple[int, ...]:
+    layout = rows.layout
+    if layout.batch or len(layout.inputs) != 1 or sorted(layout.inputs + layout.outputs) != list(range(len(shape))):
+        raise ValueError(f"{path}: rows of a parameter of the shape {shape} need one in axis and no batch axis, not {layout}")
+    count = shape[layout.inputs[0]]
+    if len(set(rows.indices)) != len(rows.indices) or not all(0 <= index < count for index in rows.indices):
+        raise ValueError(f"{path}: the rows must be different ones of {count}, from 0, not {list(rows.indices)}")
+    return (len(rows.indices), *(shape[i] for i in layout.outputs))
 
 
 def attach(variables: Any, adapters: Mapping[str, Adapter]) -> Any:

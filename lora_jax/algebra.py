@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapter import Adapter, Full, LowRank, attach, is_adapted, wide_dtype
+from lora_jax.adapter import Adapter, Full, LowRank, Rows, attach, is_adapted, wide_dtype
 from lora_jax.dora import gain
 from lora_jax.weight import Factor
 
@@ -58,11 +58,11 @@ def unmerge(merged: Any, adapters: Mapping[str, Adapter]) -> Any:
       ValueError: an adapter does not fit the tree, or is a `Full` or has a magnitude, so that the merged tree does not hold the
         old value.
     """
-    lost = [path for path, a in adapters.items() if isinstance(a, Full) or (isinstance(a, LowRank) and a.magnitude is not None)]
+    lost = [path for path, a in adapters.items() if not isinstance(a, LowRank) or a.magnitude is not None]
     if lost:
         raise ValueError(
-            f"{', '.join(lost)}: a Full adapter and one with a magnitude replace their parameter, so the old value is not in "
-            "the merged tree: keep the base, or unmerge the other adapters alone"
+            f"{', '.join(lost)}: a Full adapter, Rows and one with a magnitude replace their parameter, so the old value is not "
+            "in the merged tree: keep the base, or unmerge the other adapters alone"
         )
     base = jax.tree.map(lambda node: _folded(node, -1.0), attach(merged, adapters), is_leaf=is_adapted)
     return _with_biases(base, adapters, -1.0)
@@ -74,6 +74,10 @@ def _folded(node: Any, sign: float = 1.0) -> Any:
     base, adapter = node.base, node.adapter
     if isinstance(adapter, Full):
         return adapter.value.astype(base.dtype)
+    if isinstance(adapter, Rows):
+        return adapter.put(base)
+    if adapter.invocation is not None:
+        raise ValueError("an adapter with an invocation sequence (aLoRA) acts on some tokens only, so it can't be merged")
     adapter = adapter.widened()
     wide = wide_dtype(base, adapter.a)
     result = base.astype(wide) + sign * adapter.delta().astype(wide)
@@ -181,9 +185,10 @@ def pad_rank(adapters: Adapters, rank: int) -> dict[str, Adapter]:
 def _padded(path: str, pair: LowRank, rank: int) -> LowRank:
     if pair.rank > rank:
         raise ValueError(f"{path}: the pair has rank {pair.rank}, above {rank}: truncate it first, or pad to more")
-    axes = pair.a.ndim - 1, len(pair.layout.batch)
+    axes = {"a": pair.a.ndim - 1, "b": len(pair.layout.batch), "lambda_d": len(pair.layout.batch)}
     pad = lambda x, axis: jnp.pad(x, [(0, rank - pair.rank if i == axis else 0) for i in range(x.ndim)])
-    return dataclasses.replace(pair, a=pad(pair.a, axes[0]), b=pad(pair.b, axes[1]), ranks=None)
+    arrays = {name: pad(getattr(pair, name), axis) for name, axis in axes.items() if name in pair.children()}
+    return dataclasses.replace(pair, **arrays, ranks=None)
 
 
 def truncate(adapters: Adapters, *, rank: int | None = None, energy: float | None = None) -> dict[str, Adapter]:
@@ -214,8 +219,8 @@ def truncate(adapters: Adapters, *, rank: int | None = None, energy: float | Non
 
 
 def _truncated(pair: LowRank, rank: int | None, energy: float | None) -> LowRank:
+    pair, ranks = pair.folded(), None
     u, s, vt = _svd(pair)
-    ranks = None
     if energy is not None:
         squares = np.asarray(s, np.float64) ** 2
         share = np.cumsum(squares, -1) / np.maximum(squares.sum(-1, keepdims=True), 1e-300)
@@ -280,8 +285,13 @@ def difference(template: Adapters, base: Any, finetuned: Any) -> dict[str, Adapt
     found: dict[str, Adapter] = {}
     for path, adapter in template.items():
         old, new = before[path].base, after[path].base
-        found[path] = Full(new) if isinstance(adapter, Full) else _nearest(adapter, old, new)
+        found[path] = _nearest(adapter, old, new) if isinstance(adapter, LowRank) else _replaced(adapter, new)
     return found
+
+
+def _replaced(template: Any, new: Any) -> Adapter:
+    """The template's kind of replacement, with the new values."""
+    return Full(new) if isinstance(template, Full) else dataclasses.replace(template, values=template.pick(new))
 
 
 def _nearest(template: Any, old: Any, new: Any) -> LowRank:
@@ -305,7 +315,7 @@ def _nearest(template: Any, old: Any, new: Any) -> LowRank:
 
 def matrices(pair: LowRank) -> tuple[jax.Array, jax.Array]:
     """A `(count, in, r)` and B `(count, r, out)`, in float32 at least."""
-    wide, batch = pair.widened(), len(pair.layout.batch)
+    wide, batch = pair.widened().folded(), len(pair.layout.batch)
     count = math.prod(pair.a.shape[:batch])
     return wide.a.reshape(count, -1, pair.rank), wide.b.reshape(count, pair.rank, -1)
 
@@ -339,15 +349,17 @@ def _svd(pair: LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _plain(adapters: Adapters, verb: str) -> dict[str, LowRank]:
     """The pairs of a set that has nothing else."""
     for path, adapter in adapters.items():
-        what = (
-            "a Full adapter" if not isinstance(adapter, LowRank)
-            else "an adapter with a magnitude" if adapter.magnitude is not None
-            else "an adapter with a bias" if adapter.bias is not None
-            else ""
-        )  # fmt: skip
-        if what:
+        if what := _more_than_a_pair(adapter):
             raise ValueError(f"{path}: {what} can't be {verb}, since it is more than a change of low rank: leave it out")
-    return {path: adapter for path, adapter in adapters.items() if isinstance(adapter, LowRank)}
+    return {path: adapter.folded() for path, adapter in adapters.items() if isinstance(adapter, LowRank)}
+
+
+def _more_than_a_pair(adapter: Adapter) -> str:
+    """What keeps an adapter from being a change of low rank alone; empty if nothing does."""
+    if not isinstance(adapter, LowRank):
+        return f"a {type(adapter).__name__} adapter"
+    parts = {"a magnitude": adapter.magnitude, "a bias": adapter.bias, "an invocation sequence": adapter.invocation}
+    return next((f"an adapter with {what}" for what, part in parts.items() if part is not None), "")
 
 
 def _by_path(sets: Sequence[Adapters], verb: str) -> dict[str, list[LowRank]]:

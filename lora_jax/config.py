@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SINCE_2 = ("method", "dora", "lora_bias", "d_initial", "trainable_token_indices", "alora_invocation_tokens")
 WORDS = ("all-linear", "attention")
 Pattern = Any  # a string or a compiled regular expression; a string once the configuration is made
 
@@ -43,6 +44,15 @@ class LoraConfig:
       batch_axes: `{pattern: axes}`: axes of a kernel that hold separate matrices (experts in a dense einsum, say) where the
         use alone would read them otherwise.
       train: patterns of parameters that are trained whole (heads, norms, biases).
+      method: `"lora"`; `"lora_fa"`: A is never trained (LoRA-FA, https://arxiv.org/abs/2308.03303; its optimiser is
+        `lj.optim.lora_fa`); or `"vera"`: random A and B that all kernels share are never trained, only a scale for each inner
+        and each outer number (VeRA, https://arxiv.org/abs/2310.11454; it has no alpha).
+      dora: train a magnitude for each output, too (DoRA, https://arxiv.org/abs/2402.09353).
+      lora_bias: train a bias beside B, too. `merge` adds it to the parameter `bias` beside the kernel.
+      d_initial: where VeRA's inner scales start; its outer ones start at 0.
+      trainable_token_indices: `{pattern: indices}`: of these embeddings the rows with these indices are trained.
+      alora_invocation_tokens: the adapters act from this sequence of tokens on (aLoRA, https://arxiv.org/abs/2504.12397):
+        `lora(fn, active=active_from(input_ids, tokens))`.
 
     Raises:
       ValueError: an option is out of range or of the wrong type; the message names it.
@@ -67,6 +77,12 @@ class LoraConfig:
     dtype: Any = "float32"
     batch_axes: Mapping[Pattern, Sequence[int]] = dataclasses.field(default_factory=dict)
     train: Sequence[Pattern] = ()
+    method: Literal["lora", "lora_fa", "vera"] = "lora"
+    dora: bool = False
+    lora_bias: bool = False
+    d_initial: float = 0.1
+    trainable_token_indices: Mapping[Pattern, Sequence[int]] = dataclasses.field(default_factory=dict)
+    alora_invocation_tokens: Sequence[int] | None = None
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)
@@ -75,7 +91,8 @@ class LoraConfig:
         put("targets", _targets(self.targets))
         for name in ("exclude", "train"):
             put(name, _patterns(name, getattr(self, name)))
-        for name, check in (("rank_pattern", _rank), ("alpha_pattern", _alpha), ("batch_axes", _indices)):
+        tables = {"rank_pattern": _rank, "alpha_pattern": _alpha, "batch_axes": _indices, "trainable_token_indices": _rows}
+        for name, check in tables.items():
             put(name, _pattern_table(name, getattr(self, name), check))
         put("layers", None if self.layers is None else _layers(self.layers))
         _choice("scaling", self.scaling, ("lora", "rslora"))
@@ -84,8 +101,35 @@ class LoraConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         put("dtype", _float_dtype(self.dtype))
-        if not self.targets and not self.train:
-            raise ValueError("targets and train are both empty, so nothing would be trained: name a pattern in one of them")
+        put("alora_invocation_tokens", _invocation(self.alora_invocation_tokens))
+        put("d_initial", _number("d_initial", self.d_initial))
+        _choice("method", self.method, ("lora", "lora_fa", "vera"))
+        for name in ("dora", "lora_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if not self.targets and not self.train and not self.trainable_token_indices:
+            raise ValueError(
+                "targets, train and trainable_token_indices are all empty, so nothing would be trained: name a pattern in one"
+            )
+        self._refuse_combinations()
+
+    def _refuse_combinations(self) -> None:
+        """Raise for options that can't work together, or that the method would not use."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        changed = lambda *names: [name for name in names if getattr(self, name) not in (defaults[name], {})]
+        if self.method == "vera":
+            unused = changed("alpha", "alpha_pattern", "scaling", "init", "rank_pattern")
+            if unused:
+                raise ValueError(
+                    f"method='vera' has no use for {', '.join(unused)}: its matrices are shared, of one rank, of a start of "
+                    "their own, and have no scale. Leave the option out"
+                )
+            if changed("dora", "lora_bias"):
+                raise ValueError("method='vera' trains a scale for each output already: leave dora and lora_bias out")
+        elif changed("d_initial"):
+            raise ValueError(f"d_initial is for method='vera' only, not for {self.method!r}")
+        if self.method == "lora_fa" and self.init == "orthogonal":
+            raise ValueError("method='lora_fa' needs an init with B zero: use 'kaiming' or 'gaussian'")
 
     def __hash__(self):
         return hash(self.to_json())
@@ -112,9 +156,9 @@ class LoraConfig:
         if not isinstance(fields, dict):
             raise ValueError(f"the LoRA configuration must be a JSON object, not {type(fields).__name__}")
         version = fields.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise ValueError(f"the LoRA configuration has format version {version!r}; this lora_jax reads {FORMAT_VERSION}")
-        known = {field.name for field in dataclasses.fields(cls)}
+        if version not in (1, FORMAT_VERSION):
+            raise ValueError(f"the LoRA configuration has format version {version!r}; this lora_jax reads 1 and {FORMAT_VERSION}")
+        known = {field.name for field in dataclasses.fields(cls)} - set(SINCE_2 if version == 1 else ())
         for problem, names in (("unknown", set(fields) - known), ("missing", known - set(fields))):
             if names:
                 raise ValueError(f"the LoRA configuration has {problem} fields: {', '.join(sorted(names))}")
@@ -152,6 +196,22 @@ def _indices(name: str, value: Any) -> list[int]:
             raise ValueError(f"{name} must be a list of whole numbers, not {value!r}")
     if len(set(value)) != len(value):
         raise ValueError(f"{name} names an index twice: {value!r}")
+    return list(value)
+
+
+def _rows(name: str, value: Any) -> list[int]:
+    rows = _indices(name, value)
+    if not rows or min(rows) < 0:
+        raise ValueError(f"{name} must be a non-empty list of indices of at least 0, not {value!r}")
+    return rows
+
+
+def _invocation(value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    whole = not isinstance(value, str) and isinstance(value, Sequence) and all(type(token) is int for token in value)
+    if not whole or not value or min(value) < 0:
+        raise ValueError(f"alora_invocation_tokens must be a non-empty list of token ids, not {value!r}")
     return list(value)
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from lora_jax.adapter import LowRank, wide_dtype
@@ -27,12 +26,7 @@ def gain(base: Any, adapter: LowRank) -> jax.Array:
     Array([2.], dtype=float32)
     """
     norm = lax.stop_gradient(column_norm(base, adapter))
-    result = jnp.asarray(adapter.magnitude, norm.dtype) / norm
-    if adapter.ranks is None:
-        return result
-    batch = result.shape[: len(adapter.layout.batch)]
-    adapted = np.reshape(np.array(adapter.ranks) > 0, batch + (1,) * (result.ndim - len(batch)))
-    return jnp.where(adapted, result, jnp.ones_like(result))
+    return adapter.where_adapted(jnp.asarray(adapter.magnitude, norm.dtype) / norm, 1.0)
 
 
 def column_norm(base: Any, adapter: LowRank) -> jax.Array:

@@ -1,18 +1,21 @@
 """`init`: a configuration and a function's use of its parameters make an adapter set."""
 
+import dataclasses
+import functools
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import initializers, paths
-from lora_jax.adapter import Adapter, Full, Layout, LowRank, attach
+from lora_jax import paths, starts, vera
+from lora_jax.adapter import Adapter, Full, Layout, LowRank, Rows, attach
 from lora_jax.config import LoraConfig
+from lora_jax.dora import column_norm
 from lora_jax.transform import lora
 from lora_jax.usage import Parameter, abstractly, explain
 
@@ -39,7 +42,7 @@ def init(
 
     Raises:
       ValueError: a pattern matches nothing, or only parameters that can't take a pair; a rank is above a kernel's smaller
-        side; a layer does not exist. The message names the pattern, the paths and what to do.
+        side; a layer does not exist; a method does not work for a parameter. The message names the pattern, the paths and what to do.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> def model(params, x):
@@ -51,15 +54,20 @@ def init(
     parameters = explain(fn, variables, *args, **kwargs).parameters
     leaves, _ = paths.flatten(variables)
     trained = _trained(parameters, config)
-    chosen = _in_layers(_chosen(parameters, config, trained), config)
+    rows = _rows(parameters, config, trained)
+    chosen = _in_layers(_chosen(parameters, config, {*trained, *rows}), config)
     _check_tables(chosen, config)
+    shared = _shared(chosen, config)
     adapters: dict[str, Adapter] = {}
     for path, leaf in leaves.items():
         if path in trained:
             adapters[path] = Full(_make(lambda x: jnp.array(x, config.dtype, copy=True), leaf))
+        elif path in rows:
+            adapters[path] = _make(functools.partial(_rows_of, rows[path], config), leaf)
         elif path in chosen:
-            adapters[path] = _pair(key, path, leaf, parameters[path], config)
-    abstractly(lambda p, a, k: lora(fn)(p, *a, **k), attach(variables, adapters), args, kwargs)
+            adapters[path] = _make(functools.partial(_pair, parameters[path], config, parameters, shared), key, leaf)
+    apply = lora(fn, active=None if config.alora_invocation_tokens is None else jnp.array(True))
+    abstractly(lambda p, a, k: apply(p, *a, **k), attach(variables, adapters), args, kwargs)
     return adapters
 
 
@@ -77,6 +85,27 @@ def _trained(parameters: dict[str, Parameter], config: LoraConfig) -> set[str]:
         if parameters[path].kind == "unused":
             raise ValueError(f"train: the function does not use {path}; take its pattern out of train")
     return trained
+
+
+def _rows(parameters: dict[str, Parameter], config: LoraConfig, trained: set[str]) -> dict[str, Rows]:
+    """The rows to train of each embedding that `trainable_token_indices` names."""
+    option, rows = "trainable_token_indices", {}
+    for pattern, indices in config.trainable_token_indices.items():
+        for path in paths.select(parameters, [pattern], option):
+            p = parameters[path]
+            if path in trained or path in rows:
+                raise ValueError(f"{option}: {path} is in train, or named twice; it can have one adapter only")
+            if p.obstacle or p.kind != "embedding" or len(p.layout.inputs) != 1 or p.layout.batch:
+                raise ValueError(f"{option}: {path} is no table whose rows are looked up: {p.obstacle or p.kind}")
+            count = p.shape[p.layout.inputs[0]]
+            if max(indices) >= count:
+                raise ValueError(f"{option}: {path} of the shape {p.shape} has {count} rows, so there is no row {max(indices)}")
+            rows[path] = Rows(None, tuple(indices), p.layout)
+    return rows
+
+
+def _rows_of(rows: Rows, config: LoraConfig, leaf: Any) -> Rows:
+    return dataclasses.replace(rows, values=rows.pick(leaf).astype(config.dtype))
 
 
 # --- which parameters -------------------------------------------------------------------------------------------------
@@ -184,26 +213,73 @@ def _first(table: Any, path: str, default: Any) -> Any:
     return next((value for pattern, value in table.items() if paths.matches(path, pattern)), default)
 
 
-def _pair(key: jax.Array, path: str, leaf: Any, parameter: Parameter, config: LoraConfig) -> LowRank:
-    layout = _layout(parameter, _first(config.batch_axes, path, None))
+def _shared(chosen: dict[str, Parameter], config: LoraConfig) -> vera.Shared | None:
+    """VeRA's matrices, for all the chosen kernels."""
+    if config.method != "vera":
+        return None
+    inputs = lambda p: math.prod(p.shape[axis] for axis in _layout(p, config).inputs)
+    return vera.Shared(config.rank, max(map(inputs, chosen.values()), default=1), config.dtype)
+
+
+def _pair(
+    parameter: Parameter,
+    config: LoraConfig,
+    parameters: Mapping[str, Parameter],
+    shared: vera.Shared | None,
+    key: jax.Array,
+    leaf: Any,
+) -> LowRank:
+    path, shape, layout = parameter.path, parameter.shape, _layout(parameter, config)
     rank, alpha = _first(config.rank_pattern, path, config.rank), _first(config.alpha_pattern, path, config.alpha)
+    _check_method(parameter, config)
     _check_rank(parameter, layout, rank)
-    ranks = _ranks(parameter, layout, rank, config.layers)
-    start = initializers.embedding if parameter.kind == "embedding" else initializers.BY_NAME[config.init]
+    ranks, invocation = _ranks(parameter, layout, rank, config.layers), config.alora_invocation_tokens
+    if shared is not None:
+        a, b = shared.pair(key, layout, shape)
+    else:
+        start = starts.embedding if parameter.kind == "embedding" else starts.BY_NAME[config.init]
+        a, b = start(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, layout, rank)
+    pair = LowRank(
+        a.astype(config.dtype), b.astype(config.dtype), layout,
+        1.0 if config.method == "vera" else config.scale(rank, alpha), config.dropout, ranks,
+        invocation=None if invocation is None else tuple(invocation),
+        frozen={"lora": (), "lora_fa": ("a",), "vera": ("a", "b")}[config.method],
+    )  # fmt: skip
+    pair = dataclasses.replace(pair, a=pair.where_adapted(pair.a, 0.0), b=pair.where_adapted(pair.b, 0.0))
+    return dataclasses.replace(pair, **_extra(pair, parameter, config, parameters, leaf))
 
-    def make(key: jax.Array, kernel: Any) -> tuple[jax.Array, jax.Array]:
-        _, a, b = start(jax.random.fold_in(key, zlib.crc32(path.encode())), kernel, layout, rank)
-        if ranks is not None:
-            on = jnp.reshape(jnp.array(ranks), a.shape[: len(layout.batch)])
-            a, b = (jnp.where(on.reshape(on.shape + (1,) * (x.ndim - on.ndim)) > 0, x, 0) for x in (a, b))
-        return a.astype(config.dtype), b.astype(config.dtype)
 
-    a, b = _make(make, key, leaf)
-    return LowRank(a, b, layout, config.scale(rank, alpha), config.dropout, ranks)
+def _extra(
+    pair: LowRank, parameter: Parameter, config: LoraConfig, parameters: Mapping[str, Parameter], leaf: Any
+) -> dict[str, Any]:
+    """What the method adds to A and B, where it starts."""
+    extra: dict[str, Any] = {}
+    if config.method == "vera":
+        extra |= vera.scales(pair.layout, parameter.shape, pair.rank, config.d_initial, config.dtype)
+    if config.dora:
+        extra["magnitude"] = column_norm(leaf, pair).astype(config.dtype)
+    if config.lora_bias:
+        out_shape = tuple(parameter.shape[axis] for axis in (*pair.layout.batch, *pair.layout.outputs))
+        beside = "/".join([*parameter.path.split("/")[:-1], "bias"])
+        found = beside in parameters and parameters[beside].shape == out_shape
+        extra |= {"bias": jnp.zeros(out_shape, config.dtype), "bias_path": beside if found else None}
+    return extra
 
 
-def _layout(parameter: Parameter, batch_axes: Sequence[int] | None) -> Layout:
-    layout = parameter.layout
+def _check_method(parameter: Parameter, config: LoraConfig) -> None:
+    """Raise where a method does not work for an embedding."""
+    options = {"method": config.method != "lora", "lora_bias": config.lora_bias}
+    options["alora_invocation_tokens"] = config.alora_invocation_tokens is not None
+    wrong = [name for name, on in options.items() if on]
+    if parameter.kind == "embedding" and wrong:
+        raise ValueError(
+            f"{wrong[0]}: {parameter.path} is an embedding, for which {wrong[0]}={getattr(config, wrong[0])!r} does not work "
+            "(its A starts at zero, and a lookup has neither bias nor tokens before it): take it out of the targets"
+        )
+
+
+def _layout(parameter: Parameter, config: LoraConfig) -> Layout:
+    layout, batch_axes = parameter.layout, _first(config.batch_axes, parameter.path, None)
     if batch_axes is None:
         return layout
     ndim = len(parameter.shape)

@@ -305,11 +305,15 @@ def _scale(eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
 
 
 def _scaled(weight: Weight, base: Any, fn: Callable[[Any], Any]) -> Weight:
-    if weight.biased:
+    if weight.needs_product == "bias":
         raise NotLowRank("it is multiplied with a number, and its adapter has a bias")
-    last = lambda term: dataclasses.replace(term.factors[-1], array=fn(term.factors[-1].array))
-    terms = [dataclasses.replace(term, factors=(*term.factors[:-1], last(term))) for term in weight.terms]
-    return Weight(base, tuple(terms))
+
+    def scale(term: Term) -> Term:
+        *others, last = term.factors
+        changed = dataclasses.replace(last, array=fn(last.array))
+        return term if term.tap else dataclasses.replace(term, factors=(*others, changed))
+
+    return Weight(base, tuple(map(scale, weight.terms)))
 
 
 def _neg(eqn: Equation, weight: Weight) -> list[Any]:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lora_jax.adapter import Adapter, Full, LowRank, from_json, static_fields, to_json
+from lora_jax.adapter import Adapter, Full, LowRank, Rows, from_json, static_fields, to_json
 
-KINDS: dict[str, Any] = {"LowRank": LowRank, "Full": Full}
+KINDS: dict[str, Any] = {"LowRank": LowRank, "Full": Full, "Rows": Rows}
 Spec = Sequence[Any]
 
 

@@ -6,9 +6,11 @@ which axes the product contracts instead. A rule raises `NotLowRank` where the t
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -80,7 +82,7 @@ def is_lookup(weight: Weight, roles: Mapping[int, str]) -> bool:
 
 def as_activation(eqn: Equation | None, value: Any) -> Any:
     """Picked rows as an array, for an equation (or the return) that uses them as an activation; anything else as it is."""
-    if is_weight(value) and not value.biased and is_lookup(value, {}):
+    if is_weight(value) and not value.needs_product and is_lookup(value, {}):
         if value.probing:
             note_lookup(value, eqn)
         return value.value
@@ -116,15 +118,60 @@ def _dot_general(eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
     product = lambda x, kept: contract(
         x, x_labels, weight.base, range(n), [*kept, *out], precision=options[0], preferred_element_type=options[1]
     )
-    plain = result
+    plain, contracted = result, [axis for axis in range(n) if roles[axis] == "in"]
     for term in weight.terms:
+        if term.tap is not None:
+            result = tapped(result, x, x_labels, term, contracted)
+            continue
         dropped = dropout(x, term)
-        branch = two_step(dropped, x_labels, term, out, *options)
-        result = result + branch.astype(result.dtype)
+        change = two_step(dropped, x_labels, term, out, *options).astype(result.dtype)
         if term.excess:
-            result = result + _more_base(term, plain, product, x, dropped, x_labels, out)
-        result = _with_bias(result, term, out, [axis for axis in range(n) if roles[axis] == "in"])
+            change = change + _more_base(term, plain, product, x, dropped, x_labels, out)
+        change = _with_bias(change, term, out, contracted)
+        result = result + _where_active(change, term, dict(zip(x_labels, x.shape)), x_free, out)
     return [result]
+
+
+def _where_active(change: Any, term: Term, sizes: Mapping[int, int], x_free: Sequence[int], out: Sequence[int]) -> Any:
+    """The change for the rows of x that the term counts for: x has `(batch, tokens)` as its first free axes, or merged."""
+    if term.active is None:
+        return change
+    mask, shape = term.active, tuple(sizes[label] for label in x_free)
+    if shape[: mask.ndim] != mask.shape:
+        mask = mask.reshape(-1)
+    if shape[: mask.ndim] != mask.shape:
+        raise NotLowRank(f"`active` has the shape {term.active.shape}, but the rows of this product's input are {shape}")
+    return scaled_along(change, [Factor(mask, tuple(x_free[: mask.ndim]))], out)
+
+
+def tapped(result: Any, x: Any, x_labels: Sequence[int], term: Term, contracted: Sequence[int]) -> Any:
+    """The result as it is, with a derivative of its own: the tap's gradient is the sum of `[x; 1] [x; 1]^T`."""
+    (eye,), tap = term.factors, term.tap
+    assert tap is not None
+    inputs = [axis for axis in eye.axes if axis != RANK]
+    if math.prod(eye.array.shape[eye.dim(axis)] for axis in inputs) < eye.array.shape[eye.dim(RANK)]:
+        raise NotLowRank("an in axis is taken apart, so that no product meets the whole input")
+    if not set(inputs) <= {*x_labels} or not set(inputs) <= {*contracted, *tap.axes}:
+        raise NotLowRank("the product does not contract all the in axes")
+    batch = [axis for axis in tap.axes if axis != RANK and axis in x_labels]
+    rows = [label for label in x_labels if label not in [*inputs, *batch]]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    z = contract(x.astype(wide), x_labels, eye.array.astype(wide), eye.axes, [*batch, *rows, RANK], precision="highest")
+    z = lax.stop_gradient(jnp.concatenate([z, jnp.ones((*z.shape[:-1], 1), wide)], -1))
+    other, labels = min(x_labels) - 2, [*batch, *rows]  # a label that nothing else has
+
+    def moments(z: Any) -> Any:
+        second = contract(z, [*labels, RANK], z, [*labels, other], [*batch, RANK, other], precision="highest")
+        flat = Factor(second.reshape(*second.shape[:-2], -1), (*batch, RANK))
+        return jnp.broadcast_to(flat.laid_along(tap.axes, tap.array.dtype), tap.array.shape)
+
+    @jax.custom_vjp
+    def observe(result: Any, z: Any, tap: Any) -> Any:
+        return result
+
+    forward = lambda result, z, tap: (result, moments(z))
+    observe.defvjp(forward, lambda found, cotangent: (cotangent, jnp.zeros_like(z), found))
+    return observe(result, z, tap.array)
 
 
 def _more_base(
@@ -202,13 +249,21 @@ def _conv(eqn: Equation, x: Any, weight: Any) -> list[Any]:
             raise NotLowRank("the adapter's magnitude does not lie along the out axis of this convolution")
         return _compat.bind(eqn, [x, weight.base])[0]
 
+    _refuse_rowwise(weight)
     for term in weight.terms:
         dropped = dropout(x, term)
-        result = result + _conv_branch(eqn, dropped, term, weight.shape, spec).astype(result.dtype)
+        result = result + _conv_branch(eqn, dropped, term.absorbed(), weight.shape, spec).astype(result.dtype)
         if term.excess:
             result = result + _more_base(term, plain, product, x, dropped, (), out)
         result = _with_bias(result, term, out, [axis for axis in range(len(weight.shape)) if axis != spec[0]])
     return [result]
+
+
+def _refuse_rowwise(weight: Weight) -> None:
+    """Raise NotLowRank for a term that needs to know which row of x is which, or all of x."""
+    what = next((term.needs_product for term in weight.terms if term.needs_product not in ("", "bias")), "")
+    if what:
+        raise NotLowRank(f"its adapter has a {what}, which plain products alone can take")
 
 
 def _conv_branch(eqn: Equation, x: Any, term: Term, shape: tuple[int, ...], spec: Sequence[int]) -> Any:
@@ -248,8 +303,9 @@ def _ragged_dot(eqn: Equation, x: Any, weight: Any, group_sizes: Any, *offset: A
     result = _compat.bind(eqn, [x, weight.base, group_sizes])[0]
     if weight.probing:
         return [result]
+    _refuse_rowwise(weight)
     plain, inner, outer = result, wc[0], next(axis for axis, role in roles.items() if role == "out")
-    for term in weight.terms:
+    for term in [term.absorbed() for term in weight.terms]:
         first, second = sorted(term.factors, key=lambda factor: inner not in factor.axes)
         if outer in first.axes or inner in second.axes:
             raise NotLowRank("the adapter's layout is not that of grouped matrices (batch: group, in, out)")

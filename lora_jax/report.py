@@ -12,6 +12,9 @@ from lora_jax import paths
 from lora_jax.adapter import ADAPTER, Adapter, LowRank, check
 
 
+_RANKED = ("a", "b", "lambda_d")  # the arrays with a rank axis
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One adapted parameter: its shape, its adapter's kind, rank and scale, and the sizes of both.
@@ -99,16 +102,17 @@ def summary(variables: Any, adapters: Mapping[str, Adapter]) -> Summary:
 
 def _row(path: str, shape: tuple[int, ...], adapter: Adapter) -> Row:
     rank, scale = "-", "-"
-    trainable = sum(math.prod(array.shape) for array in _trained(adapter).values())
+    sizes = {name: math.prod(array.shape) for name, array in _trained(adapter).items()}
     if isinstance(adapter, LowRank):
         scale = f"{adapter.scale:g}" if isinstance(adapter.scale, float) else "varies"
         rank = str(adapter.rank)
         if adapter.ranks is not None:
             rank = "/".join(map(str, dict.fromkeys(adapter.ranks)))
-            pair = sum(math.prod(array.shape) for name, array in _trained(adapter).items() if name in ("a", "b"))
-            trainable -= pair - pair * sum(adapter.ranks) // (adapter.rank * len(adapter.ranks))
+            full, adapted = adapter.rank * len(adapter.ranks), sum(r > 0 for r in adapter.ranks)
+            share = lambda name: (sum(adapter.ranks), full) if name in _RANKED else (adapted, len(adapter.ranks))
+            sizes = {name: count * share(name)[0] // share(name)[1] for name, count in sizes.items()}
     size = sum(map(_bytes, jax.tree.leaves(adapter)))
-    return Row(path, shape, type(adapter).__name__, rank, scale, math.prod(shape), trainable, size)
+    return Row(path, shape, type(adapter).__name__, rank, scale, math.prod(shape), sum(sizes.values()), size)
 
 
 def _trained(adapter: Adapter) -> dict[str, Any]:

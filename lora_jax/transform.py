@@ -8,7 +8,6 @@ the parameter and the call site, never a silent `W + AB`.
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -18,11 +17,11 @@ import numpy as np
 from jax import lax
 
 from lora_jax import _compat, paths
-from lora_jax.adapter import FROZEN, Adapted, Adapter, Full, LowRank, check, is_adapted
-from lora_jax.dora import gain
+from lora_jax.adapter import FROZEN, Adapted, Adapter, Full, check, is_adapted
 from lora_jax.moves import MOVES
 from lora_jax.products import PRODUCTS, as_activation, record
-from lora_jax.weight import Factor, Log, NotLowRank, Term, Weight, is_weight
+from lora_jax.terms import term
+from lora_jax.weight import Factor, Log, NotLowRank, Weight, is_weight
 
 Equation = _compat.Equation
 RULES = MOVES | PRODUCTS
@@ -44,6 +43,7 @@ def lora(
     fn: Callable[..., Any],
     *,
     key: jax.Array | None = None,
+    active: jax.Array | None = None,
     freeze: bool = True,
     unused: Literal["error", "ignore"] = "error",
     on_unsupported: Literal["error", "materialize"] = "error",
@@ -57,6 +57,8 @@ def lora(
     Args:
       fn: any function whose first argument is the parameter tree; every other argument passes as it is.
       key: a PRNG key that turns dropout on the low-rank branches on, with a mask of its own for each use.
+      active: for adapters with an invocation sequence, where in the input they act: booleans `(batch, tokens)`, as `active_from`
+        makes them. The input of each adapted product must have these as its first axes, or merged to one.
       freeze: stop the gradient at every frozen leaf, so that differentiating the whole tree costs no more than
         differentiating the adapters.
       unused: what to do with an adapter that `fn` does not use: `"error"`, or `"ignore"` for a call of part of a model.
@@ -89,9 +91,10 @@ def lora(
         adapted = [path for path, node in nodes.items() if is_adapted(node)]
         if not adapted:
             raise ValueError("the parameters have no adapters: pass lora(fn) the tree that `attach` returns")
-        walk = Walk(materialize=on_unsupported == "materialize")
+        _check_active({path: nodes[path].adapter for path in adapted}, active)
+        walk = Walk(key=key, active=active, materialize=on_unsupported == "materialize")
         traced = trace(fn, treedef, [_base(node) for node in nodes.values()], args, kwargs)
-        values = [_value(path, node, walk, key, freeze) for path, node in nodes.items()]
+        values = [_value(path, node, walk, freeze) for path, node in nodes.items()]
         out = traced.run(values, walk)
         inputs = traced.reached_inputs(list(nodes))
         idle = [path for path in adapted if path not in (inputs if _is_full(nodes[path]) else walk.reached)]
@@ -113,33 +116,28 @@ def _base(node: Any) -> Any:
     return node.base if is_adapted(node) else node
 
 
-def _value(path: str, node: Any, walk: Walk, key: Any, freeze: bool) -> Any:
+def _check_active(adapters: dict[str, Any], active: Any) -> None:
+    """An adapter that acts from an invocation sequence on needs to know where; others have no use for it."""
+    invoked = [path for path, adapter in adapters.items() if getattr(adapter, "invocation", None) is not None]
+    if invoked and active is None:
+        raise ValueError(
+            f"the adapters of {', '.join(invoked)} act from an invocation sequence on (aLoRA): say where with "
+            "lora(fn, active=active_from(input_ids, invocation_tokens))"
+        )
+    if active is not None and not invoked:
+        raise ValueError("`active` is given, but no adapter has an invocation sequence: leave it out")
+
+
+def _value(path: str, node: Any, walk: Walk, freeze: bool) -> Any:
     """What stands in a parameter's place: an array, or a `Weight`."""
     hold = _stop_gradient if freeze else lambda leaf: leaf
     if not is_adapted(node):
         return hold(node)
     check(path, node.adapter, jnp.shape(node.base))
-    adapter: Any = _hold_frozen(node.adapter)
+    adapter, base = _hold_frozen(node.adapter), hold(node.base)
     if isinstance(adapter, Full):
-        return adapter.value.astype(node.base.dtype)
-    return Weight(hold(node.base), (_term(path, node.base, adapter, walk, key),))
-
-
-def _term(path: str, base: Any, adapter: LowRank, walk: Walk, key: Any) -> Term:
-    adapter = adapter.widened()
-    (a_axes, b_axes), layout = adapter.axes(), adapter.layout
-    static = isinstance(adapter.scale, float)
-    b, excess, bias = adapter.b if static else adapter.scaled(adapter.b), (), None
-    if adapter.magnitude is not None:
-        g = gain(base, adapter)
-        b = b * jnp.expand_dims(g, len(layout.batch)).astype(b.dtype)
-        excess = (Factor(g - 1, (*layout.batch, *layout.outputs)),)
-    if adapter.bias is not None:
-        bias = Factor(adapter.scaled(adapter.bias), (*layout.batch, *layout.outputs))
-    if key is not None and adapter.dropout:
-        key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    scale, key = adapter.scale if static else 1.0, key if adapter.dropout else None
-    return Term((Factor(adapter.a, a_axes), Factor(b, b_axes)), path, walk, scale, adapter.dropout, key, excess, bias)
+        return adapter.value.astype(base.dtype)
+    return Weight(base, (term(path, base, adapter, walk),))
 
 
 def _stop_gradient(leaf: Any) -> Any:
@@ -262,10 +260,10 @@ def _as_array(value: Any, walk: Walk, reason: str, eqn: Equation | None = None) 
             "Exclude it from the targets, train it whole (LoraConfig(train=[...])), or form W + AB for such uses with "
             "lora(fn, on_unsupported='materialize'); explain(fn, params, ...) shows every use"
         )
-    elif value.biased:
+    elif value.needs_product:
         raise NotLowRankError(
             f"{' and '.join(value.paths())} (shape {value.shape}): `{name}` at {site} needs the whole weight, which can't hold "
-            f"the adapter's bias: {reason}"
+            f"the adapter's {value.needs_product}: {reason}"
         )
     return value.value
 
@@ -406,6 +404,8 @@ def _shard_map(eqn: Equation, values: list[Any], walk: Walk) -> list[Any]:
     """Each factor is laid out as the weight's axes that it has."""
     params = eqn.params
     for v, spec in zip(values, params["in_specs"]):
+        if is_weight(v) and v.needs_product not in ("", "bias"):
+            raise NotLowRank(f"its adapter has a {v.needs_product}, which needs to see the rows of all shards")
         if is_weight(v):
             v.divide(axis for axis, mesh_axis in enumerate(spec) if mesh_axis is not None)
     jaxpr, consts = _compat.open_jaxpr(params["jaxpr"])

@@ -50,9 +50,14 @@ class Use:
 
 @dataclasses.dataclass(eq=False)
 class Log:
-    """What one walk over a function found out: uses (of probes), and which paths reached a consumer."""
+    """One walk over a function: its options, and what it found out: uses (of probes), and which paths reached a consumer.
+
+    `key` turns dropout on; `active` is where adapters with an invocation sequence act.
+    """
 
     probing: bool = False
+    key: Any = None
+    active: Any = None
     uses: dict[str, dict[Use, None]] = dataclasses.field(default_factory=dict)
     reached: set[str] = dataclasses.field(default_factory=set)
     counter: Iterator[int] = dataclasses.field(default_factory=itertools.count)
@@ -114,15 +119,16 @@ class Factor:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["factors", "excess", "bias", "key"],
+    data_fields=["factors", "gains", "excess", "bias", "active", "tap", "key"],
     meta_fields=["path", "log", "scale", "dropout"],
 )
 @dataclasses.dataclass(frozen=True)
 class Term:
     """`scale` times the product of factors, summed over the rank: (A, B) of one adapter, or a probe factor for each axis.
 
-    `excess` is DoRA's `g - 1`, as a product of factors, by which the base counts more (B holds its own g); `bias` is what a
-    product gives more.
+    `gains` are VeRA's scales, each along axes of one of the factors. `excess` is DoRA's `g - 1`, as a product of factors, by
+    which the base counts more (B holds its own g); `bias` is what a product gives more. `active` `(batch, tokens)` says for
+    which rows of x the term counts. A `tap` makes no change, but takes in `[x; 1] [x; 1]^T` as its gradient.
     """
 
     factors: tuple[Factor, ...]
@@ -131,23 +137,40 @@ class Term:
     scale: float = 1.0
     dropout: float = 0.0
     key: Any = None
+    gains: tuple[Factor, ...] = ()
     excess: tuple[Factor, ...] = ()
     bias: Factor | None = None
+    active: Any = None
+    tap: Factor | None = None
 
     @property
     def parts(self) -> tuple[Factor, ...]:
         """All that moves with the weight."""
-        return (*self.factors, *self.excess, *([] if self.bias is None else [self.bias]))
+        return (*self.factors, *self.gains, *self.excess, *filter(None, (self.bias, self.tap)))
 
     def map(self, fn: Callable[[Factor], Factor]) -> "Term":
         """`fn` applied to each part, in the order of `parts`."""
-        factors, excess = tuple(map(fn, self.factors)), tuple(map(fn, self.excess))
-        return dataclasses.replace(self, factors=factors, excess=excess, bias=self.bias and fn(self.bias))
+        many = {name: tuple(map(fn, getattr(self, name))) for name in ("factors", "gains", "excess")}
+        return dataclasses.replace(self, **many, bias=self.bias and fn(self.bias), tap=self.tap and fn(self.tap))
 
     @property
     def picked(self) -> bool:
         """Whether a dynamic index picked rows, so that the term may be multiplied out without forming AB."""
         return any(factor.indexed for factor in self.factors)
+
+    @property
+    def needs_product(self) -> str:
+        """What of the term the weight alone can't hold, only a product with it."""
+        return "bias" if self.bias is not None else "invocation sequence" if self.active is not None else "tap" if self.tap else ""
+
+    def absorbed(self) -> "Term":
+        """The same with the gains multiplied into the factors."""
+        factors = list(self.factors)
+        for gain in self.gains:
+            at = next(i for i, factor in enumerate(factors) if set(gain.axes) <= set(factor.axes))
+            array = scaled_along(factors[at].array, [gain], factors[at].axes)
+            factors[at] = dataclasses.replace(factors[at], array=array)
+        return dataclasses.replace(self, factors=tuple(factors), gains=())
 
     def scaled(self, array: Any) -> Any:
         """`scale` times an array: of the products, the one inside, which is the smallest."""
@@ -188,9 +211,9 @@ class Weight:
         return any(term.key is not None for term in self.terms)
 
     @property
-    def biased(self) -> bool:
-        """Whether an adapter has a bias, which the weight alone can't hold."""
-        return any(term.bias is not None for term in self.terms)
+    def needs_product(self) -> str:
+        """What of an adapter the weight alone can't hold, only a product with it; empty if nothing."""
+        return next(filter(None, (term.needs_product for term in self.terms)), "")
 
     def divide(self, axes: Iterable[int]) -> None:
         """Raise NotLowRank if these axes must not be taken apart: then several products would each add a bias."""
@@ -211,8 +234,8 @@ class Weight:
         self.reach()
         if self.probing:
             return self.base
-        if self.biased:
-            raise NotLowRank("its adapter has a bias, which a product alone can take")
+        if self.needs_product:
+            raise NotLowRank(f"its adapter has a {self.needs_product}, which a product alone can take")
         total = functools.reduce(jnp.add, [_multiply_out(term, self.shape) for term in self.terms])
         value = self.base + total.astype(self.base.dtype)
         for term in self.terms:
@@ -259,17 +282,19 @@ def scaled_along(array: Any, factors: Sequence[Factor], labels: Sequence[int]) -
 
 def _multiply_out(term: Term, shape: tuple[int, ...]) -> Any:
     """The product of a term's two factors, broadcastable to the weight's shape."""
-    (a, b), out = term.factors, range(len(shape))
+    (a, b), out = term.absorbed().factors, range(len(shape))
     return contract(a.array, a.axes, term.scaled(b.array), b.axes, list(out), precision="highest")
 
 
 def two_step(x: Any, x_labels: Sequence[int], term: Term, out: Sequence[int], precision: Any, dtype: Any) -> Any:
     """`sum over labels of x A B` as `(x A) B` or `(x B) A`, whichever has fewer multiplications; AB is never formed.
 
-    The factors are cast to the dtype of x, as a layer casts its kernel.
+    The factors are cast to the dtype of x, as a layer casts its kernel. A gain scales the smallest array that it lies along.
     """
     float_dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else term.factors[0].array.dtype
     x = x.astype(float_dtype)
+    inner, after, before, rest = _sorted_gains(term, x_labels, out)
+    term, x = dataclasses.replace(term, gains=rest).absorbed(), scaled_along(x, before, x_labels)
     sizes = {RANK: 1} | dict(zip(x_labels, x.shape))
     for factor in term.factors:
         sizes |= dict(zip(factor.axes, factor.array.shape))
@@ -287,8 +312,22 @@ def two_step(x: Any, x_labels: Sequence[int], term: Term, out: Sequence[int], pr
     first, second = (a, b) if cost(a, b) <= cost(b, a) else (b, a)
     labels = middle(first, second)
     z = contract(x, x_labels, first.array.astype(float_dtype), first.axes, labels, precision=precision)
+    z = term.scaled(scaled_along(z, inner, labels))
     options = {"precision": precision, "preferred_element_type": dtype}
-    return contract(term.scaled(z), labels, second.array.astype(float_dtype), second.axes, out, **options)
+    return scaled_along(contract(z, labels, second.array.astype(float_dtype), second.axes, out, **options), after, out)
+
+
+def _sorted_gains(term: Term, x_labels: Sequence[int], out: Sequence[int]) -> tuple[tuple[Factor, ...], ...]:
+    """A term's gains by what they can scale: the inner product, the result, x, or a factor alone."""
+    axes = lambda gain: set(gain.axes)
+    tests = (
+        lambda gain: RANK in gain.axes,
+        lambda gain: axes(gain) <= set(out),
+        lambda gain: axes(gain) <= set(x_labels),
+        lambda gain: True,
+    )
+    places = [next(place for place, test in enumerate(tests) if test(gain)) for gain in term.gains]
+    return tuple(tuple(gain for gain, at in zip(term.gains, places) if at == place) for place in range(len(tests)))
 
 
 def dropout(x: Any, term: Term) -> Any:

@@ -121,7 +121,7 @@ def test_shapes_are_checked(name, shape):
 
 def test_a_magnitude_can_not_be_unmerged():
     pair = lj.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), lj.Layout((), (0,), (1,)), magnitude=jnp.ones(3))
-    with pytest.raises(ValueError, match="w: a Full adapter and one with a magnitude replace their parameter"):
+    with pytest.raises(ValueError, match="w: a Full adapter, Rows and one with a magnitude replace their parameter"):
         lj.unmerge({"w": jnp.ones((4, 3))}, {"w": pair})
 
 
