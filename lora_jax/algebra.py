@@ -102,7 +102,7 @@ def _with_biases(tree: Any, adapters: Mapping[str, Adapter], sign: float) -> Any
             raise ValueError(
                 f"{path}: the adapter's bias has the shape {jnp.shape(adapter.bias)}, {adapter.bias_path} {jnp.shape(leaf)}"
             )
-        change = adapter.widened().scaled(adapter.widened().bias)
+        change = adapter.where_adapted(adapter.widened().scaled(adapter.widened().bias), 0.0)
         with jax.numpy_dtype_promotion("standard"):
             leaves[adapter.bias_path] = (leaf + sign * change).astype(leaf.dtype)
     return jax.tree.unflatten(treedef, list(leaves.values()))

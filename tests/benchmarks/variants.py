@@ -1,5 +1,6 @@
 """The ways to do the train step that the benchmark compares, all on the same decoder and batch."""
 
+import dataclasses
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
@@ -91,6 +92,10 @@ def _ours(sizes: decoder.Sizes, model: nn.Module, variables: Any, tokens: jax.Ar
     params = jax.tree.map(lambda leaf: leaf.copy(), lj.attach(variables, adapters))  # donated
     state = lj.train.init_state(adapters, TX, key=jax.random.key(1))
     yield variant("ours, lora(fn)", loss, adapters, variables, tokens)
+    dora = dataclasses.replace(config, dora=True)
+    yield variant(
+        "ours, DoRA", loss, lj.init(jax.random.key(0), dora, model.apply, variables, tokens[:, :-1]), variables, tokens
+    )
     yield Variant(
         "ours, whole tree", jax.jit(whole_step, donate_argnums=(0, 1)), (params, whole.init(params), tokens),
         lambda args, out: (*out[:2], *args[2:]),
