@@ -239,6 +239,25 @@ def test_generation_equals_greedy_decoding_without_a_cache(name, form):
         np.testing.assert_array_equal(lengths, [5, 5])
 
 
+def test_an_invocation_sequence_acts_from_the_prompt_on():
+    """Rows that have it in their prompt go on with the adapter, the others without."""
+    loaded = llama.load(DATA / "llama3")
+    ids = jnp.array([[3, 7, 8, 5], [3, 4, 9, 5]])
+    config = lj.LoraConfig(rank=2, targets=["q_proj", "v_proj", "down_proj"], alora_invocation_tokens=[7, 8])
+    adapters = lj.init(jax.random.key(0), config, loaded.apply, loaded.variables, ids)
+    adapters = jax.tree.map(lambda leaf: leaf + jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), adapters)
+    params = lj.attach(loaded.variables, adapters)
+    longer, active = ids, lj.active_from(ids, [7, 8])
+    for _ in range(4):
+        logits = lj.lora(loaded.apply, active=active)(params, longer)
+        longer = jnp.concatenate([longer, jnp.argmax(logits[:, -1:], -1).astype(jnp.int32)], 1)
+        active = jnp.concatenate([active, active[:, -1:]], 1)
+    tokens, _ = llama.generate(loaded, params, ids, max_new_tokens=4)
+    np.testing.assert_array_equal(tokens, longer[:, 4:])
+    base, _ = llama.generate(loaded, loaded.variables, ids, max_new_tokens=4)
+    assert (tokens[0] != base[0]).any() and (tokens[1] == base[1]).all()
+
+
 def test_generation_ends():
     ids, mask, _, _ = truth("llama3")
     loaded = llama.load(DATA / "llama3")

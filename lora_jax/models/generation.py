@@ -1,7 +1,7 @@
 """Texts from a decoder, token by token, with a key-value cache."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapter import is_adapted
+from lora_jax.alora import active_from
 from lora_jax.models.decoder import Llama, init_cache
 from lora_jax.transform import lora
 
@@ -42,7 +43,8 @@ def generate(
 
     Args:
       model: the decoder, or what `load` returned.
-      variables: its parameters, plain or with adapters attached.
+      variables: its parameters, plain or with adapters attached. Adapters with an invocation sequence (aLoRA) act in the rows
+        whose prompt has it, from its last occurrence on.
       prompt_ids: `(batch, length)`, padded on the left.
       attention_mask: `(batch, length)`: 0 for padding.
       max_new_tokens: how many tokens to add.
@@ -76,8 +78,7 @@ def generate(
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("count", "eos_ids", "sampled"))
 def _generate(model, variables, prompt_ids, real, key, temperature, *, count, eos_ids, sampled):
     batch, length = prompt_ids.shape
-    adapted = any(map(is_adapted, jax.tree.leaves(variables, is_leaf=is_adapted)))
-    apply = lora(model.apply) if adapted else model.apply
+    read, apply = _applies(model, variables, prompt_ids)
     ends = jnp.asarray(eos_ids, jnp.int32)
 
     def choose(logits, step):
@@ -97,9 +98,23 @@ def _generate(model, variables, prompt_ids, real, key, temperature, *, count, eo
         tokens = jnp.where(jnp.arange(count) >= step, last[:, None], tokens)
         return step + 1, last, cache, done | jnp.isin(last, ends), tokens, lengths + (~done).astype(jnp.int32)
 
-    logits, cache = apply(variables, prompt_ids, real, cache=init_cache(model, batch, length + count), last_only=True)
+    logits, cache = read(variables, prompt_ids, real, cache=init_cache(model, batch, length + count), last_only=True)
     first = choose(logits, 0)
     tokens = jnp.broadcast_to(first[:, None], (batch, count))
     state = jnp.int32(1), first, cache, jnp.isin(first, ends), tokens, jnp.ones(batch, jnp.int32)
     _, _, _, _, tokens, lengths = lax.while_loop(proceed, advance, state)
     return Generated(tokens, lengths)
+
+
+def _applies(model: Llama, variables: Any, prompt_ids: jax.Array) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The model for the prompt, and for one token after it: adapters with an invocation sequence act from it on."""
+    adapters = [node.adapter for node in jax.tree.leaves(variables, is_leaf=is_adapted) if is_adapted(node)]
+    if not adapters:
+        return model.apply, model.apply
+    sequences = {getattr(adapter, "invocation", None) for adapter in adapters} - {None}
+    if not sequences:
+        return lora(model.apply), lora(model.apply)
+    if len(sequences) > 1:
+        raise ValueError(f"the adapters have different invocation sequences, {sorted(sequences)}: generate with one of them")
+    active = active_from(prompt_ids, *sequences)
+    return lora(model.apply, active=active), lora(model.apply, active=active[:, -1:])
