@@ -1,4 +1,4 @@
-"""Adapters with a magnitude (DoRA) or a bias, against merged weights, for every frontend."""
+"""Adapters with a magnitude (DoRA), scales (VeRA) or a bias, against merged weights, for every frontend."""
 
 import dataclasses
 
@@ -28,6 +28,20 @@ def with_magnitudes(case, adapters):
     return moved
 
 
+def with_scales(case, adapters):
+    """VeRA's scales of the inner and the outer numbers."""
+    moved = {}
+    for path, adapter in adapters.items():
+        if isinstance(adapter, lj.LowRank):
+            batch = len(adapter.layout.batch)
+            wave = lambda shape, dtype: 1 + jnp.cos(jnp.arange(np.prod(shape), dtype=dtype)).reshape(shape) / 2
+            d = wave((*adapter.a.shape[:batch], adapter.rank), adapter.a.dtype)
+            b = wave((*adapter.b.shape[:batch], *adapter.b.shape[batch + 1 :]), adapter.b.dtype)
+            adapter = dataclasses.replace(adapter, lambda_d=d, lambda_b=b)
+        moved[path] = adapter
+    return moved
+
+
 def compared(case, adapters):
     """The distances of outputs and gradients of `lora(fn)` from those of the merged weights."""
     low_rank = lambda a, *args: lj.lora(case.fn)(lj.attach(case.variables, a), *args)
@@ -37,11 +51,12 @@ def compared(case, adapters):
     return distance(got[0], want[0]), distance(got[1], want[1])
 
 
+@pytest.mark.parametrize("add", [with_magnitudes, with_scales])
 @pytest.mark.parametrize("name", FRONTENDS)
-def test_magnitudes_equal_merged_weights(name):
+def test_magnitudes_and_scales_equal_merged_weights(name, add):
     with settings(name, F64):
         case, adapters = prepare(name, F64)
-        assert max(compared(case, with_magnitudes(case, adapters))) < 1e-10
+        assert max(compared(case, add(case, adapters))) < 1e-10
 
 
 @pytest.mark.parametrize("name", [name for name in FRONTENDS if name not in ("experts_einsum", "moved_about")])
