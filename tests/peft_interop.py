@@ -19,7 +19,6 @@ import warnings
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import peft_command
@@ -29,13 +28,15 @@ import torch
 import transformers as t
 
 import lora_jax as lj
-from lora_jax import paths
-from lora_jax.dora import column_norm
 from lora_jax.models import bert, llama
 
 TOLERANCE = 1e-4
+OURS = ("lora_", "vera_", "modules_to_save", "trainable_tokens_delta")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 32}
 IDS = np.random.default_rng(7).integers(1, 64, (2, 9))
+USED = IDS[0, 4:6].tolist()  # two tokens in the middle of the first row
+INVOCATION = USED
+TOKENS = {"rank": 4, "targets": ["up_proj"], "trainable_token_indices": {"embed_tokens": USED}}
 
 
 # --- torch models ---
@@ -89,15 +90,13 @@ def load_llama(scan_layers):
 
 @dataclasses.dataclass
 class Case:
-    """A torch model, how it is loaded here, and what is adapted. `dora`: with magnitudes; `bias`: with LoRA biases."""
+    """A torch model, how it is loaded here, and what is adapted."""
 
     make: object
     load: object
     config: lj.LoraConfig
     task: str = "CAUSAL_LM"
     kw: dict = dataclasses.field(default_factory=dict)
-    dora: bool = False
-    bias: bool = False
 
 
 PATTERNS = {"rank_pattern": {"gate_proj": 2}, "alpha_pattern": {"k_proj": 5.0}}
@@ -107,17 +106,15 @@ EXPERTS = lj.LoraConfig(
     rank_pattern={"q_proj/weight": 2},
     batch_axes={"gate_up_proj": (0,), "down_proj": (0,)},
 )
+BERT = {"rank": 4, "targets": ["query", "up", "down"], "train": ["classifier"]}
 CASES = {
     "bert": Case(make_bert, load_bert, lj.LoraConfig(rank=4, targets=["query", "value"], train=["classifier"]), "SEQ_CLS"),
     "bert, all biases": Case(
         make_bert, load_bert, lj.LoraConfig(rank=4, targets="attention", train=["bias", "classifier/kernel"]), "SEQ_CLS"
     ),
-    "bert, DoRA": Case(
-        make_bert, load_bert, lj.LoraConfig(rank=4, targets=["query", "up", "down"], train=["classifier"]), "SEQ_CLS", dora=True
-    ),
-    "bert, LoRA biases": Case(
-        make_bert, load_bert, lj.LoraConfig(rank=4, targets=["query", "up", "down"], train=["classifier"]), "SEQ_CLS", bias=True
-    ),
+    "bert, DoRA": Case(make_bert, load_bert, lj.LoraConfig(**BERT, dora=True), "SEQ_CLS"),
+    "bert, LoRA biases": Case(make_bert, load_bert, lj.LoraConfig(**BERT, lora_bias=True), "SEQ_CLS"),
+    "bert, VeRA": Case(make_bert, load_bert, lj.LoraConfig(**BERT, method="vera"), "SEQ_CLS"),
     "llama": Case(make_llama, load_llama(False), lj.LoraConfig(rank=4, targets="all-linear", scaling="rslora", **PATTERNS)),
     "llama, scanned": Case(make_llama, load_llama(True), lj.LoraConfig(rank=4, targets="all-linear", **PATTERNS)),
     "llama, scanned, some layers": Case(
@@ -125,7 +122,13 @@ CASES = {
         load_llama(True),
         lj.LoraConfig(rank=4, targets=["up_proj", "down_proj"], layers=[0, 2], rank_pattern={"down_proj": 3}),
     ),
-    "llama, scanned, DoRA": Case(make_llama, load_llama(True), lj.LoraConfig(rank=4, targets="attention"), dora=True),
+    "llama, scanned, DoRA": Case(make_llama, load_llama(True), lj.LoraConfig(rank=4, targets="attention", dora=True)),
+    "llama, scanned, VeRA": Case(make_llama, load_llama(True), lj.LoraConfig(rank=6, targets="all-linear", method="vera")),
+    "llama, scanned, aLoRA": Case(
+        make_llama, load_llama(True), lj.LoraConfig(rank=4, targets="all-linear", alora_invocation_tokens=INVOCATION)
+    ),
+    "llama, trained tokens": Case(make_llama, load_llama(False), lj.LoraConfig(**TOKENS)),
+    "llama, tied, trained tokens": Case(make_llama, load_llama(True), lj.LoraConfig(**TOKENS), kw={"tied": True}),
     "llama, embedding and head": Case(
         make_llama, load_llama(False), lj.LoraConfig(rank=4, targets=["embed_tokens", "lm_head", "up_proj"])
     ),
@@ -134,34 +137,28 @@ CASES = {
     ),
     "gpt2": Case(make_gpt2, peft_twins.load_gpt2, lj.LoraConfig(rank=4, targets=["c_attn", "c_proj"])),
     "gpt2, embeddings": Case(make_gpt2, peft_twins.load_gpt2, lj.LoraConfig(rank=4, targets=["wte", "wpe"])),
+    "gpt2, aLoRA with biases": Case(
+        make_gpt2,
+        peft_twins.load_gpt2,
+        lj.LoraConfig(rank=4, targets=["c_attn"], lora_bias=True, alora_invocation_tokens=INVOCATION),
+    ),
+    "gpt2, trained tokens": Case(
+        make_gpt2,
+        peft_twins.load_gpt2,
+        lj.LoraConfig(rank=4, targets=["c_attn"], trainable_token_indices={"wte": USED, "wpe": [2]}),
+    ),
     "mixtral": Case(make_mixtral, peft_twins.load_mixtral, EXPERTS),
 }
 
 
-def moved(adapters, case, variables):
-    """Adapters off their initial values, as training would leave them; what pads smaller ranks stays zero."""
+def moved(adapters):
+    """Adapters off their initial values, as training would leave them; what is frozen or pads smaller ranks stays."""
     rng = np.random.default_rng(3)
-    noise = lambda shape: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32)
-    bases, _ = paths.flatten(variables)
-    out = {}
-    for path, adapter in adapters.items():
-        if isinstance(adapter, lj.Full):
-            out[path] = dataclasses.replace(adapter, value=adapter.value + noise(adapter.value.shape))
-            continue
-        batch = len(adapter.layout.batch)
-        ranks = np.reshape(adapter.ranks or [adapter.rank], adapter.a.shape[:batch] if adapter.ranks else (1,) * batch)
-        used = jnp.asarray(np.arange(adapter.rank) < ranks[..., None], jnp.float32)  # (*batch, r)
-        a = adapter.a + noise(adapter.a.shape)
-        b = adapter.b + noise(adapter.b.shape)
-        a = a * used.reshape(*used.shape[:-1], *[1] * (a.ndim - used.ndim), adapter.rank)
-        b = b * used.reshape(*used.shape, *[1] * (b.ndim - used.ndim))
-        pair = dataclasses.replace(adapter, a=a, b=b)
-        if case.dora:
-            norm = column_norm(bases[path], pair)
-            pair = dataclasses.replace(pair, magnitude=norm * (1 + noise(norm.shape)))
-        if case.bias:
-            pair = dataclasses.replace(pair, bias=noise((*b.shape[:batch], *b.shape[batch + 1 :])))
-        out[path] = pair
+    step = lambda label, leaf: leaf + (0.1 if label == "adapter" else 0.0) * rng.normal(size=leaf.shape).astype(np.float32)
+    out = jax.tree.map(step, lj.labels(adapters), adapters)
+    for path, adapter in out.items():
+        if isinstance(adapter, lj.LowRank):
+            out[path] = jax.tree.map(lambda leaf, pair=adapter: pair.where_adapted(leaf, 0.0), adapter)
     return out
 
 
@@ -169,11 +166,13 @@ def check(case, directory):
     """Both sides' logits, after the adapter went from one to the other; asserts on warnings and keys."""
     randomised(case.make, **case.kw).save_pretrained(directory / "base")
     apply, variables, names = case.load(randomised(case.make, **case.kw), directory / "base")
-    adapters = moved(lj.init(jax.random.key(0), case.config, apply, variables, IDS), case, variables)
+    adapters = moved(lj.init(jax.random.key(0), case.config, apply, variables, IDS))
     lj.peft.save(directory, adapters, names=names, config=case.config, task_type=case.task, variables=variables)
-    ours = lj.lora(apply)(lj.attach(variables, adapters), IDS)
+    tokens = case.config.alora_invocation_tokens
+    adapted = lj.lora(apply, active=None if tokens is None else lj.active_from(IDS, tokens))
+    ours = adapted(lj.attach(variables, adapters), IDS)
     again = lj.peft.load(directory, variables, names=names)
-    back = lj.lora(apply)(lj.attach(variables, again), IDS)
+    back = adapted(lj.attach(variables, again), IDS)
     base = randomised(case.make, **case.kw)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -182,7 +181,7 @@ def check(case, directory):
         model = peft.PeftModel.from_pretrained(base, directory).eval()
         loaded = model.load_adapter(directory, "default")
     unknown = list(loaded.unexpected_keys)
-    missing = [key for key in loaded.missing_keys if "lora_" in key or "modules_to_save" in key]
+    missing = [key for key in loaded.missing_keys if any(word in key for word in OURS)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as it saves, PEFT takes the biases of its own lora_bias for broken matrices
         taken = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))

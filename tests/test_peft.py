@@ -23,7 +23,10 @@ TIED_USES = {
     "llama-tied-saved-untied",
     "llama-tied-alphas",
     "llama-tied-ranks",
+    "llama-tied-tokens-apart",
 }
+# Where the head is tied PEFT stores the rows of the embedding alone; a head of its own has them too.
+ROWS_ONCE = {("llama-tied-tokens", "untied"), ("llama-tied-tokens-same", "untied")}
 GROUPED = {"plain-grouped", "plain-dora-grouped"}
 REPLAYED = {
     case
@@ -58,8 +61,10 @@ def test_outputs_equal_peft(case, flavour):
     if apply is None:
         assert CASES[case]["model"] in ("gpt2", "mixtral", "vit", "plain")
         return
-    want = peft_cases.expected(case)
-    got = jax.jit(lj.lora(apply))(lj.attach(variables, adapters), **peft_cases.inputs(case))
+    want, inputs = peft_cases.expected(case), peft_cases.inputs(case)
+    tokens = CASES[case]["lora"].get("alora_invocation_tokens")
+    options = {} if tokens is None else {"active": lj.active_from(inputs["input_ids"], tuple(tokens))}
+    got = jax.jit(lj.lora(apply, **options))(lj.attach(variables, adapters), **inputs)
     np.testing.assert_allclose(got, want["output"], rtol=0, atol=1e-5)
     assert np.abs(got - want["base_output"]).max() > 1e-3
 
@@ -75,7 +80,7 @@ def test_merged_weights_equal_peft(case, flavour):
         return
     merged = peft_cases.tensors(lj.merge(variables, adapters), names)
     base = peft_cases.tensors(variables, names)
-    tied = {name.tied for name in names.values()}
+    tied = {name.tied for name in names.values()} | ({"lm_head.weight"} if case.startswith("gpt2") else set())
     assert set(want) - set(merged) <= tied
     for tensor in set(want) & set(merged):
         np.testing.assert_allclose(merged[tensor] - base[tensor], want[tensor], rtol=0, atol=1e-6)
@@ -85,9 +90,11 @@ def test_merged_weights_equal_peft(case, flavour):
 def test_saving_what_was_loaded_gives_the_same_tensors(case, flavour, tmp_path):
     adapters, variables, names, _ = load(case, flavour)
     lora = CASES[case]["lora"]
-    config = lj.LoraConfig(rank=lora["r"], alpha=lora["lora_alpha"], scaling="rslora" if lora.get("use_rslora") else "lora")
+    alpha = lora.get("lora_alpha", lora["r"])  # VeRA has none
+    config = lj.LoraConfig(rank=lora["r"], alpha=alpha, scaling="rslora" if lora.get("use_rslora") else "lora")
     options = peft_cases.settings(case)
-    peft.save(tmp_path, adapters, names=names, config=config, variables=variables, **options)
+    task = "CAUSAL_LM" if "alora_invocation_tokens" in lora else None
+    peft.save(tmp_path, adapters, names=names, config=config, variables=variables, task_type=task, **options)
     again = peft.load(tmp_path, variables, names=names, **options)
     assert jax.tree.structure(again) == jax.tree.structure(adapters)
     for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(adapters), strict=True):
@@ -96,8 +103,11 @@ def test_saving_what_was_loaded_gives_the_same_tensors(case, flavour, tmp_path):
         return
     place = options["adapter"] or "."
     got, want = (load_file(root / place / "adapter_model.safetensors") for root in (tmp_path, peft_cases.directory(case)))
-    assert set(got) == {name for name in want if not COPIES.fullmatch(name)}
-    assert all(got[name].dtype == want[name].dtype and got[name].tobytes() == want[name].tobytes() for name in got)
+    twice = {"base_model.model.lm_head.token_adapter.trainable_tokens_delta"} if (case, flavour) in ROWS_ONCE else set()
+    assert set(got) == {name for name in want if not COPIES.fullmatch(name)} | twice
+    assert all(
+        got[name].dtype == want[name].dtype and got[name].tobytes() == want[name].tobytes() for name in want if name in got
+    )
 
 
 @pytest.mark.parametrize("case", sorted(TIED_USES))
@@ -127,22 +137,23 @@ def test_pairs_in_some_layers_and_whole_kernels_in_others_need_an_unrolled_model
 
 
 def moved(adapters):
-    """Adapters off their start, as training would leave them: layers of rank 0 stay zero."""
+    """Adapters off their start, as training would leave them: layers of rank 0 stay zero, and so does what is frozen."""
     key = jax.random.key(3)
     leaves, treedef = jax.tree.flatten(adapters)
-    moved = treedef.unflatten(
-        [leaf + 0.1 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape) for i, leaf in enumerate(leaves)]
-    )
+    rates = [0.1 if label == "adapter" else 0.0 for label in jax.tree.leaves(lj.labels(adapters))]
+    noise = [
+        rate * jax.random.normal(jax.random.fold_in(key, i), leaf.shape) for i, (leaf, rate) in enumerate(zip(leaves, rates))
+    ]
+    moved = treedef.unflatten([leaf + step for leaf, step in zip(leaves, noise)])
     for path, adapter in moved.items():
         if isinstance(adapter, lj.LowRank) and adapter.ranks is not None:
-            on = jnp.array(adapter.ranks)[:, None, None] > 0
-            moved[path] = jax.tree.map(lambda leaf, on=on: jnp.where(on, leaf, 0), adapter)
+            moved[path] = jax.tree.map(lambda leaf, pair=adapter: pair.where_adapted(leaf, 0.0), adapter)
     return moved
 
 
 def our_adapters(flavour, **options):
     variables, names, apply = peft_cases.model("llama", flavour)
-    config = lj.LoraConfig(**{"rank": 4, "alpha": 6, "targets": "all-linear", **options})
+    config = lj.LoraConfig(**{"rank": 4, "targets": "all-linear", **options})
     ids = peft_cases.inputs("llama-qv")["input_ids"]
     return moved(lj.init(jax.random.key(0), config, apply, variables, ids)), config, variables, names
 
@@ -150,7 +161,13 @@ def our_adapters(flavour, **options):
 @pytest.mark.parametrize("flavour", ["unrolled", "scanned"])
 def test_what_is_saved_loads_again(flavour, tmp_path):
     adapters, config, variables, names = our_adapters(
-        flavour, rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 1}, layers=[0, 2], scaling="rslora", train=["norm/scale"]
+        flavour,
+        alpha=6,
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"up_proj": 1},
+        layers=[0, 2],
+        scaling="rslora",
+        train=["norm/scale"],
     )
     peft.save(tmp_path, adapters, names=names, config=config, base_model="org/model", task_type="CAUSAL_LM")
     again = peft.load(tmp_path, variables, names=names)
@@ -162,6 +179,25 @@ def test_what_is_saved_loads_again(flavour, tmp_path):
     assert (fields["r"], fields["lora_alpha"], fields["use_rslora"]) == (4, 6, True)
     assert fields["rank_pattern"] == {rf"^model\.layers\.{i}\.self_attn\.q_proj": 2 for i in (0, 2)}
     assert fields["modules_to_save"] == ["model.norm"]
+
+
+@pytest.mark.parametrize("flavour", ["unrolled", "scanned"])
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        ({"method": "vera", "dropout": 0.25, "layers": [0, 2]}, {"peft_type": "VERA", "r": 4, "vera_dropout": 0.25}),
+        ({"trainable_token_indices": {"embed_tokens": [7, 2]}}, {"trainable_token_indices": {"model.embed_tokens": [7, 2]}}),
+        ({"alora_invocation_tokens": [7, 2]}, {"alora_invocation_tokens": [7, 2]}),
+    ],
+)
+def test_the_variants_load_again(flavour, options, fields, tmp_path):
+    adapters, config, variables, names = our_adapters(flavour, targets=["q_proj", "up_proj"], **options)
+    peft.save(tmp_path, adapters, names=names, config=config, task_type="CAUSAL_LM")
+    assert json.loads((tmp_path / "adapter_config.json").read_text()).items() >= fields.items()
+    again = peft.load(tmp_path, variables, names=names)
+    assert jax.tree.structure(again) == jax.tree.structure(adapters)
+    for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(adapters), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_scanned_and_unrolled_models_write_the_same_file(tmp_path):

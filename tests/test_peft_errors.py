@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax import peft
+from lora_jax.adapter import Rows
 from lora_jax.peft.settings import Settings
 from tests import peft_cases
 
@@ -68,10 +69,16 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "IA3"}, "the peft_type is 'IA3'; only 'LORA' can be read"),
+        ({"peft_type": "IA3"}, "the peft_type is 'IA3'; only 'LORA' and 'VERA' can be read"),
         ({"peft_type": None}, "the peft_type is None"),
-        ({"alora_invocation_tokens": [1]}, r"sets fields that are not supported.* alora_invocation_tokens=\[1\]"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"alora_invocation_tokens": "start"}, "alora_invocation_tokens must be a list of whole numbers, not 'start'"),
+        ({"alora_invocation_tokens": [1], "use_dora": True}, "PEFT has no aLoRA with use_dora"),
+        ({"trainable_token_indices": [1]}, r"asks for tensors that .* lacks: .*token_adapter.trainable_tokens_delta"),
+        ({"trainable_token_indices": {"embed_tokens": [1]}}, r"lacks: .*model.embed_tokens.token_adapter.trainable_tokens_delta"),
+        ({"trainable_token_indices": {"tokens_embed": [1]}}, "trainable_token_indices: no module is called 'tokens_embed'"),
+        ({"peft_type": "VERA", "alora_invocation_tokens": [1]}, r"sets fields that are not supported.* alora_invocation_tokens=\[1\]"),
+        ({"trainable_token_indices": [1, 1]}, "trainable_token_indices must be a list of different whole numbers"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices must be a list of different whole numbers"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"use_qalora": True}, "use_qalora=True"),
         ({"something_new": 3}, "something_new=3"),
@@ -107,6 +114,64 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 def test_a_configuration_that_is_not_honoured_is_an_error(fields, message, copied):
     with pytest.raises(ValueError, match=message):
         copied.take().fields(**fields).load()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"save_projection": False}, "save_projection is off, so the file lacks VeRA's random matrices, which torch alone can draw"),
+        ({"bias": "lora_only"}, "bias must be 'none', 'all' or 'vera_only', not 'lora_only'"),
+        ({"use_dora": True}, "sets fields that are not supported.* use_dora=True"),
+        ({"r": 5}, r"q_proj.vera_lambda_d has the shape \(6,\)"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "has 6 tensors that no parameter takes: .*down_proj.vera_lambda_b"),
+        ({"target_modules": ["embed_tokens"]}, "PEFT has VeRA for linear layers only, and model.embed_tokens.weight is of another kind"),
+    ],
+)  # fmt: skip
+def test_a_vera_configuration_that_is_not_honoured_is_an_error(fields, message, copied):
+    with pytest.raises(ValueError, match=message):
+        copied.take("llama-vera").fields(**fields).load()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.pop("base_model.vera_A"), "lacks: base_model.vera_A"),
+        (lambda t: t.update({"base_model.vera_A": t["base_model.vera_A"][:, :40]}), r"vera_A has the shape \(6, 40\), of which .*down_proj"),
+        (lambda t: t.update({"base_model.vera_B": t["base_model.vera_B"][:, :5]}), r"vera_B has the shape \(32, 5\)"),
+        (lambda t: t.update({"base_model.vera_C": t["base_model.vera_B"]}), "1 tensors that no parameter takes: base_model.vera_C"),
+    ],
+)  # fmt: skip
+def test_veras_shared_matrices_must_fit(spoil, message, copied):
+    with pytest.raises(ValueError, match=message):
+        copied.take("llama-vera").tensors(spoil).load()
+
+
+DELTA = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(
+    ("fields", "spoil", "message"),
+    [
+        ({}, lambda t: t.pop(DELTA), r"lacks: \*.token_adapter.trainable_tokens_delta"),
+        ({}, lambda t: t.update({DELTA: t[DELTA][:3]}), r"trainable_tokens_delta has the shape \(3, 32\)"),
+        ({"trainable_token_indices": [1, 2, 3, 64]}, len, r"embed_tokens/embedding: the rows must be different ones of 64"),
+        ({"trainable_token_indices": None}, len, "1 tensors that no parameter takes: .*trainable_tokens_delta"),
+        ({"modules_to_save": ["embed_tokens"]}, lambda t: t.update({DELTA.replace("token_adapter.trainable_tokens_delta", "weight"): np.ones((64, 32), np.float32)}),
+         "params/embed_tokens/embedding would get rows and something else: PEFT has no such adapters"),
+    ],
+)  # fmt: skip
+def test_rows_must_fit(fields, spoil, message, copied):
+    with pytest.raises(ValueError, match=message):
+        copied.take("llama-tokens").fields(**fields).tensors(spoil).load()
+
+
+def test_whether_a_head_is_tied_to_a_table_with_rows_needs_their_values(copied):
+    copied.take("llama-tokens")
+    copied.variables = jax.eval_shape(lambda: copied.variables)
+    with pytest.raises(
+        ValueError, match="params/lm_head/kernel: whether it is tied to params/embed_tokens/embedding needs the"
+    ):
+        copied.load()
 
 
 def test_a_slow_regular_expression_is_stopped(copied):
@@ -239,6 +304,10 @@ PAIR = lj.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), lj.Layout((), (0,), (1,)),
 NAME = peft.HFName("w.weight", "i o -> o i")
 EXPERTS = lj.LowRank(jnp.ones((2, 4, 2)), jnp.ones((2, 2, 3)), lj.Layout((0,), (1,), (2,)), 0.5)
 FUSED = peft.HFName("experts.w", "e i o -> e o i", "parameter")
+VERA = dataclasses.replace(PAIR, scale=1.0, lambda_d=jnp.ones(2), lambda_b=jnp.ones(3), frozen=("a", "b"))
+ROWS = Rows(jnp.ones((2, 3)), (0, 4), lj.Layout((), (0,), (1,)))
+TWO = {"w": NAME, "v": peft.HFName("v.weight", "i o -> o i")}
+TABLE = {"w": NAME, "t": peft.HFName("embed.weight", kind="embedding")}
 
 
 @pytest.mark.parametrize(
@@ -259,6 +328,21 @@ FUSED = peft.HFName("experts.w", "e i o -> e o i", "parameter")
         ({"w": dataclasses.replace(PAIR, magnitude=jnp.ones(3))}, {"w": peft.HFName("w.weight", kind="embedding", tied="v.weight")}, "w is also v.weight: PEFT ties pairs only"),
         ({"w": PAIR, "b": lj.Full(jnp.ones(3))}, {"w": NAME, "b": peft.HFName("norm.bias"), "c": peft.HFName("norm.weight"), "d": peft.HFName("x.bias")}, "so it needs c too"),
         ({"w": PAIR, "b": lj.Full(jnp.ones(3))}, {"w": NAME, "b": peft.HFName("norm.weight"), "c": peft.HFName("x.norm.weight")} | {"c": peft.HFName("xnorm.weight")}, "PEFT would save xnorm along with norm, whose name ends alike"),
+        ({"w": VERA, "v": PAIR}, TWO, "v has no vectors of VeRA's, but other adapters have"),
+        ({"w": dataclasses.replace(VERA, scale=0.5)}, TWO, "w: PEFT's VeRA has no scale, but this adapter has 0.5"),
+        ({"w": VERA, "v": dataclasses.replace(VERA, a=2 * VERA.a)}, TWO, "v: VeRA has one A for all kernels in PEFT"),
+        ({"w": VERA, "v": dataclasses.replace(VERA, b=2 * VERA.b)}, TWO, "v: VeRA has one B for all kernels in PEFT"),
+        ({"w": dataclasses.replace(VERA, bias=jnp.ones(3))}, TWO, "no adapters with both biases and VeRA's vectors"),
+        ({"w": VERA, "t": ROWS}, TABLE, "no adapters with both trained rows and VeRA's vectors"),
+        ({"t": VERA}, TABLE, "t: PEFT has VeRA's vectors for linear layers only, not for embedding weights"),
+        ({"w": dataclasses.replace(PAIR, invocation=(1,))}, TWO, "causal language models only: pass task_type='CAUSAL_LM'"),
+        ({"w": dataclasses.replace(PAIR, invocation=(1,)), "v": PAIR}, TWO, "one invocation sequence for all pairs, but these have several"),
+        ({"t": ROWS}, TABLE, "PEFT needs a low-rank pair, and these adapters have none"),
+        ({"w": PAIR, "t": dataclasses.replace(ROWS, layout=lj.Layout((), (1,), (0,)))}, TABLE, "t: PEFT trains rows of tables, and embed.weight is none"),
+        ({"w": PAIR, "t": ROWS}, TABLE | {"u": peft.HFName("xembed.weight")}, "PEFT would train rows of xembed along with embed, whose name ends alike"),
+        ({"w": PAIR, "t": ROWS}, {"w": NAME, "t": peft.HFName("head.weight"), "u": peft.HFName("head.bias")}, "t: PEFT leaves out the bias of a linear layer whose rows it trains: head.bias"),
+        ({"w": PAIR, "t": dataclasses.replace(ROWS, values=jnp.ones((2, 3, 2)), layout=lj.Layout((), (1,), (0, 2)))}, {"w": NAME, "t": peft.HFName("layers.{l}.t.weight", "l v d -> v d")}, "t of the shape .* is more than the table layers.0.t.weight, so it can't have its rows"),
+        ({"w": PAIR, "t": ROWS, "u": lj.Full(jnp.ones(3))}, TABLE | {"u": peft.HFName("embed.norm")}, "can't give a pair or rows to a module that it saves whole: t"),
         ({"w": lj.LowRank(jnp.ones((3, 4, 2)), jnp.ones((2, 5)), lj.Layout((), (0, 1), (2,)), 0.5)}, {"w": peft.HFName("w.weight", "h d o -> d (h o)")}, "does not go with w.weight, where PEFT's A lies along the axes"),
     ],
 )  # fmt: skip
@@ -377,9 +461,9 @@ def mutations(rng, weights, config):
     return packed(fields, body), json.dumps(config)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(10))
 def test_spoiled_files_give_clear_errors_or_load(seed, tmp_path):
-    """25 each, 200 in all: no crash, no hang, nothing run or written, and an error that says where."""
+    """25 each, 250 in all: no crash, no hang, nothing run or written, and an error that says where."""
     case = [
         "llama-qv",
         "llama-patterns",
@@ -389,6 +473,8 @@ def test_spoiled_files_give_clear_errors_or_load(seed, tmp_path):
         "llama-embed-head",
         "llama-pissa",
         "llama-lora-bias",
+        "llama-tokens-head",
+        "llama-vera",
     ][seed]
     variables, names, _ = peft_cases.model(peft_cases.CASES[case]["model"])
     weights, config = ((peft_cases.directory(case) / file).read_bytes() for file in (WEIGHTS, CONFIG))

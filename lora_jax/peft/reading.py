@@ -1,7 +1,6 @@
 """Adapters from Hugging Face PEFT's directories."""
 
 import dataclasses
-import math
 import pathlib
 import re
 import warnings
@@ -13,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapter import Adapter, Full, LowRank
+from lora_jax.adapter import Adapter, Full, LowRank, Rows, check
 from lora_jax.names import HFName, listing
-from lora_jax.peft import replay, storage
+from lora_jax.peft import replay, storage, tokens, vera
 from lora_jax.peft.settings import Settings
-from lora_jax.peft.slots import Slot, aligned, decode, layout, nested, place, slots, stored_shape, tensor_names
+from lora_jax.peft.slots import Slot, aligned, decode, nested, place, slots, stored_shape, tensor_names
+from lora_jax.peft.stacking import Found, bias_path, stacked
 
 _COPY = re.compile(r"(.*?)\.(modules_to_save|original_module)\.(.*)")
-_PAIR = re.compile(r"(\.base_layer)*\.lora_(A\.weight|embedding_A)$")
+_PAIR = re.compile(r"(\.base_layer)*\.(lora_(A\.weight|embedding_A)|vera_lambda_b)$")
 
 
 def load(
@@ -33,8 +33,9 @@ def load(
 ) -> dict[str, Adapter]:
     """The adapters of a Hugging Face PEFT directory, for the parameters of a JAX model.
 
-    Everything that PEFT's LoRA configuration can say is honoured or refused. An adapter made on a base that PiSSA or OLoRA
-    changed is turned into one of twice the rank on the original base: `s (B A - B0 A0)`, with the initialiser's `B0 A0`.
+    Everything that PEFT's LoRA and VeRA configurations can say is honoured or refused. An adapter made on a base that PiSSA
+    or OLoRA changed is turned into one of twice the rank on the original base: `s (B A - B0 A0)`, with the initialiser's
+    `B0 A0`.
 
     Args:
       directory: what `PeftModel.save_pretrained` wrote: `adapter_config.json` and `adapter_model.safetensors`.
@@ -63,7 +64,8 @@ def load(
     """
     where = storage.locate(directory, adapter)
     fields, tensors = storage.read(where)
-    settings = Settings.from_fields(fields, where / storage.CONFIG)
+    is_vera = fields.get("peft_type") == vera.KIND
+    settings = Settings.from_fields(vera.as_lora(fields, where / storage.CONFIG) if is_vera else fields, where / storage.CONFIG)
     leaves, _ = paths.flatten(variables)
     unknown = [path for path in names if path not in leaves]
     if unknown:
@@ -71,26 +73,17 @@ def load(
             f"the names are those of another model: these paths are not in the variables: {listing(unknown)} (dots and slashes "
             "of a key are `%2E` and `%2F` in a path)"
         )
-    found = _Reader(where, settings, tensors, leaves, names)
+    found = _Reader(where, settings, tensors, leaves, names, is_vera)
     adapters = found.adapters()
     found.finish(strict)
     return adapters
 
 
-@dataclasses.dataclass
-class _Found:
-    """The tensors of one pair, laid out as the parameter's, and its rank and scale."""
-
-    slot: Slot
-    rank: int
-    scale: float
-    parts: dict[str, np.ndarray]
-
-
 class _Reader:
     """One directory's tensors, each of which some parameter must take."""
 
-    def __init__(self, directory: pathlib.Path, settings: Settings, tensors: Any, leaves: Any, names: Mapping[str, HFName]):
+    def __init__(self, directory: pathlib.Path, settings: Settings, tensors: Any, leaves: Any, names: Any, is_vera: bool):
+        self.is_vera, self.mark = is_vera, "lambda_b" if is_vera else "a"  # what tells a pair
         self.directory, self.settings, self.tensors, self.leaves = directory, settings, dict(tensors), leaves
         self.left, self.file = dict.fromkeys(tensors), directory / storage.WEIGHTS
         adapted = {_PAIR.sub("", name) for name in tensors if _PAIR.search(name)}
@@ -99,8 +92,7 @@ class _Reader:
 
     def adapters(self) -> dict[str, Adapter]:
         """Every adapter, in the order of the parameters."""
-        pairs = self._pairs()
-        whole = self._whole()
+        pairs, whole, rows = self._pairs(), self._whole(), self._rows()
         if self.missing:
             raise ValueError(
                 f"{self.directory}: {storage.CONFIG} asks for tensors that {storage.WEIGHTS} lacks: {listing(self.missing)}"
@@ -111,8 +103,11 @@ class _Reader:
                 f"{self.directory}: {listing(both)} would get a pair in some layers and be trained whole in others: use a "
                 "model whose layers are not stacked"
             )
-        made = {path: self._low_rank(found) for path, found in pairs.items()}
-        made |= {path: self._full(path, found) for path, found in whole.items()}
+        both = sorted(set(rows) & (set(pairs) | set(whole)))
+        if both:
+            raise ValueError(f"{self.directory}: {listing(both)} would get rows and something else: PEFT has no such adapters")
+        made: dict[str, Adapter] = {path: self._low_rank(found) for path, found in pairs.items()}
+        made |= {path: self._full(path, found) for path, found in whole.items()} | rows
         return {path: made[path] for path in self.leaves if path in made}
 
     def finish(self, strict: bool) -> None:
@@ -124,7 +119,7 @@ class _Reader:
             return
         problem = (
             f"{self.file} has {len(self.left)} tensors that no parameter takes: "
-            f"{listing(sorted(storage.PREFIX + name for name in self.left))}"
+            f"{listing(sorted(map(storage.full_name, self.left)))}"
         )
         if strict:
             raise ValueError(
@@ -134,8 +129,8 @@ class _Reader:
 
     # --- pairs ---
 
-    def _pairs(self) -> dict[str, list[_Found]]:
-        pairs: dict[str, list[_Found]] = {}
+    def _pairs(self) -> dict[str, list[Found]]:
+        pairs: dict[str, list[Found]] = {}
         for slot in self.slots.values():
             if slot.is_kernel and self._is_target(slot):
                 pairs.setdefault(slot.path, []).append(self._pair(slot, slot.module, tensor_names(slot)))
@@ -149,7 +144,7 @@ class _Reader:
     def _is_target(self, slot: Slot) -> bool:
         targets = self.settings.target_modules
         if isinstance(targets, str) and targets.lower() == "all-linear":  # PEFT saves the list that it stands for
-            return slot.name.kind != "embedding" and tensor_names(slot)["a"] in self.tensors
+            return slot.name.kind != "embedding" and tensor_names(slot)[self.mark] in self.tensors
         tied = self.settings.ensure_weight_tying and tensor_names(slot)["a"] in self.tensors
         return tied or self.settings.targets(slot.module)
 
@@ -161,9 +156,11 @@ class _Reader:
                 by_module.setdefault(slot.module, []).append(slot.as_parameter())
         return [placed for group in by_module.values() for placed in nested(group)]
 
-    def _pair(self, slot: Slot, name: str, tensors: Mapping[str, str]) -> _Found:
+    def _pair(self, slot: Slot, name: str, tensors: Mapping[str, str]) -> Found:
         settings = self.settings
-        rank, wanted = self._tied_rank(slot) or settings.rank(name), ["a", "b"]
+        self._check_linear(slot)
+        rank = self._tied_rank(slot) or settings.rank(name)
+        wanted = ["lambda_d", "lambda_b"] if self.is_vera else ["a", "b"]
         wanted += ["magnitude"] if settings.use_dora else []
         wanted += ["bias"] if settings.lora_bias and "bias" in tensors else []
         parts = {}
@@ -171,10 +168,26 @@ class _Reader:
             tensor = self._take(tensors[part], stored_shape(slot, part, rank), slot.path)
             if tensor is not None:
                 parts[part] = decode(slot, part, tensor, rank)
-        found = _Found(slot, rank, settings.scale(name), parts)
+        if self.is_vera:
+            parts |= self._shared(slot, rank)
+        found = Found(slot, rank, settings.scale(name), parts)
         # An embedding's pair starts as ever, whatever the initialiser.
         replayed = settings.replays and slot.name.kind != "embedding"
         return self._replayed(found) if replayed and not self.missing else found
+
+    def _check_linear(self, slot: Slot) -> None:
+        special = "VeRA" if self.is_vera else "aLoRA" if self.settings.invocation else ""
+        if special and slot.name.kind not in ("linear", "conv1d"):
+            raise ValueError(
+                f"{self.directory}: PEFT has {special} for linear layers only, and {slot.tensor} is of another kind"
+            )
+
+    def _shared(self, slot: Slot, rank: int) -> dict[str, np.ndarray]:
+        """VeRA's A and B, which are there once."""
+        self._forget(vera.SHARED.values())
+        missing = [name for name in vera.SHARED.values() if name not in self.tensors]
+        self.missing += [name for name in missing if name not in self.missing]
+        return {} if missing else vera.factors(self.tensors, slot, rank)
 
     def _tied_rank(self, slot: Slot) -> int | None:
         """The rank of a head whose pair PEFT ties to that of the embedding, whatever the patterns say of the head."""
@@ -206,7 +219,7 @@ class _Reader:
             )
         return tensor
 
-    def _replayed(self, found: _Found) -> _Found:
+    def _replayed(self, found: Found) -> Found:
         """A pair of twice the rank on the original base, from one on the base that the initialiser changed."""
         if self._is_abstract(found.slot.path):
             raise ValueError(
@@ -215,48 +228,56 @@ class _Reader:
         a, b = replay.on_original_base(self.settings.replays, found.slot, self._base(found.slot), found.parts, found.scale)
         return dataclasses.replace(found, rank=2 * found.rank, parts={**found.parts, "a": a, "b": b})
 
-    def _low_rank(self, listed: list[_Found]) -> LowRank:
-        """One adapter from the pairs of all of a parameter's tensors; those without one have rank 0."""
-        slot = listed[0].slot
-        laid, rank = layout(slot.name, len(slot.shape)), max(found.rank for found in listed)
-        a_shape, b_shape = laid.factor_shapes(slot.shape, rank)
-        batch = b_shape[: len(laid.batch)]
-        shapes = {"a": a_shape, "b": b_shape} | dict.fromkeys(("magnitude", "bias"), (*batch, *b_shape[len(batch) + 1 :]))
-        dtype = np.result_type(*(part for found in listed for part in found.parts.values()))
-        arrays = {part: np.zeros(shapes[part], dtype) for part in listed[0].parts}
-        ranks, scales = np.zeros(batch, int), np.full(batch, listed[0].scale)
-        for found in listed:
-            here = place(found.slot, laid.batch, len(batch))
-            ranks[here], scales[here] = found.rank, found.scale
-            for part, array in found.parts.items():
-                arrays[part][(*here, *_first(part, found.rank, array.ndim, len(batch) - len(found.slot.index)))] = array
-        same = len({found.scale for found in listed}) == 1
+    def _low_rank(self, listed: list[Found]) -> LowRank:
+        """One adapter from the pairs of all of a parameter's tensors."""
+        arrays, fields = stacked(listed)
+        fields |= {part: self._array(array) for part, array in arrays.items()}
         return LowRank(
-            self._array(arrays["a"]),
-            self._array(arrays["b"]),
-            laid,
-            scale=listed[0].scale if same else jnp.asarray(scales, jnp.float32),
+            **fields,
             dropout=float(self.settings.lora_dropout),
-            ranks=None if (ranks == rank).all() else tuple(map(int, ranks.reshape(-1))),
-            magnitude=self._array(arrays["magnitude"]) if "magnitude" in arrays else None,
-            bias=self._array(arrays["bias"]) if "bias" in arrays else None,
-            bias_path=self._bias_path(listed, shapes["bias"]) if "bias" in arrays else None,
+            bias_path=bias_path(listed, self.slots, arrays["bias"].shape) if "bias" in arrays else None,
+            invocation=self.settings.invocation,
+            frozen=("a", "b") if self.is_vera else (),
         )
 
-    def _bias_path(self, listed: list[_Found], shape: tuple[int, ...]) -> str | None:
-        """The bias of the same layers, if they have one and its axes lie as those of the adapter's."""
-        biases = [self.slots.get(f"{found.slot.module}.bias") for found in listed]
-        first = biases[0]
-        if first is None or any(bias is None or bias.path != first.path for bias in biases) or first.shape != shape:
-            return None
-        ours, theirs = np.zeros(shape, int), np.zeros(shape, int)
-        for i, (found, bias) in enumerate(zip(listed, biases)):
-            assert bias is not None
-            numbers = np.arange(1, 1 + ours.size).reshape(-1)[: math.prod(bias.name.shape(shape))] + i * ours.size
-            laid = layout(found.slot.name, len(found.slot.shape))
-            ours[place(found.slot, laid.batch, len(shape))] = decode(found.slot, "bias", numbers, 1)
-            theirs[place(bias, range(len(shape)), len(shape))] = bias.name.restore(numbers, shape)
-        return first.path if np.array_equal(ours, theirs) else None
+    # --- rows of tables ---
+
+    def _rows(self) -> dict[str, Rows]:
+        tables = {slot: self.settings.rows(slot.module) or () for slot in self.slots.values() if tokens.is_table(slot)}
+        found = [slot for slot, indices in tables.items() if indices and tokens.key(slot) in self.tensors]
+        asked = self.settings.trainable_token_indices
+        wanted = [slot for slot, indices in tables.items() if indices]
+        if isinstance(asked, Mapping):
+            self._check_tables(asked, tables)
+        else:  # of the input embedding, whatever it is called
+            found = wanted = found[:1]
+            self.missing += [f"*.{tokens.DELTA}"] if asked and not found else []
+        made: dict[str, Rows] = {}
+        for slot in found:
+            tensor = self._take(tokens.key(slot), (len(tables[slot]), slot.name.shape(slot.shape)[1]), slot.path)
+            twins = [twin for twin in tables if twin not in found and self._is_copy(twin, slot)]
+            if tensor is None:
+                continue
+            for table in (slot, *twins):
+                rows = Rows(self._array(tokens.decode(table, tensor)), tables[slot], tokens.layout(table, self.slots))
+                check(table.path, rows, table.shape)
+                made[table.path] = rows
+        self.missing += [storage.PREFIX + tokens.key(slot) for slot in wanted if slot not in found and slot.path not in made]
+        return made
+
+    def _check_tables(self, asked: Iterable[str], tables: Iterable[Slot]) -> None:
+        modules = [tensor.rpartition(".")[0] for slot in tables for tensor in (slot.tensor, slot.name.tied)]
+        for name in asked:
+            if not any(module.endswith(name) for module in modules):
+                raise ValueError(f"{self.directory}: trainable_token_indices: no module is called {name!r}")
+
+    def _is_copy(self, twin: Slot, slot: Slot) -> bool:
+        """Whether two parameters are one in PEFT's base: a head that was tied to the embedding gets its rows too."""
+        if twin.name.shape(twin.shape) != slot.name.shape(slot.shape):
+            return False
+        if self._is_abstract(twin.path) or self._is_abstract(slot.path):
+            raise ValueError(f"{twin.path}: whether it is tied to {slot.path} needs the base's values, not shapes")
+        return self._is_base(twin, self._base(slot))
 
     # --- parameters trained whole ---
 
@@ -336,7 +357,7 @@ class _Reader:
 
     # --- tied parameters: one here, used twice there ---
 
-    def _same_tied_pair(self, found: _Found) -> None:
+    def _same_tied_pair(self, found: Found) -> None:
         """An adapter of a tied parameter must be there for both uses, as PEFT's `ensure_weight_tying` makes it."""
         slot = found.slot
         if not slot.name.tied or self.missing:
@@ -372,11 +393,3 @@ class _Reader:
         if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
             raise ValueError(f"{self.file} has {array.dtype} tensors: set jax_enable_x64 to read them as they are")
         return jnp.asarray(array)
-
-
-def _first(part: str, rank: int, ndim: int, experts: int) -> tuple[slice, ...]:
-    """The index of the first `rank` places along a part's rank axis."""
-    index = [slice(None)] * (ndim - experts)
-    if part in ("a", "b"):
-        index[-1 if part == "a" else 0] = slice(rank)
-    return tuple(index)

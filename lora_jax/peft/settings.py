@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import regex
@@ -54,6 +54,8 @@ class Settings:
     lora_bias: bool = False
     use_dora: bool = False
     ensure_weight_tying: bool = False
+    alora_invocation_tokens: Sequence[int] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     init_lora_weights: bool | str | None = True
     _match: Any = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -66,6 +68,8 @@ class Settings:
                 value = getattr(self, name)
                 if not fits(value):
                     raise ValueError(f"{name} must be {what}, not {value!r:.80}")
+        if self.invocation and self.use_dora:
+            raise ValueError("alora_invocation_tokens: PEFT has no aLoRA with use_dora")
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], source: Any) -> "Settings":
@@ -77,15 +81,9 @@ class Settings:
         fields = dict(fields)
         kind = fields.pop("peft_type", None)
         if kind != "LORA":
-            raise ValueError(f"{source}: the peft_type is {kind!r}; only 'LORA' can be read")
+            raise ValueError(f"{source}: the peft_type is {kind!r}; only 'LORA' and 'VERA' can be read")
         known = {field.name for field in dataclasses.fields(cls) if field.init}
-        odd = [
-            f"{name}={value!r:.80}" for name, value in fields.items() if name not in known | NO_EFFECT and not _is_empty(value)
-        ]
-        if odd:
-            raise ValueError(
-                f"{source} sets fields that are not supported, so the adapter could mean something else: {listing(odd)}"
-            )
+        check_known(fields, known | NO_EFFECT, source)
         try:
             settings = cls(**{name: value for name, value in fields.items() if name in known})
             settings.check_init()
@@ -107,6 +105,18 @@ class Settings:
                 "initialiser changed by chance or by data, so it would be wrong on the original ones. Convert it in PEFT: "
                 "model.save_pretrained(directory, path_initial_model_for_weight_conversion=<the adapter as first saved>)"
             )
+
+    @property
+    def invocation(self) -> tuple[int, ...] | None:
+        """The tokens from which on the adapter acts; `None` if it always does."""
+        return tuple(self.alora_invocation_tokens or ()) or None
+
+    def rows(self, module: str) -> tuple[int, ...] | None:
+        """The rows of a table that are trained; PEFT matches by the ends of names. A list is for the input embedding."""
+        indices = self.trainable_token_indices
+        if isinstance(indices, Mapping):
+            indices = next((listed for name, listed in indices.items() if module.endswith(name)), None)
+        return None if indices is None else tuple(indices)
 
     def rank(self, name: str) -> int:
         """r of a module, by its full name."""
@@ -166,6 +176,15 @@ class Settings:
             if found:
                 return int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
         return False
+
+
+def check_known(fields: Mapping[str, Any], known: Collection[str], source: Any) -> None:
+    """Raise a ValueError if a field that is not known says something."""
+    odd = [f"{name}={value!r:.80}" for name, value in fields.items() if name not in known and not _is_empty(value)]
+    if odd:
+        raise ValueError(
+            f"{source} sets fields that are not supported, so the adapter could mean something else: {listing(odd)}"
+        )
 
 
 class _Matcher:
@@ -233,6 +252,16 @@ def _is_one_or_list(kind: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kind) or _is_list(kind)(value)
 
 
+def _is_indices(value: Any) -> bool:
+    """Whether a value is a list of different whole numbers of at least 0."""
+    whole = isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)
+    return whole and bool(value) and len(set(value)) == len(value)
+
+
+def _is_rows(value: Any) -> bool:
+    return value is None or _is_indices(value) or _is_table(_is_indices)(value)
+
+
 def _is_empty(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
 
@@ -251,5 +280,7 @@ _TYPES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
         lambda value: isinstance(value, bool),
         "true or false",
     ),
+    (("alora_invocation_tokens",), _is_list(int), "a list of whole numbers"),
+    (("trainable_token_indices",), _is_rows, "a list of different whole numbers of at least 0, or an object of such lists"),
     (("bias",), lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
 ]

@@ -121,6 +121,8 @@ class Roles:
         """The axes along which PEFT's tensor lies, in its order, joined ones apart."""
         if part == "a":
             return (*self.experts, RANK, *self.flat_inputs)
+        if part == "lambda_d":
+            return (RANK,)
         return (*self.outputs, RANK, *self.experts) if part == "b" else self.outputs
 
 
@@ -146,7 +148,7 @@ def layout(name: HFName, ndim: int) -> Layout:
 
 
 def stored_shape(slot: Slot, part: str, rank: int) -> tuple[int, ...]:
-    """The shape of PEFT's tensor for `"a"`, `"b"`, `"magnitude"` or `"bias"`."""
+    """The shape of PEFT's tensor for `"a"`, `"b"`, `"magnitude"`, `"bias"`, or VeRA's `"lambda_d"` or `"lambda_b"`."""
     found, window = roles(slot.name, len(slot.shape)), ()
     size = lambda axes: math.prod(slot.shape[axis] for axis in axes)
     if slot.name.kind == "conv":
@@ -156,11 +158,13 @@ def stored_shape(slot: Slot, part: str, rank: int) -> tuple[int, ...]:
         return (ranks, *map(size, found.inputs)) if window else (ranks, size(found.flat_inputs))
     if part == "b":
         return (out, ranks, *window)
+    if part == "lambda_d":
+        return (rank,)
     return (1, out, *window) if part == "magnitude" and window else (out,)
 
 
 def decode(slot: Slot, part: str, tensor: np.ndarray, rank: int) -> np.ndarray:
-    """PEFT's tensor with its axes as a pair has them: `(*experts, *in, r)`, `(*experts, r, *out)` or `(*out)`."""
+    """PEFT's tensor with its axes as a pair has them: `(*experts, *in, r)`, `(*experts, r, *out)`, `(r)` or `(*out)`."""
     found = roles(slot.name, len(slot.shape))
     labels = found.labels(part)
     array = tensor.reshape([rank if label == RANK else slot.shape[label] for label in labels])
@@ -175,7 +179,8 @@ def encode(slot: Slot, part: str, array: np.ndarray, labels: Sequence[int], rank
 
 def _pair_order(found: Roles, part: str) -> tuple[int, ...]:
     experts, inputs, outputs = map(sorted, (found.experts, found.flat_inputs, found.outputs))
-    return {"a": (*experts, *inputs, RANK), "b": (*experts, RANK, *outputs)}.get(part, tuple(outputs))
+    orders = {"a": (*experts, *inputs, RANK), "b": (*experts, RANK, *outputs), "lambda_d": (RANK,)}
+    return orders.get(part, tuple(outputs))
 
 
 def tensor_names(slot: Slot, depth: int = 0) -> dict[str, str]:
@@ -189,7 +194,8 @@ def tensor_names(slot: Slot, depth: int = 0) -> dict[str, str]:
         pair = {"a": f"{module}.lora_embedding_A", "b": f"{module}.lora_embedding_B"}
     else:
         pair = {"a": f"{module}.lora_A.weight", "b": f"{module}.lora_B.weight", "bias": f"{module}.lora_B.bias"}
-    return {**pair, "magnitude": f"{module}.lora_magnitude_vector"}
+    vera = {part: f"{module}.vera_{part}" for part in ("lambda_d", "lambda_b")}
+    return {**pair, **vera, "magnitude": f"{module}.lora_magnitude_vector"}
 
 
 def place(slot: Slot, axes: Any, ndim: int) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from lora_jax.models.checkpoint_files import complain, read_json
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+SHARED = "base_model.vera_"  # what belongs to no module: VeRA's random matrices
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -50,10 +51,16 @@ def read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]
         pickled = f"; its {PICKLE} is a pickle, which can run any code and is never opened: save it again with PEFT"
         raise FileNotFoundError(f"{directory} has no {WEIGHTS}{pickled if (directory / PICKLE).exists() else ''}")
     tensors = _tensors(file)
-    complain(f"{file} has tensors outside of {PREFIX!r}:", (name for name in tensors if not name.startswith(PREFIX)))
+    outside = (name for name in tensors if not name.startswith((PREFIX, SHARED)))
+    complain(f"{file} has tensors outside of {PREFIX!r}:", outside)
     bad = (name for name, tensor in tensors.items() if not np.isfinite(tensor).all())
     complain(f"{file} has NaN or infinite values in", bad, "(training diverged, or the file is damaged)")
     return fields, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def full_name(name: str) -> str:
+    """What a file calls a tensor of the base model's adapters."""
+    return name if name.startswith(SHARED) else PREFIX + name
 
 
 def _tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
@@ -71,6 +78,6 @@ def _tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
 def write(directory: pathlib.Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     """Write both files, each in one go; the configuration last, so that an adapter is there once it is."""
     directory.mkdir(parents=True, exist_ok=True)
-    named = {PREFIX + name: np.ascontiguousarray(tensor) for name, tensor in sorted(tensors.items())}
+    named = {full_name(name): np.ascontiguousarray(tensor) for name, tensor in sorted(tensors.items())}
     files.write(directory / WEIGHTS, safetensors.numpy.save(named, metadata={"format": "pt"}))
     files.write(directory / CONFIG, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())

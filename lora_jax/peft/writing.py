@@ -13,16 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapter import Adapter, Full, LowRank
+from lora_jax.adapter import Adapter, Full, LowRank, Rows
 from lora_jax.config import LoraConfig
-from lora_jax.dora import column_norm
 from lora_jax.names import HFName, listing
-from lora_jax.peft import storage
-from lora_jax.peft.slots import RANK, Slot, encode, nested, roles, slots, stored_shape, tensor_names
+from lora_jax.peft import storage, tokens, vera
+from lora_jax.peft.cutting import Cut
+from lora_jax.peft.slots import RANK, Slot, nested, slots, tensor_names
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT stores the base of these two beside their adapters
 # PEFT saves these modules by itself, and looks for them when it loads.
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+_VERA = "VeRA's vectors"
+_NEVER = {("magnitudes", "biases"), ("magnitudes", "invocation sequences")} | {
+    (other, _VERA) for other in ("magnitudes", "biases", "invocation sequences", "trained rows")
+}
 
 
 def save(
@@ -40,8 +44,8 @@ def save(
 
     Args:
       directory: where `adapter_config.json` and `adapter_model.safetensors` go; files of these names are replaced.
-      adapters: `{path: adapter}`; `LowRank` becomes lora_A and lora_B (with its magnitude and bias), `Full` becomes a module to
-        save, or a trained bias.
+      adapters: `{path: adapter}`; `LowRank` becomes lora_A and lora_B (with its magnitude and bias) or VeRA's two vectors,
+        `Full` becomes a module to save, or a trained bias, `Rows` become trained tokens.
       names: `{path: HFName}`; see `match` and `rules`.
       config: what the adapters were made with: it says whether alpha is over r or over sqrt(r), and the default rank and alpha.
       adapter: a name to save under, in `directory/<name>/`.
@@ -92,13 +96,16 @@ class _Writer:
         self.tensors: dict[str, np.ndarray] = {}
         self.low_rank = {path: a for path, a in adapters.items() if isinstance(a, LowRank)}
         self.full = {path: a for path, a in adapters.items() if isinstance(a, Full)}
+        self.rows = {path: a for path, a in adapters.items() if isinstance(a, Rows)}
         self.dora = any(a.magnitude is not None for a in self.low_rank.values())
         self.lora_bias = any(a.bias is not None for a in self.low_rank.values())
+        self.vera = any(a.lambda_d is not None for a in self.low_rank.values())
+        self.invocation = self._invocation()
         self.tied: set[str] = set()
-        if self.dora and self.lora_bias:
-            raise ValueError("PEFT has no adapters with both magnitudes and biases: save a set with one of them")
+        self._check_together()
         self._write_pairs()
         self.saved, self.bias = self._write_whole()
+        self.indices = self._write_rows()
 
     # --- pairs ---
 
@@ -107,7 +114,7 @@ class _Writer:
         cut = {}
         for path, adapter in self.low_rank.items():
             for slot in slots({path: self.names[path]}, {path: _shape(adapter)}).values():
-                pair = _Cut(slot, adapter)
+                pair = Cut(slot, adapter)
                 if pair.rank:
                     if not slot.module:
                         raise ValueError(f"{path}: the name {slot.tensor!r} has no module, and PEFT adapts modules")
@@ -119,14 +126,20 @@ class _Writer:
             for slot, depth in nested(group) if group[0].is_parameter else [(slot, 0) for slot in group]:
                 self._write_pair(cut[slot.tensor], tensor_names(slot, depth))
 
-    def _write_pair(self, cut: "_Cut", keys: Mapping[str, str]) -> None:
+    def _write_pair(self, cut: Cut, keys: Mapping[str, str]) -> None:
         slot = cut.slot
         extra = [part for part, has in (("magnitude", self.dora), ("bias", self.lora_bias)) if has]
         for part in extra:
             if part not in keys or slot.is_parameter:
                 raise ValueError(f"{slot.path}: PEFT has no {part} for {slot.tensor} ({slot.name.kind}), so it can't be saved")
+        if (self.invocation or self.vera) and slot.name.kind not in ("linear", "conv1d"):
+            what = _VERA if self.vera else "invocation sequences"
+            raise ValueError(f"{slot.path}: PEFT has {what} for linear layers only, not for {slot.name.kind} weights")
         a, b = cut.factors()
         parts = {"a": a, "b": b}
+        if self.vera:
+            self.tensors |= vera.share(self.tensors, slot.path, parts)
+            parts = cut.vectors()
         if "magnitude" in extra:
             parts["magnitude"] = cut.magnitude(self.leaves.get(slot.path))
         if "bias" in extra:
@@ -140,7 +153,7 @@ class _Writer:
             if slot.path in self.leaves and module.rpartition(".")[2] in _EMBEDDINGS:
                 self.tensors[f"{module}.base_layer.weight"] = slot.name.export(np.asarray(self.leaves[slot.path]), slot.index)
 
-    def _write_twin(self, cut: "_Cut", parts: Mapping[str, np.ndarray]) -> None:
+    def _write_twin(self, cut: Cut, parts: Mapping[str, np.ndarray]) -> None:
         """A tied parameter's adapter is there for both uses, as `ensure_weight_tying` makes it."""
         slot = cut.slot
         if len(parts) > 2:
@@ -149,6 +162,41 @@ class _Writer:
         self.tensors |= {f"{head.module}.lora_A.weight": parts["b"].T, f"{head.module}.lora_B.weight": parts["a"].T}
         self.pairs.append(_Pair(head, cut.rank, cut.scale))  # PEFT looks up the rank and alpha of each use
         self.tied.add(head.module)
+
+    def _invocation(self) -> tuple[int, ...] | None:
+        """The one invocation sequence of all pairs."""
+        found = {adapter.invocation for adapter in self.low_rank.values()}
+        if len(found) > 1:
+            raise ValueError("PEFT has one invocation sequence for all pairs, but these have several, or only some have one")
+        invocation = next(iter(found), None)
+        if invocation and self.task_type != "CAUSAL_LM":
+            raise ValueError("PEFT looks for an invocation sequence in causal language models only: pass task_type='CAUSAL_LM'")
+        return invocation
+
+    def _check_together(self) -> None:
+        has = {"magnitudes": self.dora, "biases": self.lora_bias, "invocation sequences": self.invocation, _VERA: self.vera}
+        has["trained rows"] = self.rows
+        for one, other in _NEVER:
+            if has[one] and has[other]:
+                raise ValueError(f"PEFT has no adapters with both {one} and {other}: save a set with one of them")
+
+    # --- rows of tables ---
+
+    def _write_rows(self) -> dict[str, list[int]]:
+        """Write the rows; returns `trainable_token_indices`, by full names."""
+        listed, known = {}, {name.name for name in self.names.values()}
+        modules = {name.rpartition(".")[0] for name in known}
+        shapes = {path: _rows_shape(rows) for path, rows in self.rows.items()}
+        for slot in slots(self.names, shapes).values():
+            rows = self.rows[slot.path]
+            if not tokens.is_table(slot) or tokens.layout(slot, known) != rows.layout:
+                raise ValueError(f"{slot.path}: PEFT trains rows of tables, and {slot.tensor} is none with {rows.layout}")
+            alike = sorted(other for other in modules - {slot.module} if other.endswith(slot.module))
+            if alike:
+                raise ValueError(f"PEFT would train rows of {listing(alike)} along with {slot.module}, whose name ends alike")
+            self.tensors[tokens.key(slot)] = tokens.encode(slot, rows)
+            listed[slot.module] = list(rows.indices)
+        return listed
 
     # --- parameters trained whole ---
 
@@ -167,9 +215,9 @@ class _Writer:
         else:
             saved |= {module[path] for path in free - beside}
             mode, wanted = ("lora_only", beside) if free & beside else ("none", set())
-        clash = [path for path in self.low_rank if module[path] in saved]
+        clash = [path for path in (*self.low_rank, *self.rows) if module[path] in saved]
         if clash:
-            raise ValueError(f"PEFT can't give a pair to a module that it saves whole: {listing(clash)}")
+            raise ValueError(f"PEFT can't give a pair or rows to a module that it saves whole: {listing(clash)}")
         written = {path for path in self.names if module[path] in saved} | wanted
         self._check_at_hand(written)
         modules = {slot.module for path in written - wanted for slot in self._write_value(path)}
@@ -254,7 +302,7 @@ class _Writer:
         if parameters and dropouts != {0.0}:
             raise ValueError(f"PEFT has no dropout for parameters such as {parameters[0]}: set the adapters' dropout to 0.0")
         kinds = {slot.name.kind for slot in kernels} | ({"linear"} if self.tied else set())
-        return {
+        fields = {
             "peft_type": "LORA",
             "r": rank,
             "lora_alpha": alpha,
@@ -269,10 +317,13 @@ class _Writer:
             "lora_bias": self.lora_bias,
             "use_dora": self.dora,
             "ensure_weight_tying": bool(self.tied),
+            "alora_invocation_tokens": list(self.invocation) if self.invocation else None,
+            "trainable_token_indices": self.indices or None,
             "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
             "init_lora_weights": True,
             "inference_mode": True,
         }
+        return vera.from_lora(fields) if self.vera else fields
 
 
 def _exactly(name: str) -> str:
@@ -289,87 +340,15 @@ def _alpha(scale: float, divisor: float) -> float | int:
     return int(alpha) if alpha.is_integer() else alpha
 
 
+def _rows_shape(rows: Rows) -> tuple[int, ...]:
+    """The shape of a parameter with these rows, as far as they tell: the last of them is its last."""
+    sizes = dict(zip(rows.layout.inputs + rows.layout.outputs, (1 + max(rows.indices), *jnp.shape(rows.values)[1:])))
+    return tuple(sizes[axis] for axis in sorted(sizes))
+
+
 def _shape(adapter: LowRank) -> tuple[int, ...]:
     """The shape of the parameter that a pair belongs to."""
     sizes = {
         axis: size for axes, array in zip(adapter.axes(), (adapter.a, adapter.b)) for axis, size in zip(axes, jnp.shape(array))
     }
     return tuple(sizes[axis] for axis in sorted(sizes) if axis != RANK)
-
-
-class _Cut:
-    """The part of an adapter that belongs to one tensor."""
-
-    def __init__(self, slot: Slot, adapter: LowRank):
-        self.slot, self.adapter = slot, adapter
-        self.at = dict(zip(slot.name.indexed, slot.index))
-        self.roles = roles(slot.name, len(slot.shape))
-        batch = adapter.layout.batch
-        if adapter.ranks is None:
-            self.rank = adapter.rank
-        else:
-            ranks = np.reshape(adapter.ranks, [slot.shape[axis] for axis in batch])
-            self.rank = int(self._pick(ranks, batch)[0].max())
-        self.scale: Any = adapter.scale
-        if not isinstance(adapter.scale, float):
-            scales = np.unique(self._pick(np.asarray(adapter.scale), batch)[0])
-            if len(scales) > 1:
-                raise ValueError(
-                    f"{slot.path}: PEFT has one alpha for all of {slot.tensor}, but the scale varies in it: {scales}"
-                )
-            self.scale = scales[0]
-
-    def _pick(self, array: Any, axes: tuple[int, ...]) -> tuple[np.ndarray, tuple[int, ...]]:
-        """An array along these axes at the slot's index, and the axes that are left."""
-        index = tuple(self.at.get(axis, slice(None)) for axis in axes)
-        return np.asarray(array)[index], tuple(axis for axis in axes if axis not in self.at)
-
-    def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """lora_A and lora_B."""
-        found = []
-        for array, axes in zip((self.adapter.a, self.adapter.b), self.adapter.axes()):
-            part, labels = self._pick(array, axes)
-            part = np.take(part, range(self.rank), axis=labels.index(RANK))
-            for expert in reversed(self.roles.experts):
-                if expert not in labels:
-                    part, labels = np.broadcast_to(part, (self.slot.shape[expert], *part.shape)), (expert, *labels)
-            found.append((part, labels))
-        wanted = {"a": set(self.roles.flat_inputs), "b": set(self.roles.outputs)}
-        if [self._lies_along(labels) for _, labels in found] == [wanted["b"], wanted["a"]]:
-            found.reverse()  # W = A B is the transpose of what Hugging Face has: W^T = B^T A^T
-        for (_, labels), (part, axes) in zip(found, wanted.items()):
-            if self._lies_along(labels) != axes:
-                raise ValueError(
-                    f"{self.slot.path}: {self.adapter.layout} does not go with {self.slot.tensor}, where PEFT's {part.upper()} "
-                    f"lies along the axes {sorted(axes)} of the shape {self.slot.shape}: LoraConfig(batch_axes=...) can say so"
-                )
-        (a, a_labels), (b, b_labels) = found
-        return encode(self.slot, "a", a, a_labels, self.rank), encode(self.slot, "b", b, b_labels, self.rank)
-
-    def _lies_along(self, labels: tuple[int, ...]) -> set[int]:
-        return set(labels) - {RANK, *self.roles.experts}
-
-    def magnitude(self, base: Any) -> np.ndarray:
-        """lora_magnitude_vector; for an adapter without one, the norm that leaves it as it is."""
-        value = self.adapter.magnitude
-        if value is None:
-            if base is None:
-                raise ValueError(
-                    f"{self.slot.path} has no magnitude, but other adapters have: PEFT has one for all or none, so pass "
-                    "save(..., variables=) the base"
-                )
-            value = column_norm(base, self.adapter)
-        return self._along_outputs("magnitude", value)
-
-    def bias(self) -> np.ndarray:
-        """The bias of lora_B, zero where the adapter has none."""
-        value = self.adapter.bias
-        if value is None:
-            return np.zeros(stored_shape(self.slot, "bias", self.rank), np.asarray(self.adapter.b).dtype)
-        return self._along_outputs("bias", value)
-
-    def _along_outputs(self, part: str, value: Any) -> np.ndarray:
-        array, labels = self._pick(value, (*self.adapter.layout.batch, *self.adapter.layout.outputs))
-        if set(labels) != set(self.roles.outputs):
-            raise ValueError(f"{self.slot.path}: the adapter's {part} does not lie along the outputs of {self.slot.tensor}")
-        return encode(self.slot, part, array, labels, self.rank)

@@ -18,7 +18,7 @@ OUT/<case>/expected.safetensors   "output": logits with the adapter active; "bas
 OUT/<case>/case.json       the case, versions, "merge" (how far the merged model's logits are from "output", or why PEFT
                            can't merge), "reload" (how far the logits are after loading the directory into a fresh base)
 
-A case: model, lora (the arguments of LoraConfig), and optionally convert (PiSSA or OLoRA turned into plain LoRA), adapter_name,
+A case: model, lora (the arguments of LoraConfig, or of VeraConfig where "tuner" says so), and optionally convert (PiSSA or OLoRA turned into plain LoRA), adapter_name,
 file_dtype (of the saved tensors).
 """
 
@@ -126,7 +126,7 @@ def randomise(model):
     generator = torch.Generator().manual_seed(11)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale = 0.1 if "lora_" in name else 0.02
+            scale = 0.1 if "lora_" in name or "vera_" in name else 0.02
             parameter.data += scale * torch.randn(parameter.shape, generator=generator)  # in place: tied ones stay tied
 
 
@@ -190,7 +190,8 @@ def make_case(out, name, case):
     expected = {"base_output": run(base, case["model"])}
     torch.manual_seed(3)
     adapter_name = case.get("adapter_name", "default")
-    model = peft.get_peft_model(base, peft.LoraConfig(**case["lora"]), adapter_name=adapter_name)
+    config = {"vera": peft.VeraConfig}.get(case.get("tuner"), peft.LoraConfig)(**case["lora"])
+    model = peft.get_peft_model(base, config, adapter_name=adapter_name)
     kwargs = {}
     if case.get("convert"):
         kwargs["path_initial_model_for_weight_conversion"] = str(target / "_init")
