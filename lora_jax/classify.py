@@ -13,6 +13,7 @@ import optax
 import tokenizers
 
 from lora_jax import data, fetch, run, text_tokenizer
+from lora_jax.adapter import Adapter
 from lora_jax.init import init
 from lora_jax.metrics import ACCURACY
 from lora_jax.models import bert
@@ -98,18 +99,21 @@ def prepare(config: run.RunConfig) -> Session:
     Raises:
       UserError: any of it can't be used.
     """
-    with user_errors():
-        lora_config = config.lora
     texts = load_texts(config)
     config = dataclasses.replace(config, labels=config.labels or texts.classes(), data_sha256=texts.digest())
     base = load_base(base_directory(config), config)
     config = dataclasses.replace(config, labels=_order(config.labels, base.model), model_sha256=base.sha256)
     with user_errors():
         parts = data.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
-        ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
-        adapters = init(jax.random.key(config.seed), lora_config, base.model.apply, base.model.variables, ids, ids)
     training, test = (data.encode(base.tokenizer, part, config.labels, config.max_length) for part in parts)
-    return Session(config, _task(config, base.model, training, test), adapters)
+    return Session(config, _task(config, base.model, training, test), functools.partial(_init, base.model))
+
+
+def _init(model: bert.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
+    """The adapters that a run begins with; where the head is new, its seed is the run's."""
+    ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
+    variables = bert.with_new_head(model, config.seed).variables
+    return init(jax.random.key(config.seed), config.lora, model.apply, variables, ids, ids)
 
 
 def _task(config: run.RunConfig, model: bert.Loaded, training: data.Examples, test: data.Examples) -> Task:
@@ -120,7 +124,7 @@ def _task(config: run.RunConfig, model: bert.Loaded, training: data.Examples, te
     return Task(
         variables=model.variables,
         loss=functools.partial(_loss, model.apply),
-        train_batches=lambda: data.train_batches(training, lengths, config.batch_size, config.seed),
+        train_batches=lambda seed: data.train_batches(training, lengths, config.batch_size, seed),
         measure=functools.partial(_correct, model.apply),
         test_batches=lambda: data.eval_batches(test, lengths, _TEST_BATCH),
         test_count=-(-len(test) // _TEST_BATCH),

@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="lora-jax", description="Fine-tune classifiers and language models with low-rank adapters.")
     commands = top.add_subparsers(required=True, metavar="command")
     _add_finetune(commands.add_parser("finetune", help="train adapters on texts"))
+    _add_sweep(commands.add_parser("sweep", help="train adapters with several options at once, in one program"))
     predict = _add_run(commands, "predict", "classify texts with a run", _predict)
     predict.add_argument("--text", action="append", required=True, help="a text; may be given more than once")
     generate = _add_run(commands, "generate", "go on from a prompt with a run", _generate)
@@ -68,15 +69,30 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_finetune(tune: argparse.ArgumentParser) -> None:
-    tasks = "classify (the default): labels of texts, with a BERT; lm: next tokens, with a decoder of the Llama family"
-    tune.add_argument("--task", choices=run.TASKS, help=tasks)
-    for name, (kind, text) in _OPTIONS.items():
-        tune.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text + _default(name))
-    targets = "kernels to adapt: patterns, or one of the words all-linear (the default) and attention"
-    tune.add_argument("--targets", nargs="+", metavar="PATTERN", help=targets)
+    _add_options(tune)
     tune.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")
     tune.add_argument("--resume", type=pathlib.Path, metavar="RUN", help="go on with a run that was stopped")
     tune.set_defaults(command=_finetune)
+
+
+def _add_sweep(sweep: argparse.ArgumentParser) -> None:
+    _add_options(sweep, several=tuple(run.GRID))
+    listed = f"instead of a grid: a JSON list of objects with some of {', '.join(run.GRID)}, one for each run"
+    sweep.add_argument("--configs", type=pathlib.Path, metavar="FILE", help=listed)
+    sweep.add_argument("--out", type=pathlib.Path, help="the directory (default: the first free of sweeps/1, sweeps/2)")
+    sweep.set_defaults(command=_sweep)
+
+
+def _add_options(tune: argparse.ArgumentParser, several: Sequence[str] = ()) -> None:
+    """The options of a run; `several`: those that take several values, of which every combination is a run."""
+    tasks = "classify (the default): labels of texts, with a BERT; lm: next tokens, with a decoder of the Llama family"
+    tune.add_argument("--task", choices=run.TASKS, help=tasks)
+    for name, (kind, text) in _OPTIONS.items():
+        count: Any = {"nargs": "+"} if name in several else {}
+        more = "; several values: a run with each" if name in several else ""
+        tune.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text + more + _default(name), **count)
+    targets = "kernels to adapt: patterns, or one of the words all-linear (the default) and attention"
+    tune.add_argument("--targets", nargs="+", metavar="PATTERN", help=targets)
 
 
 def _default(name: str) -> str:
@@ -130,8 +146,7 @@ def _finetune(options: argparse.Namespace) -> int:
     from lora_jax import finetune
     from lora_jax.task import UserError, user_errors
 
-    names = ("task", *_OPTIONS, "targets")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given = _given(options)
     console = rich.console.Console()
     directory = options.resume
     try:
@@ -140,15 +155,43 @@ def _finetune(options: argparse.Namespace) -> int:
                 raise UserError("--resume goes on with the run's own options: leave all others out")
             finetune.resume(directory, console)
         else:
-            for name in ("model", "data"):
-                if name in given:
-                    given[name] = str(pathlib.Path(given[name]).absolute())
             with user_errors():
                 config = run.options(given.pop("task", "classify"), given)
             directory = options.out or run.free_directory(pathlib.Path("runs"))
             finetune.start(config, directory, console)
     except finetune.Interrupted as error:
         print(f"lora-jax: stopped by {error}; go on with: lora-jax finetune --resume {directory}", file=sys.stderr)
+        return 128 + error.signum
+    return 0
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of a run that are on the command line; files by their absolute paths."""
+    names = ("task", *_OPTIONS, "targets")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    files = {name: str(pathlib.Path(given[name]).absolute()) for name in ("model", "data") if name in given}
+    return given | files
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    import rich.console
+
+    from lora_jax import finetune, sweep
+    from lora_jax.task import UserError, user_errors
+
+    given = _given(options)
+    values = {name: given.pop(name) for name in run.GRID if name in given}
+    if options.configs is not None and values:
+        raise UserError("give the runs either as a grid or by --configs: leave one of the two out")
+    with user_errors():
+        members = sweep.grid(values) if options.configs is None else sweep.read(options.configs)
+        configs = sweep.configurations(given.pop("task", "classify"), given, members)
+    directory = options.out or run.free_directory(pathlib.Path("sweeps"))
+    try:
+        sweep.start(configs, directory, rich.console.Console())
+    except finetune.Interrupted as error:
+        each = f"lora-jax finetune --resume {directory}/N"
+        print(f"lora-jax: stopped by {error}; go on with each of the {len(configs)} runs N by: {each}", file=sys.stderr)
         return 128 + error.signum
     return 0
 

@@ -15,10 +15,13 @@ import optax
 import rich.console
 
 from lora_jax import checkpoint, curve, files, metrics, run, train
+from lora_jax.adapter import Adapter
 from lora_jax.progress import Progress
 from lora_jax.report import summary
 from lora_jax.session import prepare
 from lora_jax.task import Session, UserError, user_errors
+
+Adapters = dict[str, Adapter]
 
 
 class Interrupted(Exception):
@@ -29,12 +32,12 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-def optimizer(config: run.RunConfig) -> optax.GradientTransformation:
-    """AdamW with a short warm-up and a cosine decay."""
-    warmup = max(1, config.steps // 16)
-    steps = max(config.steps, warmup + 1)
-    schedule = optax.schedules.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps)
-    return optax.adamw(schedule)
+def optimizer(steps: int, learning_rate: Any) -> optax.GradientTransformation:
+    """AdamW with a short warm-up to the learning rate, which may be a traced number, and a cosine decay."""
+    warmup = max(1, steps // 16)
+    rise = optax.schedules.linear_schedule(0.0, learning_rate, warmup)
+    fall = optax.schedules.cosine_decay_schedule(learning_rate, max(steps - warmup, 1))
+    return optax.adamw(optax.schedules.join_schedules([rise, fall], [warmup]))
 
 
 def start(config: run.RunConfig, directory: pathlib.Path, console: rich.console.Console) -> None:
@@ -48,8 +51,9 @@ def start(config: run.RunConfig, directory: pathlib.Path, console: rich.console.
         run.check_free(directory)
     session = prepare(config)
     with user_errors():
+        adapters = session.init(session.config)
         run.create(directory, session.config)
-    _train(session, directory, console)
+    _train(session, adapters, directory, console)
 
 
 def resume(directory: pathlib.Path, console: rich.console.Console) -> None:
@@ -63,16 +67,17 @@ def resume(directory: pathlib.Path, console: rich.console.Console) -> None:
         config = run.read_config(directory)
     if config.imported is not None:
         raise UserError(f"{directory} was imported from {config.imported}: there is no training to go on with")
-    _train(prepare(config), directory, console)
+    session = prepare(config)
+    _train(session, session.init(session.config), directory, console)
 
 
-class _Signals:
+class Signals:
     """Turns the first SIGINT or SIGTERM into a flag that `check` raises; a second one acts at once."""
 
     def __init__(self):
         self._seen: int | None = None
 
-    def __enter__(self) -> "_Signals":
+    def __enter__(self) -> "Signals":
         self._old: dict[int, Any] = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -92,12 +97,13 @@ class _Signals:
 class _Trainer:
     """The state of a run in training."""
 
-    def __init__(self, session: Session, manager: checkpoint.Manager, signals: _Signals):
+    def __init__(self, session: Session, adapters: Adapters, manager: checkpoint.Manager, signals: Signals):
         self.session, self.config, self.manager, self.signals = session, session.config, manager, signals
-        tx, task = optimizer(self.config), session.task
-        self.batches = task.train_batches()
+        config, task = self.config, session.task
+        tx = optimizer(config.steps, config.learning_rate)
+        self.batches = task.train_batches(config.seed)
         self.step, self.loss = 0, None
-        self.state = train.init_state(session.adapters, tx, key=jax.random.key(self.config.seed))
+        self.state = train.init_state(adapters, tx, key=jax.random.key(config.seed))
         self._saved = manager.latest_step()
         if self._saved is not None:
             with user_errors():
@@ -136,16 +142,16 @@ class _Trainer:
             self._saved = self.step
 
 
-def _train(session: Session, directory: pathlib.Path, console: rich.console.Console) -> None:
+def _train(session: Session, adapters: Adapters, directory: pathlib.Path, console: rich.console.Console) -> None:
     config, task = session.config, session.task
-    console.out(summary(task.variables, session.adapters), highlight=False)
+    console.out(summary(task.variables, adapters), highlight=False)
     console.out("\n".join([*task.description, f"run: {directory}"]), highlight=False)
-    with checkpoint.Manager(directory / "adapters", keep=2) as manager, _Signals() as signals:
-        trainer = _Trainer(session, manager, signals)
+    with checkpoint.Manager(directory / "adapters", keep=2) as manager, Signals() as signals:
+        trainer = _Trainer(session, adapters, manager, signals)
         with metrics.Log(directory, trainer.step, task.metric) as log:
             with Progress(console, config.steps, trainer.step, task.per_step, task.unit, task.metric) as progress:
                 _loop(trainer, log, progress)
-            _finish(session, directory, log, console)
+            _finish(trainer, directory, log, console)
 
 
 def _loop(trainer: _Trainer, log: metrics.Log, progress: Progress) -> None:
@@ -176,11 +182,11 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _finish(session: Session, directory: pathlib.Path, log: metrics.Log, console: rich.console.Console) -> None:
-    task = session.task
+def _finish(trainer: _Trainer, directory: pathlib.Path, log: metrics.Log, console: rich.console.Console) -> None:
+    task = trainer.session.task
     files.write(directory / "curve.png", curve.draw(log.lines, task.title, task.metric, task.baseline))
-    before, after = log.score(0), log.score(session.config.steps)
-    adapter, whole = _bytes(session.adapters), _bytes(task.variables)
+    before, after = log.score(0), log.score(trainer.config.steps)
+    adapter, whole = _bytes(trainer.state.adapters), _bytes(task.variables)
     console.out(
         f"{task.metric.held_out} on {task.held_out}: {before} before, {after} after\n"
         f"adapter: {adapter:,} bytes, base: {whole:,} bytes ({adapter / whole:.2%})\n"

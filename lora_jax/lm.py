@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from lora_jax import data, fetch, lm_data, rows, run, text_tokenizer
+from lora_jax.adapter import Adapter
 from lora_jax.init import init
 from lora_jax.metrics import PERPLEXITY
 from lora_jax.models import llama
@@ -94,8 +95,6 @@ def prepare(config: run.RunConfig) -> Session:
     Raises:
       UserError: any of it can't be used.
     """
-    with user_errors():
-        lora_config = config.lora
     corpus = load_corpus(config)
     date = config.date or datetime.date.today().isoformat()
     base = load_base(base_directory(config), config)
@@ -106,13 +105,18 @@ def prepare(config: run.RunConfig) -> Session:
     with user_errors():
         documents, counts = _encode(corpus, base.tokenizer, config)
         training, held_out = lm_data.split(corpus, documents, config.held_out)
-        ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
-        adapters = init(jax.random.key(config.seed), lora_config, base.model.apply, base.model.variables, ids)
     if corpus.kind != "chat":
         held_out = [without_end(document, base.tokenizer.end) for document in held_out]
     train_rows, test_rows = (rows.pack(part, config.max_length) for part in (training, held_out))
     description = _describe(corpus, (training, train_rows), (held_out, test_rows), counts)
-    return Session(config, _task(config, base.model, train_rows, test_rows, description), adapters)
+    task = _task(config, base.model, train_rows, test_rows, description)
+    return Session(config, task, functools.partial(_init, base.model))
+
+
+def _init(model: llama.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
+    """The adapters that a run begins with."""
+    ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
+    return init(jax.random.key(config.seed), config.lora, model.apply, model.variables, ids)
 
 
 def _encode(corpus: lm_data.Corpus, tokenizer: TextTokenizer, config: run.RunConfig) -> Any:
@@ -155,7 +159,7 @@ def _task(
     return Task(
         variables=model.variables,
         loss=functools.partial(_loss, model.apply),
-        train_batches=lambda: rows.train_batches(training, config.batch_size, config.seed),
+        train_batches=lambda seed: rows.train_batches(training, config.batch_size, seed),
         measure=functools.partial(_measure, model.apply),
         test_batches=lambda: rows.eval_batches(held_out, _TEST_ROWS),
         test_count=-(-len(held_out) // _TEST_ROWS),

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_jax import files
@@ -20,6 +20,7 @@ class Metric:
       form: the format of a value.
       axis: the label of its axis in the picture.
       factor: the picture shows the value times this.
+      best: `max` or `min`, which of several values is the best.
     """
 
     field: str
@@ -28,6 +29,7 @@ class Metric:
     form: str
     axis: str
     factor: float = 1.0
+    best: Callable[..., Any] = max
 
     def text(self, value: float) -> str:
         """A value as it is printed.
@@ -39,7 +41,7 @@ class Metric:
 
 
 ACCURACY = Metric("test_accuracy", "accuracy", "test accuracy", ".1%", "test accuracy (%)", 100.0)
-PERPLEXITY = Metric("perplexity", "perplexity", "held-out perplexity", ".2f", "held-out perplexity")
+PERPLEXITY = Metric("perplexity", "perplexity", "held-out perplexity", ".2f", "held-out perplexity", best=min)
 _FIELDS = tuple(("step", "loss", metric.field) for metric in (ACCURACY, PERPLEXITY))
 
 

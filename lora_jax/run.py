@@ -35,6 +35,8 @@ OWN: dict[str, tuple[str, ...]] = {
     "classify": ("label_field",),
     "lm": ("prompt_field", "completion_field", "messages_field", "held_out", "dtype"),
 }
+# Options that may differ between the runs of a sweep.
+GRID: dict[str, type] = {"rank": int, "alpha": float, "learning_rate": float, "seed": int}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,7 @@ def options(task: str, given: Mapping[str, Any]) -> RunConfig:
         for name in OWN[other] if other != task else ():
             if name in given:
                 raise ValueError(f"--{name.replace('_', '-')} is an option of --task {other}; leave it out of --task {task}")
+    _ = config.lora  # which checks what it is made of
     return config
 
 

@@ -55,7 +55,7 @@ class Task:
     Args:
       variables: the base's parameters.
       loss: `(params, batch, key) -> loss`, with the attached parameters.
-      train_batches: makes the endless iterator over training batches, whose `get_state()` is JSON-able.
+      train_batches: makes the endless iterator over the training batches of a seed, whose `get_state()` is JSON-able.
       measure: `(params, batch) -> numbers`, which are summed over the held-out batches.
       test_batches: makes the held-out batches, all of one size.
       test_count: how many these are.
@@ -71,7 +71,7 @@ class Task:
 
     variables: Any
     loss: Callable[[Any, Any, jax.Array], jax.Array]
-    train_batches: Callable[[], Any]
+    train_batches: Callable[[int], Any]
     measure: Callable[[Any, Any], Any]
     test_batches: Callable[[], Iterable[Any]]
     test_count: int
@@ -87,8 +87,14 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """All that a run needs, checked and in memory."""
+    """All that a run needs, checked and in memory.
+
+    Args:
+      config: its options.
+      task: what is learnt.
+      init: the adapters that a run begins with, by its options, of which base and data are those of `config`.
+    """
 
     config: run.RunConfig
     task: Task
-    adapters: dict[str, Adapter]
+    init: Callable[[run.RunConfig], dict[str, Adapter]]

@@ -83,9 +83,9 @@ def make_train_step(
     >>> bool(metrics["loss"] < 0.1), int(metrics["skipped"])
     (True, 0)
     """
-    _check_options(accumulate, max_grad_norm)
-    update = functools.partial(_update, loss_fn, tx, accumulate, max_grad_norm, None)
-    return jax.jit(update, donate_argnums=0)
+    check_options(accumulate, max_grad_norm)
+    step = functools.partial(update, loss_fn, tx, accumulate, max_grad_norm, None)
+    return jax.jit(step, donate_argnums=0)
 
 
 def make_pmap_train_step(
@@ -101,9 +101,9 @@ def make_pmap_train_step(
     the number of devices. Each device has a dropout key of its own. Metrics have the leading axis too; all its entries are
     equal.
     """
-    _check_options(accumulate, max_grad_norm)
-    update = functools.partial(_update, loss_fn, tx, accumulate, max_grad_norm, _AXIS)
-    return jax.pmap(update, axis_name=_AXIS, donate_argnums=0)
+    check_options(accumulate, max_grad_norm)
+    step = functools.partial(update, loss_fn, tx, accumulate, max_grad_norm, _AXIS)
+    return jax.pmap(step, axis_name=_AXIS, donate_argnums=0)
 
 
 def replicate(tree: Any, devices: Any = None) -> Any:
@@ -129,14 +129,15 @@ def make_eval_step(metric_fn: Callable[[Any, Any], Any]) -> Callable[[Mapping[st
     return jax.jit(lambda adapters, variables, batch: metric_fn(attach(variables, adapters), batch))
 
 
-def _check_options(accumulate: int, max_grad_norm: float | None) -> None:
+def check_options(accumulate: int, max_grad_norm: float | None) -> None:
+    """Raise a ValueError where an option of a step is out of range."""
     if not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"accumulate must be a whole number of at least 1, not {accumulate!r}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be positive, not {max_grad_norm!r}")
 
 
-def _update(
+def update(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     accumulate: int,
@@ -146,7 +147,7 @@ def _update(
     variables: Any,
     batch: Any,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One step; under `pmap`, averaged over `axis_name`."""
+    """One step, not compiled; under `pmap`, averaged over `axis_name`."""
     key = jax.random.fold_in(state.key, state.step)
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -159,12 +160,12 @@ def _update(
         grads, _ = clip.update(grads, clip.init(grads))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-    def update() -> tuple[Any, Any]:
+    def changed() -> tuple[Any, Any]:
         updates, opt_state = optimizer(tx).update(grads, state.opt_state, state.adapters)
         return optax.apply_updates(state.adapters, updates), opt_state
 
     # One `cond`, not a `where` for each leaf: XLA would copy every donated moment at the start of the program.
-    adapters, opt_state = jax.lax.cond(finite, update, lambda: (state.adapters, state.opt_state))
+    adapters, opt_state = jax.lax.cond(finite, changed, lambda: (state.adapters, state.opt_state))
     skipped = state.skipped + jnp.where(finite, 0, 1)
     state = TrainState(state.step + 1, adapters, opt_state, state.key, skipped)
     metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped}

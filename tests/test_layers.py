@@ -12,31 +12,55 @@ import lora_jax
 ROOT = pathlib.Path(lora_jax.__file__).parent
 LAYERS = {
     0: ["_compat", "paths"],
-    1: ["config", "adapter", "weight", "names"],
-    2: ["moves", "products", "dora", "peft.settings", "peft.slots", "peft.rules"],
-    3: ["transform", "peft.replay"],
-    4: ["usage", "initializers"],
-    5: ["init", "algebra", "optim", "report", "packing"],
-    6: ["train", "nnx", "mixing"],
-    7: ["checkpoint", "files", "tables", "fetch", "chat"],
-    8: ["metrics", "data"],
-    9: ["curve", "progress", "run", "models.llama_config"],
-    10: ["models.checkpoint_files", "models.gguf_reader", "models.decoder"],
-    11: ["models.bert", "models.gguf_files", "models.generation", "peft.storage"],
-    12: ["models.llama", "text_tokenizer", "task", "peft.reading"],
-    13: ["classify", "lm_data", "hf_directory", "peft.writing"],
-    14: ["rows"],
-    15: ["lm"],
-    16: ["session"],
-    17: ["finetune", "inspection"],
-    18: ["generate", "transfer"],
-    19: ["cli"],
+    1: ["config", "adapter", "weight", "names", "alora"],
+    2: ["moves", "products", "dora", "vera", "peft.settings", "peft.slots", "peft.rules"],
+    3: ["terms"],
+    4: ["transform", "peft.replay", "peft.tokens", "peft.vera", "peft.cutting", "peft.stacking"],
+    5: ["usage", "starts"],
+    6: ["init", "algebra", "optim", "report", "packing", "moments"],
+    7: ["ragged", "train", "nnx", "mixing", "initializers.pairs"],
+    8: [
+        "checkpoint",
+        "files",
+        "many",
+        "tables",
+        "fetch",
+        "chat",
+        "initializers.spectral",
+        "initializers.quantized",
+        "initializers.gradient",
+        "initializers.activations",
+    ],
+    9: ["metrics", "data"],
+    10: ["curve", "progress", "run", "models.llama_config"],
+    11: ["models.checkpoint_files", "models.gguf_reader", "models.decoder"],
+    12: ["models.bert", "models.gguf_files", "models.generation", "peft.storage"],
+    13: ["models.llama", "text_tokenizer", "task", "peft.reading"],
+    14: ["classify", "lm_data", "hf_directory", "peft.writing"],
+    15: ["rows"],
+    16: ["lm"],
+    17: ["session"],
+    18: ["finetune", "inspection"],
+    19: ["generate", "sweep", "transfer"],
+    20: ["cli"],
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py") if path.name != "__init__.py"
 }
-THIRD_PARTY = {"matplotlib", "flax", "orbax", "grain", "tokenizers", "rich", "safetensors", "transformers", "jinja2", "gguf"}
+THIRD_PARTY = {
+    "matplotlib",
+    "flax",
+    "orbax",
+    "grain",
+    "tokenizers",
+    "rich",
+    "safetensors",
+    "transformers",
+    "jinja2",
+    "gguf",
+    "qwix",
+}
 
 
 def imported(path):

@@ -253,6 +253,14 @@ def load(directory: str | pathlib.Path, *, dtype: Any = jnp.float32, num_labels:
     return Loaded(model.apply, variables, hf_names(config), config, _labels(fields, config.num_labels, has_head), new)
 
 
+def with_new_head(model: Loaded, seed: int) -> Loaded:
+    """The model with the new head of another seed; a head of the checkpoint's own stays."""
+    leaves, treedef = paths.flatten(model.variables)
+    head = _new_head(model.config, seed)
+    leaves |= {path: jnp.asarray(head[path], leaves[path].dtype) for path in model.new}
+    return dataclasses.replace(model, variables=jax.tree.unflatten(treedef, list(leaves.values())))
+
+
 def _modern(name: str) -> str:
     """Old checkpoints call a norm's weight and bias gamma and beta."""
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
