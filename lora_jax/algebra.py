@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapter import Adapter, Full, LowRank, Rows, attach, is_adapted, wide_dtype
+from lora_jax.adapter import Adapter, Full, Layout, LowRank, Rows, attach, is_adapted, wide_dtype
 from lora_jax.dora import gain
 from lora_jax.weight import Factor
 
@@ -61,8 +61,8 @@ def unmerge(merged: Any, adapters: Mapping[str, Adapter]) -> Any:
     lost = [path for path, a in adapters.items() if not isinstance(a, LowRank) or a.magnitude is not None]
     if lost:
         raise ValueError(
-            f"{', '.join(lost)}: a Full adapter, Rows and one with a magnitude replace their parameter, so the old value is not "
-            "in the merged tree: keep the base, or unmerge the other adapters alone"
+            f"{', '.join(lost)}: a Full adapter, Rows and one with a magnitude replace their parameter, so the old value is "
+            "not in the merged tree: keep the base, or unmerge the other adapters alone"
         )
     base = jax.tree.map(lambda node: _folded(node, -1.0), attach(merged, adapters), is_leaf=is_adapted)
     return _with_biases(base, adapters, -1.0)
@@ -296,18 +296,9 @@ def _replaced(template: Any, new: Any) -> Adapter:
 
 def _nearest(template: Any, old: Any, new: Any) -> LowRank:
     """The pair of the template's rank and scale that is nearest to `new - old`."""
-    wide, layout = wide_dtype(old, new), template.layout
+    wide = wide_dtype(old, new)
     change = jnp.asarray(new, wide) - jnp.asarray(old, wide)
-    size = lambda axes: math.prod(change.shape[axis] for axis in axes)
-    order = (*layout.batch, *layout.inputs, *layout.outputs)
-    count, rank = size(layout.batch), template.rank
-    matrices = change.transpose(order).reshape(count, size(layout.inputs), size(layout.outputs))
-    u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
-    ranks = np.full(count, rank) if template.ranks is None else np.array(template.ranks)
-    scales = jnp.broadcast_to(jnp.asarray(template.scale, wide).reshape(-1, 1), (count, 1))
-    s = jnp.where(jnp.arange(s.shape[-1])[None] < ranks[:, None], s, 0)
-    a, b = balanced(u, s / jnp.abs(scales), vt, rank)
-    return from_matrices(template, a * jnp.sign(scales)[..., None], b, template.ranks)
+    return fit(template, *jnp.linalg.svd(kernel_matrices(change, template.layout), full_matrices=False))
 
 
 # --- pairs as stacks of matrices --------------------------------------------------------------------------------------
@@ -327,6 +318,38 @@ def from_matrices(pair: LowRank, a: jax.Array, b: jax.Array, ranks: tuple[int, .
     b_shape = (*pair.b.shape[:batch], b.shape[1], *pair.b.shape[batch + 1 :])
     a, b = a.reshape(a_shape).astype(pair.a.dtype), b.reshape(b_shape).astype(pair.b.dtype)
     return dataclasses.replace(pair, a=a, b=b, ranks=ranks)
+
+
+def true_ranks(pair: LowRank) -> np.ndarray:
+    """The rank of each matrix, `(count,)`."""
+    count = math.prod(pair.a.shape[: len(pair.layout.batch)])
+    return np.full(count, pair.rank) if pair.ranks is None else np.array(pair.ranks)
+
+
+def within_ranks(pair: LowRank, a: jax.Array, b: jax.Array) -> LowRank:
+    """The pair with other matrices A `(count, in, r)` and B `(count, r, out)`, made zero beyond its true ranks."""
+    on = jnp.arange(a.shape[-1])[None] < true_ranks(pair)[:, None]
+    return from_matrices(pair, jnp.where(on[:, None], a, 0), jnp.where(on[..., None], b, 0), pair.ranks)
+
+
+def scales(pair: LowRank, dtype: Any) -> jax.Array:
+    """The scale of each matrix, `(count, 1)`, or `(1, 1)` where it is one number."""
+    return jnp.asarray(pair.scale, dtype).reshape(-1, 1)
+
+
+def fit(pair: LowRank, u: jax.Array, s: jax.Array, vt: jax.Array) -> LowRank:
+    """The pair with `scale A B = U_r diag(s_r) V_r^T`, the first of each up to its true ranks; A and B share the roots."""
+    factor = scales(pair, s.dtype)
+    a, b = balanced(u, s / jnp.abs(factor), vt, pair.rank)
+    return within_ranks(pair, a * jnp.sign(factor)[..., None], b)
+
+
+def kernel_matrices(kernel: jax.Array, layout: Layout) -> jax.Array:
+    """A kernel as `(count, in, out)`, in float32 at least."""
+    size = lambda axes: math.prod(kernel.shape[axis] for axis in axes)
+    order = (*layout.batch, *layout.inputs, *layout.outputs)
+    flat = kernel.transpose(order).reshape(size(layout.batch), size(layout.inputs), size(layout.outputs))
+    return flat.astype(wide_dtype(kernel))
 
 
 def balanced(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

@@ -23,7 +23,11 @@ _OPTIONS: dict[str, tuple[type, str]] = {
     "dtype": (str, f"the base's dtype in memory: {', '.join(run.DTYPES)}"),
     "rank": (int, "rank of every low-rank pair"),
     "alpha": (float, "the scale of every pair is alpha / rank"),
+    "method": (str, "lora, lora_fa (A stays as it is) or vera (shared random matrices; wants another rank and rate)"),
+    "scaling": (str, "lora (alpha / rank) or rslora (alpha / sqrt rank)"),
+    "init": (str, f"how pairs start: kaiming, gaussian, orthogonal, {', '.join(run.CHANGE_THE_BASE)}"),
     "learning_rate": (float, "peak learning rate"),
+    "lora_plus": (float, "B's learning rate over A's (LoRA+)"),
     "batch_size": (int, "examples, or for lm packed rows, per step"),
     "steps": (int, "training steps"),
     "max_length": (int, "texts are cut to this many tokens; for lm, the tokens of a packed row"),
@@ -91,6 +95,7 @@ def _add_options(tune: argparse.ArgumentParser, several: Sequence[str] = ()) -> 
         count: Any = {"nargs": "+"} if name in several else {}
         more = "; several values: a run with each" if name in several else ""
         tune.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text + more + _default(name), **count)
+    tune.add_argument("--dora", action="store_true", default=None, help="train a magnitude for each output, too (DoRA)")
     targets = "kernels to adapt: patterns, or one of the words all-linear (the default) and attention"
     tune.add_argument("--targets", nargs="+", metavar="PATTERN", help=targets)
 
@@ -167,7 +172,7 @@ def _finetune(options: argparse.Namespace) -> int:
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     """The options of a run that are on the command line; files by their absolute paths."""
-    names = ("task", *_OPTIONS, "targets")
+    names = ("task", *_OPTIONS, "dora", "targets")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     files = {name: str(pathlib.Path(given[name]).absolute()) for name in ("model", "data") if name in given}
     return given | files

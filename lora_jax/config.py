@@ -39,7 +39,8 @@ class LoraConfig:
       scaling: `"lora"` (alpha / r) or `"rslora"` (alpha / sqrt r).
       dropout: the rate on the input of the low-rank branch, used where `lora(fn, key=...)` gets a key.
       init: `"kaiming"` (A uniform in +-1/sqrt(fan_in), B zero; as PEFT), `"gaussian"` (A of std 1/r, B zero) or
-        `"orthogonal"` (A with orthonormal columns, B zero). An embedding has A zero and B N(0, 1) always, as in PEFT.
+        `"orthogonal"` (neither zero, but A B = 0; all ranks even). An embedding has A zero and B N(0, 1) always, as in PEFT.
+        Starts that change the base or look at data are in `lora_jax.initializers`.
       dtype: the dtype of the adapters, whatever the kernel's.
       batch_axes: `{pattern: axes}`: axes of a kernel that hold separate matrices (experts in a dense einsum, say) where the
         use alone would read them otherwise.
@@ -128,6 +129,9 @@ class LoraConfig:
                 raise ValueError("method='vera' trains a scale for each output already: leave dora and lora_bias out")
         elif changed("d_initial"):
             raise ValueError(f"d_initial is for method='vera' only, not for {self.method!r}")
+        odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2]
+        if self.init == "orthogonal" and odd:
+            raise ValueError(f"init='orthogonal' shares each rank out over two halves, so it must be even, not {odd[0]}")
         if self.method == "lora_fa" and self.init == "orthogonal":
             raise ValueError("method='lora_fa' needs an init with B zero: use 'kaiming' or 'gaussian'")
 

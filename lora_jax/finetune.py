@@ -4,6 +4,7 @@ A run can be stopped at any moment and resumed: checkpoints hold the adapters, t
 the position of the data, and a step is a function of those, so a resumed run ends as one that was never stopped.
 """
 
+import dataclasses
 import math
 import pathlib
 import signal
@@ -14,8 +15,8 @@ import numpy as np
 import optax
 import rich.console
 
-from lora_jax import checkpoint, curve, files, metrics, run, train
-from lora_jax.adapter import Adapter
+from lora_jax import algebra, checkpoint, curve, files, initializers, metrics, optim, run, train
+from lora_jax.adapter import Adapter, LowRank
 from lora_jax.progress import Progress
 from lora_jax.report import summary
 from lora_jax.session import prepare
@@ -32,12 +33,24 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-def optimizer(steps: int, learning_rate: Any) -> optax.GradientTransformation:
-    """AdamW with a short warm-up to the learning rate, which may be a traced number, and a cosine decay."""
-    warmup = max(1, steps // 16)
-    rise = optax.schedules.linear_schedule(0.0, learning_rate, warmup)
-    fall = optax.schedules.cosine_decay_schedule(learning_rate, max(steps - warmup, 1))
-    return optax.adamw(optax.schedules.join_schedules([rise, fall], [warmup]))
+def optimizer(config: run.RunConfig, learning_rate: Any = None) -> optax.GradientTransformation:
+    """AdamW with a short warm-up to the learning rate and a cosine decay, in the way of the run's method.
+
+    Args:
+      config: the options.
+      learning_rate: instead of the run's own; may be a traced number.
+    """
+    warmup = max(1, config.steps // 16)
+
+    def adamw(rate: Any) -> optax.GradientTransformation:
+        rise = optax.schedules.linear_schedule(0.0, rate, warmup)
+        fall = optax.schedules.cosine_decay_schedule(rate, max(config.steps - warmup, 1))
+        return optax.adamw(optax.schedules.join_schedules([rise, fall], [warmup]))
+
+    rate = config.learning_rate if learning_rate is None else learning_rate
+    if config.lora_plus is not None:
+        return optim.lora_plus(adamw, rate, config.lora_plus)
+    return optim.lora_fa(adamw(rate)) if config.method == "lora_fa" else adamw(rate)
 
 
 def start(config: run.RunConfig, directory: pathlib.Path, console: rich.console.Console) -> None:
@@ -53,7 +66,7 @@ def start(config: run.RunConfig, directory: pathlib.Path, console: rich.console.
     with user_errors():
         adapters = session.init(session.config)
         run.create(directory, session.config)
-    _train(session, adapters, directory, console)
+    _train(*_begin(session, adapters, directory), directory, console)
 
 
 def resume(directory: pathlib.Path, console: rich.console.Console) -> None:
@@ -68,7 +81,25 @@ def resume(directory: pathlib.Path, console: rich.console.Console) -> None:
     if config.imported is not None:
         raise UserError(f"{directory} was imported from {config.imported}: there is no training to go on with")
     session = prepare(config)
-    _train(session, session.init(session.config), directory, console)
+    _train(*_begin(session, session.init(session.config), directory), directory, console)
+
+
+def _begin(session: Session, adapters: Adapters, directory: pathlib.Path) -> tuple[Session, Adapters]:
+    """The session and the adapters at step 0; where `init` changes the base, with the changed one.
+
+    The run keeps those adapters, from which the base is changed again and the trained ones are converted.
+    """
+    if session.config.init not in run.CHANGE_THE_BASE:
+        return session, adapters
+    folder, variables = directory / "initial", session.task.variables
+    with user_errors():
+        if not folder.exists():
+            _, adapters = getattr(initializers, session.config.init)(variables, adapters)
+            checkpoint.save(folder, adapters, config=session.config.lora)
+        initial = checkpoint.load(folder, variables=variables)
+    pairs = {path: adapter for path, adapter in initial.items() if isinstance(adapter, LowRank)}
+    task = dataclasses.replace(session.task, variables=algebra.unmerge(variables, pairs))
+    return dataclasses.replace(session, task=task), initial
 
 
 class Signals:
@@ -100,7 +131,7 @@ class _Trainer:
     def __init__(self, session: Session, adapters: Adapters, manager: checkpoint.Manager, signals: Signals):
         self.session, self.config, self.manager, self.signals = session, session.config, manager, signals
         config, task = self.config, session.task
-        tx = optimizer(config.steps, config.learning_rate)
+        tx = optimizer(config)
         self.batches = task.train_batches(config.seed)
         self.step, self.loss = 0, None
         self.state = train.init_state(adapters, tx, key=jax.random.key(config.seed))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import algebra, checkpoint, classify, data, paths, run
+from lora_jax import algebra, checkpoint, classify, data, initializers, paths, run
 from lora_jax.adapter import Adapter, LowRank, attach
 from lora_jax.session import check_task, task_module
 from lora_jax.task import user_errors
@@ -17,13 +17,15 @@ from lora_jax.transform import lora
 
 
 def load_adapters(directory: pathlib.Path, variables: Any = None) -> dict[str, Adapter]:
-    """The newest adapters of a run.
+    """The newest adapters of a run, for its base; those trained on a changed one are converted.
 
     Raises:
       UserError: the run has no complete checkpoint, or it does not fit the base.
     """
     with user_errors():
-        return checkpoint.load(directory / "adapters", variables=variables)
+        adapters = checkpoint.load(directory / "adapters", variables=variables)
+        initial = directory / "initial"
+        return initializers.convert(adapters, checkpoint.load(initial)) if initial.exists() else adapters
 
 
 def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
     RUN/config.json     the options, and digests of the data and of the base model
     RUN/adapters/       checkpoints of the adapters and of the training state
+    RUN/initial/        the adapters at step 0, where the base was changed to make up for them (PiSSA and the like)
     RUN/metrics.jsonl   a line per step: `step`, `loss` (null at step 0 and where it is not finite) and `test_accuracy`
                         or `perplexity` (null at steps without a test)
     RUN/curve.png       loss and test accuracy or perplexity by step
@@ -22,9 +23,10 @@ from typing import Any
 from lora_jax import files
 from lora_jax.config import WORDS, LoraConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TASKS = ("classify", "lm")
 DTYPES = ("float32", "bfloat16", "float16")
+CHANGE_THE_BASE = ("pissa", "olora", "milora")  # starts of `lora_jax.initializers`
 # What differs from the defaults of `RunConfig`, which are those of `classify`.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "classify": {},
@@ -57,7 +59,12 @@ class RunConfig:
       rank: r of every low-rank pair.
       alpha: the scale of every pair is alpha / rank.
       targets: patterns of the adapted kernels, or one of LoraConfig's words.
+      method: as in LoraConfig; `"lora_fa"` brings its own optimiser along.
+      scaling: as in LoraConfig.
+      dora: as in LoraConfig.
+      init: as in LoraConfig, or `"pissa"`, `"olora"` or `"milora"` of `lora_jax.initializers`.
       learning_rate: the peak, after the warm-up.
+      lora_plus: B's learning rate over A's (LoRA+); `None`: they have the same.
       batch_size: examples per step; for `lm`, packed rows.
       steps: training steps.
       max_length: texts are cut to this many tokens; for `lm`, the tokens of a packed row.
@@ -85,7 +92,12 @@ class RunConfig:
     rank: int = 8
     alpha: float = 16.0
     targets: str | Sequence[str] = "all-linear"
+    method: str = "lora"
+    scaling: str = "lora"
+    dora: bool = False
+    init: str = "kaiming"
     learning_rate: float = 2e-3
+    lora_plus: float | None = None
     batch_size: int = 32
     steps: int = 180
     max_length: int = 64
@@ -106,6 +118,10 @@ class RunConfig:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite, not {self.learning_rate!r}")
+        if self.lora_plus is not None and not 0 < self.lora_plus < math.inf:
+            raise ValueError(f"lora_plus must be positive and finite, not {self.lora_plus!r}")
+        if self.lora_plus is not None and self.method != "lora":
+            raise ValueError(f"lora_plus is for method='lora', which trains A and B, not for {self.method!r}")
         targets = self.targets if isinstance(self.targets, str) else list(self.targets)
         if isinstance(targets, list) and len(targets) == 1 and targets[0] in WORDS:
             targets = targets[0]
@@ -120,7 +136,11 @@ class RunConfig:
           ValueError: an option is out of range.
         """
         train = ["classifier"] if self.task == "classify" else []
-        return LoraConfig(rank=self.rank, alpha=self.alpha, targets=self.targets, train=train)
+        method: Any = {"method": self.method, "scaling": self.scaling, "dora": self.dora}
+        method["init"] = "kaiming" if self.init in CHANGE_THE_BASE else self.init
+        if self.init in CHANGE_THE_BASE and (self.dora or self.method != "lora"):
+            raise ValueError(f"init={self.init!r} is for plain pairs: leave dora and method out")
+        return LoraConfig(rank=self.rank, alpha=self.alpha, targets=self.targets, train=train, **method)
 
     @property
     def test_every(self) -> int:
@@ -148,12 +168,12 @@ class RunConfig:
         except json.JSONDecodeError as error:
             raise ValueError(f"{source} is not JSON: {error}") from None
         version = fields.pop("format_version", None) if isinstance(fields, dict) else None
-        if version == 1:  # classifiers only; what came later has its default
-            later: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls) if f.name in _SINCE_2}
+        if version in _LATER:  # what came later has its default
+            later: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls) if f.name in _LATER[version]}
             fields = later | fields
         elif version != FORMAT_VERSION:
             raise ValueError(
-                f"{source} has the format version {version!r}, but this lora_jax reads 1 and {FORMAT_VERSION}: "
+                f"{source} has the format version {version!r}, but this lora_jax reads 1 to {FORMAT_VERSION}: "
                 "use the lora_jax that wrote the run, or train again"
             )
         odd = {field.name for field in dataclasses.fields(cls)} ^ set(fields)
@@ -162,7 +182,8 @@ class RunConfig:
         return cls(**fields)
 
 
-_SINCE_2 = ("task", *OWN["lm"], "date", "imported")
+_SINCE_3 = ("method", "scaling", "dora", "init", "lora_plus")
+_LATER = {1: ("task", *OWN["lm"], "date", "imported", *_SINCE_3), 2: _SINCE_3}
 
 
 def options(task: str, given: Mapping[str, Any]) -> RunConfig:

@@ -38,17 +38,12 @@ def orthogonal(key: jax.Array, shape: tuple[int, ...], layout: Layout, rank: int
     """Neither A nor B zero, and A B = 0 (PEFT's `init_lora_weights="orthogonal"`).
 
     `A = G Q0 / 10` and `B = Q1^T H / 10`, where Q0 and Q1 are the even and the odd rows of a random orthogonal r x r matrix, so
-    that `Q0 Q1^T = 0`, and G `(in, r/2)` and H `(r/2, out)` are normal. There is one draw for each matrix of a stack.
-
-    Raises:
-      ValueError: the rank is odd.
+    that `Q0 Q1^T = 0`, and G `(in, r/2)` and H `(r/2, out)` are normal; r is even. One draw for each matrix of a stack.
 
     >>> a, b = orthogonal(jax.random.key(0), (16, 8), Layout((), (0,), (1,)), 4)
     >>> bool(jnp.allclose(a @ b, 0.0, atol=1e-6)), bool(a.any() and b.any())
     (True, True)
     """
-    if rank % 2:
-        raise ValueError(f"init='orthogonal' shares the rank out over two halves, so it must be even, not {rank}")
     a_shape, b_shape = layout.factor_shapes(shape, rank)
     batch, inputs = a_shape[: len(layout.batch)], a_shape[len(layout.batch) : -1]
     outputs = b_shape[len(batch) + 1 :]
@@ -56,7 +51,8 @@ def orthogonal(key: jax.Array, shape: tuple[int, ...], layout: Layout, rank: int
     rows = jax.random.orthogonal(keys[0], rank, batch)
     g = jax.random.normal(keys[1], (*batch, math.prod(inputs), rank // 2)) / 10
     h = jax.random.normal(keys[2], (*batch, rank // 2, math.prod(outputs))) / 10
-    a, b = g @ rows[..., 0::2, :], rows[..., 1::2, :].mT @ h
+    a = jnp.matmul(g, rows[..., 0::2, :], precision="highest")
+    b = jnp.matmul(rows[..., 1::2, :].mT, h, precision="highest")
     return a.reshape(a_shape), b.reshape(b_shape)
 
 

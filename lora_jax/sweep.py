@@ -81,6 +81,10 @@ def configurations(task: str, shared: Mapping[str, Any], members: Sequence[Mappi
       ValueError: an option is out of range, there are fewer than two runs, or two are the same.
     """
     configs = [run.options(task, {**shared, **member}) for member in members]
+    if configs[0].init in run.CHANGE_THE_BASE:
+        raise ValueError(
+            f"the runs of a sweep share one base, which init={configs[0].init!r} would change for each: leave it out"
+        )
     if len(configs) < 2:
         raise ValueError("a sweep has two runs or more: give --rank, --alpha, --learning-rate or --seed several values")
     for i, config in enumerate(configs):
@@ -124,7 +128,7 @@ class _Member:
 
     def first_state(self) -> train.TrainState:
         """The state of the run before the first step."""
-        tx = optimizer(self.config.steps, self.config.learning_rate)
+        tx = optimizer(self.config)
         return train.init_state(self.adapters, tx, key=jax.random.key(self.config.seed))
 
 
@@ -149,7 +153,7 @@ class _Sweep:
         self.task, self.config, self.members, self.directory = session.task, session.config, members, directory
         self.step, seeds = 0, [member.config.seed for member in members]
         self.batches = {seed: self.task.train_batches(seed) for seed in seeds}
-        tx = functools.partial(optimizer, self.config.steps)
+        tx = functools.partial(optimizer, self.config)
         rates = {"learning_rate": np.array([member.config.learning_rate for member in members], np.float32)}
         keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         self.states = many.init_states([member.adapters for member in members], tx, rates, keys=keys)

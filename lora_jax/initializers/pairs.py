@@ -1,0 +1,91 @@
+"""What the initialisers share: the pairs of a set with their kernels, as stacks of matrices."""
+
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.adapter import EXTRA, Adapter, Layout, LowRank, attach, is_adapted
+from lora_jax.algebra import matrices, scales, unmerge
+
+Adapters = Mapping[str, Adapter]
+
+
+def with_kernels(variables: Any, adapters: Adapters) -> dict[str, tuple[Any, LowRank]]:
+    """`{path: (kernel, pair)}` of the low-rank pairs; adapters of other kinds are left out.
+
+    Raises:
+      ValueError: there is no pair; a pair is more than `scale A B`, its scale is not positive, or it does not fit the tree.
+    """
+    pairs = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, LowRank)}
+    if not pairs:
+        raise ValueError("the adapters have no low-rank pair, so there is nothing to initialise")
+    for path, pair in pairs.items():
+        _check(path, pair)
+    nodes, _ = paths.flatten(attach(variables, pairs), is_leaf=is_adapted)
+    found = {path: (nodes[path].base, pair) for path, pair in pairs.items()}
+    for path, (kernel, _) in found.items():
+        if isinstance(kernel, jax.ShapeDtypeStruct):
+            raise ValueError(f"{path}: an initialiser needs the kernel itself, not its shape alone")
+        if not jnp.issubdtype(kernel.dtype, jnp.floating):
+            raise ValueError(f"{path}: a kernel of the dtype {kernel.dtype} can't be split; give the one before quantisation")
+    return found
+
+
+def _check(path: str, pair: LowRank) -> None:
+    more = [name for name in (*EXTRA, "invocation") if getattr(pair, name) is not None]
+    if more:
+        raise ValueError(
+            f"{path}: the adapter's {more[0]} is set, so it is more than the change scale A B that an initialiser makes: "
+            "its start is that of LoraConfig(init=...)"
+        )
+    if isinstance(pair.scale, float) and pair.scale <= 0:
+        raise ValueError(f"{path}: the adapter's scale is {pair.scale}; an initialiser needs a positive one")
+
+
+def split_off(variables: Any, adapters: Adapters, fresh: Mapping[str, LowRank]) -> tuple[Any, dict[str, Adapter]]:
+    """The base `W - s A B` of fresh pairs, and the set with them."""
+    return unmerge(variables, fresh), {**adapters, **fresh}
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """A key of its own for each path, as in `init`."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def sides(pair: LowRank) -> tuple[int, int]:
+    """How many values lie along the kernel's in axes, and along its out axes."""
+    batch = len(pair.layout.batch)
+    return math.prod(pair.a.shape[batch:-1]), math.prod(pair.b.shape[batch + 1 :])
+
+
+# --- inside jit -------------------------------------------------------------------------------------------------------
+
+
+def as_kernel(flat: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
+    """The inverse of `algebra.kernel_matrices`, in the kernel's shape and dtype."""
+    order = (*layout.batch, *layout.inputs, *layout.outputs)
+    shape = [like.shape[axis] for axis in order]
+    return flat.reshape(shape).transpose(np.argsort(order)).astype(like.dtype)
+
+
+def change(pair: LowRank) -> jax.Array:
+    """`scale A B` of each matrix, `(count, in, out)`."""
+    a, b = matrices(pair)
+    return jnp.matmul(a, b, precision="highest") * scales(pair, a.dtype)[..., None]
+
+
+def svd(flat: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U `(count, in, k)`, the singular values `(count, k)`, largest first, and V^T `(count, k, out)`."""
+    u, s, vt = jnp.linalg.svd(flat, full_matrices=False)
+    return u, s, vt
+
+
+def smallest_first(u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A singular value decomposition in the other order."""
+    return u[..., ::-1], s[..., ::-1], vt[..., ::-1, :]
