@@ -6,6 +6,7 @@ An adapter set is a flat dict from parameter path to `Adapter`. `attach` puts ea
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -17,6 +18,16 @@ from jax import export
 from lora_jax import paths
 
 ADAPTER, FROZEN = "adapter", "frozen"
+# The arrays of a pair, and along which axes of its parameter each lies; "rank" is the inner axis.
+PARTS: dict[str, tuple[str, ...]] = {
+    "a": ("batch", "inputs", "rank"),
+    "b": ("batch", "rank", "outputs"),
+    "magnitude": ("batch", "outputs"),
+    "bias": ("batch", "outputs"),
+    "lambda_d": ("batch", "rank"),
+    "lambda_b": ("batch", "outputs"),
+    "scale": ("batch",),
+}
 EXTRA = ("magnitude", "bias", "lambda_d", "lambda_b")  # what a pair may have besides A and B
 
 
@@ -290,23 +301,32 @@ def check(path: str, adapter: Adapter, shape: tuple[int, ...]) -> None:
         layout = adapter.layout
         if sorted(layout.batch + layout.inputs + layout.outputs) != list(range(len(shape))):
             raise ValueError(f"{path}: the parameter has the shape {shape}, which the adapter's {layout} does not cover")
-        a_shape, b_shape = layout.factor_shapes(shape, adapter.rank)
-        out_shape = tuple(shape[i] for i in (*layout.batch, *layout.outputs))
-        batch_shape = tuple(shape[i] for i in layout.batch)
-        shapes = dict.fromkeys(EXTRA, out_shape) | {"lambda_d": (*batch_shape, adapter.rank), "scale": batch_shape}
-        wanted = {"a": a_shape, "b": b_shape} | {n: shapes[n] for n in adapter.children() if n in shapes}
-        if (adapter.lambda_d is None) != (adapter.lambda_b is None):
-            raise ValueError(f"{path}: the adapter has only one of lambda_d and lambda_b; VeRA needs both")
-        if isinstance(adapter.scale, int):
-            raise ValueError(f"{path}: the adapter's scale is the whole number {adapter.scale}: write {float(adapter.scale)}")
+        axes = dataclasses.asdict(layout)
+        sizes = {role: tuple(shape[i] for i in axes[role]) for role in axes} | {"rank": (adapter.rank,)}
+        wanted = {name: sum((sizes[role] for role in PARTS[name]), ()) for name in adapter.children()}
+        _check_static(path, adapter, math.prod(sizes["batch"]))
     elif isinstance(adapter, Rows):
         wanted = {"values": _rows_shape(path, adapter, shape)}
     else:
         raise TypeError(f"{path}: an adapter is a LowRank, a Full or Rows, not {type(adapter).__name__}")
+    if not isinstance(adapter.frozen, tuple) or not set(adapter.frozen) <= set(adapter.children()):
+        raise ValueError(f"{path}: frozen is {adapter.frozen!r}; it must be a tuple of some of {', '.join(adapter.children())}")
     for name, want in wanted.items():
         got = jnp.shape(getattr(adapter, name))
         if got != want:
             raise ValueError(f"{path}: the adapter's {name} has the shape {got}; a parameter of the shape {shape} needs {want}")
+
+
+def _check_static(path: str, pair: LowRank, count: int) -> None:
+    """Raise a ValueError for a scale, dropout, ranks or scales of VeRA that a pair for `count` matrices can't have."""
+    if isinstance(pair.scale, int):
+        raise ValueError(f"{path}: the adapter's scale is the whole number {pair.scale}: write {float(pair.scale)}")
+    if not 0 <= pair.dropout < 1:
+        raise ValueError(f"{path}: the adapter's dropout must be at least 0 and below 1, not {pair.dropout!r}")
+    if pair.ranks is not None and (len(pair.ranks) != count or not all(0 <= rank <= pair.rank for rank in pair.ranks)):
+        raise ValueError(f"{path}: the adapter's ranks are {pair.ranks}; it needs {count} of at most {pair.rank}")
+    if (pair.lambda_d is None) != (pair.lambda_b is None):
+        raise ValueError(f"{path}: the adapter has only one of lambda_d and lambda_b; VeRA needs both")
 
 
 def _rows_shape(path: str, rows: Rows, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapter import Adapter, Full, Layout, LowRank, Rows, attach, is_adapted, wide_dtype
+from lora_jax.adapter import EXTRA, PARTS, Adapter, Full, Layout, LowRank, Rows, attach, is_adapted, wide_dtype
 from lora_jax.dora import gain
 from lora_jax.weight import Factor
 
@@ -41,11 +41,16 @@ def merge(variables: Any, adapters: Mapping[str, Adapter], *, check: bool = Fals
     Array([[0.5, 0.5, 0.5],
            [0.5, 0.5, 0.5]], dtype=float32)
     """
+    invoked = [path for path, a in adapters.items() if isinstance(a, LowRank) and a.invocation is not None]
+    if invoked:
+        raise ValueError(f"{', '.join(invoked)}: an adapter that acts from an invocation sequence on (aLoRA) can't be merged")
     folded = jax.tree.map(_folded, attach(variables, adapters), is_leaf=is_adapted)
     merged = _with_biases(folded, adapters, 1.0)
     if check:
         leaves, _ = paths.flatten(merged)
-        bad = [path for path in adapters if not bool(jnp.isfinite(leaves[path]).all())]
+        biases = [getattr(adapter, "bias_path", None) for adapter in adapters.values()]
+        places = dict.fromkeys([*adapters, *filter(None, biases)])
+        bad = [path for path in places if not bool(jnp.isfinite(leaves[path]).all())]
         if bad:
             raise ValueError(f"merging makes NaN or infinite values in {', '.join(bad)}; the base is unchanged")
     return merged
@@ -76,8 +81,6 @@ def _folded(node: Any, sign: float = 1.0) -> Any:
         return adapter.value.astype(base.dtype)
     if isinstance(adapter, Rows):
         return adapter.put(base)
-    if adapter.invocation is not None:
-        raise ValueError("an adapter with an invocation sequence (aLoRA) acts on some tokens only, so it can't be merged")
     adapter = adapter.widened()
     wide = wide_dtype(base, adapter.a)
     result = base.astype(wide) + sign * adapter.delta().astype(wide)
@@ -102,7 +105,8 @@ def _with_biases(tree: Any, adapters: Mapping[str, Adapter], sign: float) -> Any
             raise ValueError(
                 f"{path}: the adapter's bias has the shape {jnp.shape(adapter.bias)}, {adapter.bias_path} {jnp.shape(leaf)}"
             )
-        change = adapter.where_adapted(adapter.widened().scaled(adapter.widened().bias), 0.0)
+        wide = adapter.widened()
+        change = wide.where_adapted(wide.scaled(wide.bias), 0.0)
         with jax.numpy_dtype_promotion("standard"):
             leaves[adapter.bias_path] = (leaf + sign * change).astype(leaf.dtype)
     return jax.tree.unflatten(treedef, list(leaves.values()))
@@ -185,10 +189,20 @@ def pad_rank(adapters: Adapters, rank: int) -> dict[str, Adapter]:
 def _padded(path: str, pair: LowRank, rank: int) -> LowRank:
     if pair.rank > rank:
         raise ValueError(f"{path}: the pair has rank {pair.rank}, above {rank}: truncate it first, or pad to more")
-    axes = {"a": pair.a.ndim - 1, "b": len(pair.layout.batch), "lambda_d": len(pair.layout.batch)}
-    pad = lambda x, axis: jnp.pad(x, [(0, rank - pair.rank if i == axis else 0) for i in range(x.ndim)])
-    arrays = {name: pad(getattr(pair, name), axis) for name, axis in axes.items() if name in pair.children()}
-    return dataclasses.replace(pair, **arrays, ranks=None)
+    arrays = {}
+    for name in pair.children():
+        if "rank" in PARTS[name]:
+            array, before = getattr(pair, name), PARTS[name][: PARTS[name].index("rank")]
+            axis = sum(len(getattr(pair.layout, role)) for role in before)
+            arrays[name] = jnp.pad(array, [(0, rank - pair.rank if i == axis else 0) for i in range(array.ndim)])
+    return dataclasses.replace(pair, **arrays, ranks=_marks(pair, rank))
+
+
+def _marks(pair: LowRank, rank: int) -> tuple[int, ...] | None:
+    """Which matrices of a stack are adapted at all, where more than A and B depends on that."""
+    if pair.ranks is None or all(pair.ranks) or (pair.magnitude is None and pair.bias is None):
+        return None
+    return tuple(rank if own else 0 for own in pair.ranks)
 
 
 def truncate(adapters: Adapters, *, rank: int | None = None, energy: float | None = None) -> dict[str, Adapter]:
@@ -224,7 +238,7 @@ def _truncated(pair: LowRank, rank: int | None, energy: float | None) -> LowRank
     if energy is not None:
         squares = np.asarray(s, np.float64) ** 2
         share = np.cumsum(squares, -1) / np.maximum(squares.sum(-1, keepdims=True), 1e-300)
-        kept = np.where(squares.any(-1), 1 + (share < energy - 1e-12).sum(-1), 0)
+        kept = np.minimum(1 + (share < energy - 1e-12).sum(-1), true_ranks(pair))  # at least 1: 0 would mean not adapted
         rank, ranks = max(1, int(kept.max())), tuple(map(int, kept.reshape(-1)))
         s = jnp.where(jnp.arange(s.shape[-1])[None] < kept[:, None], s, 0)
     elif pair.ranks is not None:
@@ -271,7 +285,7 @@ def difference(template: Adapters, base: Any, finetuned: Any) -> dict[str, Adapt
       finetuned: the parameters after.
 
     Raises:
-      ValueError: a path of the template is in neither tree, or does not fit.
+      ValueError: a path of the template is in neither tree, or does not fit; or the template has more than plain pairs.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> template = {"w": lj.LowRank(jnp.zeros((3, 1)), jnp.zeros((1, 2)), lj.Layout((), (0,), (1,)), scale=2.0)}
@@ -279,6 +293,9 @@ def difference(template: Adapters, base: Any, finetuned: Any) -> dict[str, Adapt
     >>> bool(jnp.allclose(found["w"].delta(), 1.0, atol=1e-5))
     True
     """
+    for path, adapter in template.items():
+        if isinstance(adapter, LowRank) and any(getattr(adapter, name) is not None for name in (*EXTRA, "invocation")):
+            raise ValueError(f"{path}: the template is more than a pair, for which alone a difference can be found")
     before, after = (
         paths.flatten(tree, is_leaf=is_adapted)[0] for tree in (attach(base, template), attach(finetuned, template))
     )
@@ -404,4 +421,4 @@ def _side_by_side(pairs: Sequence[LowRank]) -> LowRank:
     batch = len(pairs[0].layout.batch)
     a = jnp.concatenate([pair.a for pair in pairs], -1)
     b = jnp.concatenate([pair.scaled(pair.b) for pair in pairs], batch)
-    return dataclasses.replace(pairs[0], a=a, b=b, scale=1.0, ranks=None)
+    return dataclasses.replace(pairs[0], a=a, b=b, scale=1.0, ranks=None, frozen=())

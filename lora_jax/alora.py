@@ -28,9 +28,8 @@ def active_from(input_ids: Any, invocation_tokens: Sequence[int]) -> jax.Array:
     """
     ids, count = jnp.asarray(input_ids), len(invocation_tokens)
     if not count or ids.ndim != 2:
-        raise ValueError(f"active_from needs rows of tokens and a sequence, not ids of the shape {ids.shape} and {count} tokens")
+        raise ValueError(f"active_from needs rows of tokens and a sequence, not the shape {ids.shape} and {count} tokens")
     places = max(ids.shape[1] - count + 1, 0)
     windows = jnp.stack([ids[:, i : i + places] == token for i, token in enumerate(invocation_tokens)])
-    starts = jnp.pad(windows.all(0).astype(jnp.int32), ((0, 0), (0, ids.shape[1] - places)))
-    later = jnp.cumsum(starts[:, ::-1], axis=1)[:, ::-1] - starts  # how many sequences start after each place
-    return (jnp.cumsum(starts, axis=1) > 0) & (later == 0)
+    start = jnp.max(jnp.where(windows.all(0), jnp.arange(places)[None], -1), axis=1, initial=-1)
+    return (start >= 0)[:, None] & (jnp.arange(ids.shape[1])[None] >= start[:, None])

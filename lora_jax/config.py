@@ -104,6 +104,8 @@ class LoraConfig:
         put("dtype", _float_dtype(self.dtype))
         put("alora_invocation_tokens", _invocation(self.alora_invocation_tokens))
         put("d_initial", _number("d_initial", self.d_initial))
+        if not 0 < abs(self.d_initial) < float("inf"):
+            raise ValueError(f"d_initial must be finite and not zero, or nothing would be trained, not {self.d_initial!r}")
         _choice("method", self.method, ("lora", "lora_fa", "vera"))
         for name in ("dora", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
@@ -118,6 +120,9 @@ class LoraConfig:
         """Raise for options that can't work together, or that the method would not use."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         changed = lambda *names: [name for name in names if getattr(self, name) not in (defaults[name], {})]
+        idle = [] if self.targets else changed("method", "dora", "lora_bias", "dropout", "alora_invocation_tokens")
+        if idle:
+            raise ValueError(f"{', '.join(idle)} is for low-rank pairs, but targets is empty: leave it out, or name targets")
         if self.method == "vera":
             unused = changed("alpha", "alpha_pattern", "scaling", "init", "rank_pattern")
             if unused:
@@ -161,7 +166,7 @@ class LoraConfig:
             raise ValueError(f"the LoRA configuration must be a JSON object, not {type(fields).__name__}")
         version = fields.pop("format_version", None)
         if version not in (1, FORMAT_VERSION):
-            raise ValueError(f"the LoRA configuration has format version {version!r}; this lora_jax reads 1 and {FORMAT_VERSION}")
+            raise ValueError(f"the LoRA configuration has format version {version!r}; this lora_jax reads 1 and 2")
         known = {field.name for field in dataclasses.fields(cls)} - set(SINCE_2 if version == 1 else ())
         for problem, names in (("unknown", set(fields) - known), ("missing", known - set(fields))):
             if names:
@@ -213,9 +218,10 @@ def _rows(name: str, value: Any) -> list[int]:
 def _invocation(value: Any) -> list[int] | None:
     if value is None:
         return None
-    whole = not isinstance(value, str) and isinstance(value, Sequence) and all(type(token) is int for token in value)
-    if not whole or not value or min(value) < 0:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise ValueError(f"alora_invocation_tokens must be a non-empty list of token ids, not {value!r}")
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in value):
+        raise ValueError(f"alora_invocation_tokens must be whole numbers of at least 0, not {value!r}")
     return list(value)
 
 

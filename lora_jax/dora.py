@@ -11,7 +11,8 @@ from lora_jax.weight import contract
 
 
 def gain(base: Any, adapter: LowRank) -> jax.Array:
-    """`g = m / ||W + s A B||`, `(*batch, *out)`: the factor of each output; 1 where a stack's matrix has rank 0.
+    """`g = m / ||W + s A B||`, `(*batch, *out)`: the factor of each output; 1 where the norm is 0 (PEFT has NaN there), and
+    where a stack's matrix has rank 0.
 
     The norm is a constant for the gradient (section 4.3 of the paper). Neither A B nor anything of W's shape is made:
     `||w_j + s A b_j||^2 = ||w_j||^2 + 2 s (W^T A)_j b_j + s^2 b_j^T (A^T A) b_j`.
@@ -26,7 +27,8 @@ def gain(base: Any, adapter: LowRank) -> jax.Array:
     Array([2.], dtype=float32)
     """
     norm = lax.stop_gradient(column_norm(base, adapter))
-    return adapter.where_adapted(jnp.asarray(adapter.magnitude, norm.dtype) / norm, 1.0)
+    ratio = jnp.asarray(adapter.magnitude, norm.dtype) / jnp.where(norm > 0, norm, 1)
+    return adapter.where_adapted(jnp.where(norm > 0, ratio, 1), 1.0)
 
 
 def column_norm(base: Any, adapter: LowRank) -> jax.Array:

@@ -38,11 +38,13 @@ def init(
       variables: the tree; its arrays, and those of `args`, may be `jax.ShapeDtypeStruct`s, and so are then the adapters.
 
     Returns:
-      `{path: adapter}` with `a: (*batch, *in, r)` and `b: (*batch, r, *out)`.
+      `{path: adapter}` with `a: (*batch, *in, r)` and `b: (*batch, r, *out)`. With `method="vera"` adapters share arrays:
+      copy them before a step of your own donates them (`train.init_state` does).
 
     Raises:
       ValueError: a pattern matches nothing, or only parameters that can't take a pair; a rank is above a kernel's smaller
-        side; a layer does not exist; a method does not work for a parameter. The message names the pattern, the paths and what to do.
+        side; a layer does not exist; a method does not work for a parameter. The message names the pattern, the paths
+        and what to do.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> def model(params, x):
@@ -65,7 +67,8 @@ def init(
         elif path in rows:
             adapters[path] = _make(functools.partial(_rows_of, rows[path], config), leaf)
         elif path in chosen:
-            adapters[path] = _make(functools.partial(_pair, parameters[path], config, parameters, shared), key, leaf)
+            own = dataclasses.replace(shared, made={}) if shared and _abstract(key, leaf) else shared
+            adapters[path] = _make(functools.partial(_pair, parameters[path], config, parameters, own), key, leaf)
     apply = lora(fn, active=None if config.alora_invocation_tokens is None else jnp.array(True))
     abstractly(lambda p, a, k: apply(p, *a, **k), attach(variables, adapters), args, kwargs)
     return adapters
@@ -73,8 +76,11 @@ def init(
 
 def _make(fn: Callable[..., Any], *arrays: Any) -> Any:
     """`fn(*arrays)`, on shapes where an array is only a shape."""
-    abstract = any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays)
-    return jax.eval_shape(fn, *arrays) if abstract else fn(*arrays)
+    return jax.eval_shape(fn, *arrays) if _abstract(*arrays) else fn(*arrays)
+
+
+def _abstract(*arrays: Any) -> bool:
+    return any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays)
 
 
 def _trained(parameters: dict[str, Parameter], config: LoraConfig) -> set[str]:
@@ -95,13 +101,24 @@ def _rows(parameters: dict[str, Parameter], config: LoraConfig, trained: set[str
             p = parameters[path]
             if path in trained or path in rows:
                 raise ValueError(f"{option}: {path} is in train, or named twice; it can have one adapter only")
-            if p.obstacle or p.kind != "embedding" or len(p.layout.inputs) != 1 or p.layout.batch:
-                raise ValueError(f"{option}: {path} is no table whose rows are looked up: {p.obstacle or p.kind}")
-            count = p.shape[p.layout.inputs[0]]
+            layout = _table(p)
+            if layout is None:
+                raise ValueError(
+                    f"{option}: {path} of the shape {p.shape} is neither an embedding nor a head: {p.obstacle or p.kind}"
+                )
+            count = p.shape[layout.inputs[0]]
             if max(indices) >= count:
                 raise ValueError(f"{option}: {path} of the shape {p.shape} has {count} rows, so there is no row {max(indices)}")
-            rows[path] = Rows(None, tuple(indices), p.layout)
+            rows[path] = Rows(None, tuple(indices), layout)
     return rows
+
+
+def _table(parameter: Parameter) -> Layout | None:
+    """The layout of a table of tokens: an embedding's own; of a head, whose outputs are the tokens, the other way round."""
+    layout = parameter.layout
+    if parameter.kind == "linear":
+        layout = Layout(layout.batch, layout.outputs, layout.inputs)
+    return None if parameter.obstacle or layout.batch or len(layout.inputs) != 1 else layout
 
 
 def _rows_of(rows: Rows, config: LoraConfig, leaf: Any) -> Rows:
@@ -122,7 +139,8 @@ def _chosen(parameters: dict[str, Parameter], config: LoraConfig, trained: set[s
         left = [free[path] for path in matched if path in free]
         if not left:
             raise ValueError(
-                f"targets: everything that the pattern {pattern!r} matches is in exclude or train: {', '.join(matched)}"
+                f"targets: everything that the pattern {pattern!r} matches is in exclude, train or trainable_token_indices: "
+                f"{', '.join(matched)}"
             )
         _refuse_mixed(left)
         able = {p.path: p for p in left if not p.obstacle}
@@ -260,10 +278,17 @@ def _extra(
         extra["magnitude"] = column_norm(leaf, pair).astype(config.dtype)
     if config.lora_bias:
         out_shape = tuple(parameter.shape[axis] for axis in (*pair.layout.batch, *pair.layout.outputs))
-        beside = "/".join([*parameter.path.split("/")[:-1], "bias"])
-        found = beside in parameters and parameters[beside].shape == out_shape
-        extra |= {"bias": jnp.zeros(out_shape, config.dtype), "bias_path": beside if found else None}
+        extra |= {"bias": jnp.zeros(out_shape, config.dtype), "bias_path": _bias_beside(parameter, out_shape, parameters)}
     return extra
+
+
+def _bias_beside(kernel: Parameter, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> str | None:
+    """The parameter `bias` of the kernel's own module, which has no other kernel that the bias could belong to."""
+    module = kernel.path.rpartition("/")[0]
+    own = {path: p for path, p in parameters.items() if path.rpartition("/")[0] == module}
+    beside = f"{module}/bias" if module else "bias"
+    kernels = [path for path, p in own.items() if p.kind in ("linear", "embedding")]
+    return beside if kernels == [kernel.path] and beside in own and own[beside].shape == shape else None
 
 
 def _check_method(parameter: Parameter, config: LoraConfig) -> None:

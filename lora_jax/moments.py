@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapter import Adapter, Layout, LowRank, attach, is_adapted
@@ -36,15 +37,18 @@ def moments(
     """The moments of the inputs of each kernel that has a pair, in one traced pass of `fn(variables, *args, **kwargs)`.
 
     They are taken up by the backward pass, as the gradient of something that changes no result, and so come out of scans,
-    `jax.checkpoint` and `vmap` added up. Takes `in x in` numbers for each kernel.
+    `jax.checkpoint` and `vmap` added up. Takes `in x in` numbers for each kernel. For many batches compile it:
+    `jax.jit(functools.partial(moments, fn))`.
 
     Args:
-      fn: any function whose first argument is the parameter tree; of its results, float ones must depend on the kernels.
+      fn: any function whose first argument is the parameter tree. A use that no float result depends on (behind a
+        `stop_gradient` or an `argmax`) is not seen.
       variables: the base tree.
       adapters: from `init`; only their layouts are used.
 
     Raises:
-      ValueError: no adapter is a pair, or a kernel is used other than as a whole by plain products.
+      ValueError: no adapter is a pair, or (outside `jit`) no input reached a kernel, or a matrix of its stack.
+      NotLowRankError: a kernel is used other than as a whole by plain products (by a convolution or a lookup, say).
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> model = lambda params, x: x @ params["w"]
@@ -68,12 +72,22 @@ def moments(
         results = [leaf for leaf in jax.tree.leaves(traced.run(values, walk)) if _is_float(leaf)]
         return sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in results), jnp.zeros(()))
 
-    grads = jax.jit(jax.grad(total))({path: jnp.zeros(_tap_shape(layouts[path], shapes[path])) for path in layouts})
+    grads = jax.grad(total)({path: jnp.zeros(_tap_shape(layouts[path], shapes[path])) for path in layouts})
     found = {path: _split(tap, layouts[path], shapes[path]) for path, tap in grads.items()}
-    idle = [path for path, sums in found.items() if not bool(jnp.any(sums.count > 0))]
-    if idle:
-        raise ValueError(f"no input reached {', '.join(idle)}: the function's float results must depend on these kernels")
+    check_reached(found)
     return found
+
+
+def check_reached(found: Mapping[str, Moments]) -> None:
+    """Raise a ValueError for a kernel, or a matrix of a stack, that no input reached; inside `jit` nothing can be said."""
+    for path, sums in found.items():
+        try:
+            idle = np.argwhere(np.asarray(sums.count) == 0).tolist()
+        except jax.errors.TracerArrayConversionError:
+            return
+        if idle:
+            which = f" (matrices {idle} of its stack)" if idle[0] else ""
+            raise ValueError(f"no input reached {path}{which}: the function's float results must depend on all of it")
 
 
 def _is_float(leaf: Any) -> bool:

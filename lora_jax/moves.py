@@ -305,7 +305,7 @@ def _scale(eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
 
 
 def _scaled(weight: Weight, base: Any, fn: Callable[[Any], Any]) -> Weight:
-    if weight.needs_product == "bias":
+    if any(term.bias is not None for term in weight.terms):
         raise NotLowRank("it is multiplied with a number, and its adapter has a bias")
 
     def scale(term: Term) -> Term:

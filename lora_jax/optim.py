@@ -71,8 +71,10 @@ def lora_plus(
     >>> float(updates["w"].a[0, 0]), float(updates["w"].b[0, 0])
     (-0.5, -2.0)
     """
-    if not ratio > 0:
-        raise ValueError(f"ratio must be positive, not {ratio!r}")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
+        raise ValueError(f"ratio must be a positive, finite number, not {ratio!r}")
+    if rates is not None and not isinstance(rates, Mapping):
+        raise ValueError(f"rates must be a dict from pattern to learning rate, not {rates!r}")
     own = {paths.normalize(pattern): rate for pattern, rate in (rates or {}).items()}
     groups: dict[Hashable, Any] = {
         "a": make(learning_rate),
@@ -82,6 +84,8 @@ def lora_plus(
     groups |= {f"rates[{pattern}]": make(rate) for pattern, rate in own.items()}
 
     def group(path: str, adapter: Adapter, name: str) -> str:
+        if getattr(adapter.roles(), name) == FROZEN:
+            return FROZEN
         pattern = next((pattern for pattern in own if paths.matches(path, pattern)), None)
         if pattern is not None:
             return f"rates[{pattern}]"
@@ -125,7 +129,10 @@ def lora_fa(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
 
     def update(updates: Any, state: Any, params: Any = None, *, whole: Any = None, **extra: Any) -> Any:
         if whole is None:
-            raise ValueError("lora_fa needs A, which is frozen: use it as lora_jax.optimizer(lora_fa(tx)), and pass `params`")
+            raise ValueError(
+                "lora_fa needs A, which is frozen: use it as lora_jax.optimizer(lora_fa(tx)), and pass `params`; "
+                "optax.MultiSteps and what else drops extra arguments goes around that"
+            )
         pairs = {path: adapter for path, adapter in _adapters(whole).items() if isinstance(adapter, LowRank)}
         project = lambda path, adapter: _projected(adapter, pairs[path]) if path in pairs else adapter
         return inner.update(_map(project, updates), state, params, whole=whole, **extra)
@@ -150,7 +157,7 @@ def decay_mask(tree: Any) -> Any:
     """
 
     def decays(path: str, adapter: Adapter, name: str) -> bool:
-        return name not in ("magnitude", "bias", "scale") and not _is_vector(path, adapter)
+        return name not in ("magnitude", "bias", "scale", "lambda_d", "lambda_b") and not _is_vector(path, adapter)
 
     return _label(decays, tree, False)
 

@@ -261,9 +261,8 @@ def _conv(eqn: Equation, x: Any, weight: Any) -> list[Any]:
 
 def _refuse_rowwise(weight: Weight) -> None:
     """Raise NotLowRank for a term that needs to know which row of x is which, or all of x."""
-    what = next((term.needs_product for term in weight.terms if term.needs_product not in ("", "bias")), "")
-    if what:
-        raise NotLowRank(f"its adapter has a {what}, which plain products alone can take")
+    if weight.rowwise:
+        raise NotLowRank(f"it has {weight.rowwise}, which plain products alone can take")
 
 
 def _conv_branch(eqn: Equation, x: Any, term: Term, shape: tuple[int, ...], spec: Sequence[int]) -> Any:

@@ -9,10 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.adapter import ADAPTER, Adapter, LowRank, check
-
-
-_RANKED = ("a", "b", "lambda_d")  # the arrays with a rank axis
+from lora_jax.adapter import ADAPTER, PARTS, Adapter, LowRank, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +105,9 @@ def _row(path: str, shape: tuple[int, ...], adapter: Adapter) -> Row:
         rank = str(adapter.rank)
         if adapter.ranks is not None:
             rank = "/".join(map(str, dict.fromkeys(adapter.ranks)))
-            full, adapted = adapter.rank * len(adapter.ranks), sum(r > 0 for r in adapter.ranks)
-            share = lambda name: (sum(adapter.ranks), full) if name in _RANKED else (adapted, len(adapter.ranks))
+            ranked = sum(adapter.ranks), adapter.rank * len(adapter.ranks)
+            whole = sum(r > 0 for r in adapter.ranks), len(adapter.ranks)
+            share = lambda name: ranked if "rank" in PARTS[name] else whole
             sizes = {name: count * share(name)[0] // share(name)[1] for name, count in sizes.items()}
     size = sum(map(_bytes, jax.tree.leaves(adapter)))
     return Row(path, shape, type(adapter).__name__, rank, scale, math.prod(shape), sum(sizes.values()), size)

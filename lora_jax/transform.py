@@ -57,8 +57,9 @@ def lora(
     Args:
       fn: any function whose first argument is the parameter tree; every other argument passes as it is.
       key: a PRNG key that turns dropout on the low-rank branches on, with a mask of its own for each use.
-      active: for adapters with an invocation sequence, where in the input they act: booleans `(batch, tokens)`, as `active_from`
-        makes them. The input of each adapted product must have these as its first axes, or merged to one.
+      active: for adapters with an invocation sequence, where in the input they act: booleans `(batch, tokens)`, as
+        `active_from` makes them, or one for all. The input of each adapted product must have these as its first axes, in this
+        order, or merged to one.
       freeze: stop the gradient at every frozen leaf, so that differentiating the whole tree costs no more than
         differentiating the adapters.
       unused: what to do with an adapter that `fn` does not use: `"error"`, or `"ignore"` for a call of part of a model.
@@ -123,6 +124,11 @@ def _check_active(adapters: dict[str, Any], active: Any) -> None:
         raise ValueError(
             f"the adapters of {', '.join(invoked)} act from an invocation sequence on (aLoRA): say where with "
             "lora(fn, active=active_from(input_ids, invocation_tokens))"
+        )
+    if active is not None and (getattr(active, "dtype", None) != jnp.bool_ or jnp.ndim(active) not in (0, 2)):
+        raise ValueError(
+            f"`active` must be an array of booleans (batch, tokens), or one boolean for all, as active_from makes it, not "
+            f"{getattr(active, 'dtype', type(active).__name__)} of the shape {jnp.shape(active)}"
         )
     if active is not None and not invoked:
         raise ValueError("`active` is given, but no adapter has an invocation sequence: leave it out")
@@ -263,7 +269,7 @@ def _as_array(value: Any, walk: Walk, reason: str, eqn: Equation | None = None) 
     elif value.needs_product:
         raise NotLowRankError(
             f"{' and '.join(value.paths())} (shape {value.shape}): `{name}` at {site} needs the whole weight, which can't hold "
-            f"the adapter's {value.needs_product}: {reason}"
+            f"{value.needs_product}: {reason}"
         )
     return value.value
 
@@ -404,8 +410,8 @@ def _shard_map(eqn: Equation, values: list[Any], walk: Walk) -> list[Any]:
     """Each factor is laid out as the weight's axes that it has."""
     params = eqn.params
     for v, spec in zip(values, params["in_specs"]):
-        if is_weight(v) and v.needs_product not in ("", "bias"):
-            raise NotLowRank(f"its adapter has a {v.needs_product}, which needs to see the rows of all shards")
+        if is_weight(v) and v.rowwise:
+            raise NotLowRank(f"it has {v.rowwise}, for which a shard would need to know its place")
         if is_weight(v):
             v.divide(axis for axis, mesh_axis in enumerate(spec) if mesh_axis is not None)
     jaxpr, consts = _compat.open_jaxpr(params["jaxpr"])

@@ -46,10 +46,7 @@ class Shared:
 
     def _once(self, name: tuple[int, ...], make: Any) -> jax.Array:
         if name not in self.made:
-            made = jnp.broadcast_to(make().astype(self.dtype), name[1:])
-            if isinstance(made, jax.core.Tracer):  # on shapes alone there is nothing to share
-                return made
-            self.made[name] = made
+            self.made[name] = jnp.broadcast_to(make().astype(self.dtype), name[1:])
         return self.made[name]
 
 

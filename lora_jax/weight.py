@@ -159,9 +159,14 @@ class Term:
         return any(factor.indexed for factor in self.factors)
 
     @property
+    def rowwise(self) -> str:
+        """What of the term depends on the rows of x, so that plain products alone can take it; empty if nothing."""
+        return "an invocation sequence" if self.active is not None else "inputs to be summed up" if self.tap else ""
+
+    @property
     def needs_product(self) -> str:
-        """What of the term the weight alone can't hold, only a product with it."""
-        return "bias" if self.bias is not None else "invocation sequence" if self.active is not None else "tap" if self.tap else ""
+        """What of the term the weight alone can't hold, only a product with it; empty if nothing."""
+        return self.rowwise or ("a bias" if self.bias is not None else "")
 
     def absorbed(self) -> "Term":
         """The same with the gains multiplied into the factors."""
@@ -215,6 +220,11 @@ class Weight:
         """What of an adapter the weight alone can't hold, only a product with it; empty if nothing."""
         return next(filter(None, (term.needs_product for term in self.terms)), "")
 
+    @property
+    def rowwise(self) -> str:
+        """What of an adapter plain products alone can take; empty if nothing."""
+        return next(filter(None, (term.rowwise for term in self.terms)), "")
+
     def divide(self, axes: Iterable[int]) -> None:
         """Raise NotLowRank if these axes must not be taken apart: then several products would each add a bias."""
         if any(axis not in term.bias.axes for axis in axes for term in self.terms if term.bias is not None):
@@ -235,13 +245,16 @@ class Weight:
         if self.probing:
             return self.base
         if self.needs_product:
-            raise NotLowRank(f"its adapter has a {self.needs_product}, which a product alone can take")
+            raise NotLowRank(f"it has {self.needs_product}, which a product alone can take")
         total = functools.reduce(jnp.add, [_multiply_out(term, self.shape) for term in self.terms])
-        value = self.base + total.astype(self.base.dtype)
+        # In the wider dtype, so that rows that replace the base's do so to rounding.
+        with jax.numpy_dtype_promotion("standard"):
+            base = self.base.astype(jnp.promote_types(self.base.dtype, total.dtype))
+        value = base + total.astype(base.dtype)
         for term in self.terms:
             if term.excess:
-                value = value + scaled_along(self.base, term.excess, range(len(self.shape)))
-        return value
+                value = value + scaled_along(base, term.excess, range(len(self.shape)))
+        return value.astype(self.base.dtype)
 
 
 def is_weight(value: Any) -> bool:

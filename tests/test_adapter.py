@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_refused(adapters, message):
 
 
 def test_what_is_not_an_adapter_is_refused():
-    with pytest.raises(TypeError, match="params/w: an adapter is a LowRank or a Full, not tuple"):
+    with pytest.raises(TypeError, match="params/w: an adapter is a LowRank, a Full or Rows, not tuple"):
         lj.attach(VARIABLES, {"params/w": (1, 2)})
 
 
@@ -115,7 +115,7 @@ def test_merge_checks_on_request(bad):
 
 
 def test_a_full_adapter_can_not_be_unmerged():
-    with pytest.raises(ValueError, match="params/norm: a Full adapter and one with a magnitude replace their parameter"):
+    with pytest.raises(ValueError, match="params/norm: a Full adapter, Rows and one with a magnitude replace their parameter"):
         lj.unmerge(VARIABLES, {"params/norm": lj.Full(jnp.zeros(4))})
 
 

@@ -17,7 +17,7 @@ import lora_jax as lj
     ({"alpha": float("nan")}, "alpha must be positive"),
     ({"alpha": "16"}, "alpha must be a number"),
     ({"targets": "query"}, "write ['query'] for one pattern"),
-    ({"targets": []}, "targets and train are both empty"),
+    ({"targets": []}, "targets, train and trainable_token_indices are all empty"),
     ({"targets": [""]}, "a pattern is a non-empty string"),
     ({"targets": ["re:("]}, "is not a regular expression"),
     ({"exclude": "query"}, "exclude must be a list of patterns"),
@@ -75,7 +75,7 @@ def test_json_round_trip(config):
 @pytest.mark.parametrize("change,message", [
     (lambda d: d | {"rnak": 8}, "unknown fields: rnak"),
     (lambda d: {k: v for k, v in d.items() if k != "alpha"}, "missing fields: alpha"),
-    (lambda d: d | {"format_version": 2}, "format version 2; this lora_jax reads 1"),
+    (lambda d: d | {"format_version": 3}, "format version 3; this lora_jax reads 1 and 2"),
     (lambda d: {k: v for k, v in d.items() if k != "format_version"}, "format version None"),
     (lambda d: d | {"rank": "8"}, "rank must be a whole number"),
     (lambda d: [d], "must be a JSON object, not list"),

@@ -202,7 +202,12 @@ def test_vera_shares_its_matrices():
         ({"trainable_token_indices": {"embed": [3, 3]}}, "names an index twice"),
         ({"trainable_token_indices": ["embed"]}, "trainable_token_indices must be a dict"),
         ({"alora_invocation_tokens": []}, "alora_invocation_tokens must be a non-empty list of token ids"),
-        ({"alora_invocation_tokens": [1, -2]}, "alora_invocation_tokens must be a non-empty list of token ids"),
+        ({"alora_invocation_tokens": [1, -2]}, "alora_invocation_tokens must be whole numbers of at least 0"),
+        ({"d_initial": 0.0, "method": "vera"}, "d_initial must be finite and not zero"),
+        (
+            {"targets": [], "train": ["head"], "dora": True, "dropout": 0.1},
+            "dora, dropout is for low-rank pairs, but targets is empty",
+        ),
     ],
 )
 def test_configurations_that_can_not_work_are_refused(options, message):
@@ -213,14 +218,23 @@ def test_configurations_that_can_not_work_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "lora_fa", "targets": ["embed"]}, "method: embed is an embedding, for which method='lora_fa' does not work"),
+        (
+            {"method": "lora_fa", "targets": ["embed"]},
+            "method: embed is an embedding, for which method='lora_fa' does not work",
+        ),
         ({"method": "vera", "targets": ["embed"]}, "method: embed is an embedding"),
         ({"lora_bias": True, "targets": ["embed"]}, "lora_bias: embed is an embedding"),
         ({"alora_invocation_tokens": [1], "targets": ["embed"]}, "alora_invocation_tokens: embed is an embedding"),
-        ({"trainable_token_indices": {"up/kernel": [1]}}, "layers/up/kernel is no table whose rows are looked up: linear"),
+        (
+            {"trainable_token_indices": {"up/bias": [1]}},
+            r"layers/up/bias of the shape \(8,\) is neither an embedding nor a head",
+        ),
         ({"trainable_token_indices": {"embed": [11]}}, r"embed of the shape \(11, 6\) has 11 rows, so there is no row 11"),
         ({"trainable_token_indices": {"embed": [1]}, "train": ["embed"]}, "embed is in train, or named twice"),
-        ({"trainable_token_indices": {"embed": [1]}, "targets": ["embed"]}, "everything that the pattern 'embed' matches is in"),
+        (
+            {"trainable_token_indices": {"embed": [1]}, "targets": ["embed"]},
+            "everything that the pattern 'embed' matches is in",
+        ),
     ],
 )
 def test_methods_that_do_not_fit_a_parameter_are_refused(options, message):
@@ -234,12 +248,17 @@ def test_an_invocation_sequence_is_never_ignored():
     params = lj.attach(variables, adapters)
     with pytest.raises(ValueError, match="layers/up/kernel act from an invocation sequence on"):
         lj.lora(fn)(params, IDS)
-    with pytest.raises(ValueError, match="acts on some tokens only, so it can't be merged"):
+    with pytest.raises(ValueError, match=r"layers/down/kernel, layers/up/kernel: an adapter that acts from .* can't be merged"):
         lj.merge(variables, adapters)
     with pytest.raises(ValueError, match="an adapter with an invocation sequence can't be scaled"):
         lj.algebra.scale(adapters, 2.0)
-    with pytest.raises(lj.NotLowRankError, match=r"`active` has the shape \(3, 4\), but the rows of this product's input are \(3, 5\)"):
+    with pytest.raises(
+        lj.NotLowRankError, match=r"`active` has the shape \(3, 4\), but the rows of this product's input are \(3, 5\)"
+    ):
         lj.lora(fn, active=jnp.ones((3, 4), bool))(params, IDS)
+    for wrong in (IDS, jnp.ones(3, bool), [[True]], True):
+        with pytest.raises(ValueError, match="`active` must be an array of booleans"):
+            lj.lora(fn, active=wrong)(params, IDS)
     with pytest.raises(ValueError, match="`active` is given, but no adapter has an invocation sequence"):
         lj.lora(fn, active=active("alora"))(lj.attach(variables, prepare("lora", "unrolled")[2]), IDS)
 
@@ -278,7 +297,7 @@ def test_moments_are_those_of_the_inputs(merged):
 def test_moments_need_plain_products(model):
     variables, x = {"w": jnp.ones((8, 6))}, jnp.ones((6, 8))
     pair = lj.LowRank(jnp.ones((8, 2)), jnp.ones((2, 6)), lj.Layout((), (0,), (1,)))
-    with pytest.raises(lj.NotLowRankError, match="w .* cannot stay low-rank"):
+    with pytest.raises(lj.NotLowRankError, match=r"w .* cannot stay low-rank"):
         lj.moments(model, variables, {"w": pair}, x)
 
 
@@ -286,3 +305,81 @@ def test_moments_that_nothing_reaches_are_an_error():
     pair = lj.LowRank(jnp.ones((8, 2)), jnp.ones((2, 6)), lj.Layout((), (0,), (1,)))
     with pytest.raises(ValueError, match="no input reached w"):
         lj.moments(lambda p, x: jax.lax.stop_gradient(x @ p["w"]), {"w": jnp.ones((8, 6))}, {"w": pair}, jnp.ones((2, 8)))
+
+
+def test_moments_name_the_part_of_a_stack_that_nothing_reaches():
+    variables = {"w": jnp.ones((3, 4, 4))}
+    pair = lj.LowRank(jnp.ones((3, 4, 2)), jnp.ones((3, 2, 4)), lj.Layout((0,), (1,), (2,)))
+    with pytest.raises(ValueError, match=r"no input reached w \(matrices \[\[2\]\] of its stack\)"):
+        lj.moments(lambda p, x: x @ p["w"][0] @ p["w"][1], variables, {"w": pair}, jnp.ones((2, 4)))
+
+
+def test_a_head_can_have_rows():
+    """Tokens may be a head's outputs: its columns are then the rows."""
+    variables = {"w": jax.random.normal(jax.random.key(0), (6, 4)), "head": jax.random.normal(jax.random.key(1), (4, 9))}
+    fn, x = lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"], jax.random.normal(jax.random.key(2), (5, 6))
+    config = lj.LoraConfig(rank=2, targets=["w"], trainable_token_indices={"head": [7, 0]})
+    adapters = moved(lj.init(jax.random.key(3), config, fn, variables, x))
+    assert adapters["head"].values.shape == (2, 4)
+    merged = lj.merge(variables, adapters)
+    np.testing.assert_array_equal(merged["head"][:, jnp.array([7, 0])].T, adapters["head"].values)
+    np.testing.assert_allclose(lj.lora(fn)(lj.attach(variables, adapters), x), fn(merged, x), atol=1e-5)
+
+
+def test_rows_replace_those_of_a_table_of_low_precision():
+    table = 1000 * jax.random.normal(jax.random.key(0), (9, 4)).astype(BF16)
+    rows = lj.Rows(jnp.full((2, 4), 0.5), (3, 5), lj.Layout((), (0,), (1,)))
+    got = lj.lora(lambda p, ids: p["t"][ids])(lj.attach({"t": table}, {"t": rows}), jnp.arange(9))
+    np.testing.assert_array_equal(got.astype(F32), lj.merge({"t": table}, {"t": rows})["t"].astype(F32))
+
+
+def test_a_bias_belongs_to_the_only_kernel_of_its_module():
+    params = {
+        "w1": jnp.ones((4, 4)),
+        "w2": jnp.ones((4, 4)),
+        "bias": jnp.ones(4),
+        "own": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+    }
+    fn = lambda p, x: (jnp.tanh(x @ p["w1"] + p["bias"][None]) @ p["w2"]) @ p["own"]["kernel"] + p["own"]["bias"][None]
+    adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=2, lora_bias=True), fn, params, jnp.ones((3, 4)))
+    assert {path: a.bias_path for path, a in adapters.items()} == {"own/kernel": "own/bias", "w1": None, "w2": None}
+
+
+def test_an_output_of_zeros_has_no_direction():
+    """DoRA's ratio of a column of zeros is 1, not NaN, and its pair can train."""
+    params, x = {"w": jnp.ones((4, 3)).at[:, 1].set(0)}, jnp.ones((2, 4))
+    fn = lambda p, x: x @ p["w"]
+    adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=2, dora=True), fn, params, x)
+    loss = lambda a: jnp.sum((lj.lora(fn)(lj.attach(params, a), x) - 1) ** 2)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((jax.grad(loss)(adapters), lj.merge(params, adapters))))
+
+
+def test_excluded_layers_stay_excluded():
+    """Padding and truncating a stack keep apart which of its matrices are adapted at all."""
+    fn, variables, adapters, _ = prepare("dora_fa_bias", "some_layers")
+    adapters = moved(adapters)
+    adapters = {p: dataclasses.replace(a, magnitude=a.magnitude.at[1].set(9.0)) for p, a in adapters.items()}
+    run = lambda a: lj.lora(fn)(lj.attach(variables, a), IDS)
+    np.testing.assert_allclose(run(lj.algebra.pad_rank(adapters, 5)), run(adapters), atol=1e-5)
+    dead = {p: dataclasses.replace(a, b=a.b.at[2].set(0.0)) for p, a in adapters.items()}
+    short = lj.algebra.truncate(dead, energy=1.0)
+    assert {a.ranks for a in short.values()} == {(3, 0, 1)}
+    np.testing.assert_allclose(run(short), run(dead), atol=1e-4)
+    with pytest.raises(ValueError, match="the template is more than a pair"):
+        lj.algebra.difference(adapters, variables, variables)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("frozen", ("A",), r"w: frozen is \('A',\); it must be a tuple of some of a, b"),
+        ("frozen", "b", "w: frozen is 'b'; it must be a tuple"),
+        ("dropout", 1.5, "w: the adapter's dropout must be at least 0 and below 1"),
+        ("ranks", (1, 2), r"w: the adapter's ranks are \(1, 2\); it needs 1 of at most 2"),
+        ("lambda_d", jnp.ones(2), "w: the adapter has only one of lambda_d and lambda_b"),
+    ],
+)
+def test_pairs_made_by_hand_are_checked(field, value, message):
+    pair = lj.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), lj.Layout((), (0,), (1,)))
+    with pytest.raises(ValueError, match=message):
+        lj.attach({"w": jnp.ones((4, 3))}, {"w": dataclasses.replace(pair, **{field: value})})

@@ -122,7 +122,7 @@ def test_lora_plus_takes_schedules():
             {"w": pair()},
             "rates: the pattern 'embed' matches",
         ),
-        (functools.partial(lora_plus, optax.sgd, 0.1, 0.0), {"w": pair()}, "ratio must be positive, not 0.0"),
+        (functools.partial(lora_plus, optax.sgd, 0.1, 0.0), {"w": pair()}, "ratio must be a positive, finite number, not 0.0"),
         (
             lambda: lora_fa(optax.sgd(0.1)),
             {"w": pair()},

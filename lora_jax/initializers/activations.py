@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax.adapter import Adapter, LowRank
 from lora_jax.algebra import fit, from_matrices, kernel_matrices, true_ranks
 from lora_jax.initializers.pairs import Adapters, sides, smallest_first, split_off, svd, with_kernels
-from lora_jax.moments import Moments
+from lora_jax.moments import Moments, check_reached
 
 DAMPING = 0.01
 
@@ -20,6 +20,7 @@ def _moments_of(path: str, pair: LowRank, moments: Mapping[str, Moments]) -> tup
     """The moments of a pair's kernel as stacks: second `(count, in, in)`, total `(count, in)`, count `(count,)`."""
     if path not in moments:
         raise ValueError(f"{path}: there are no moments of its inputs: make them with moments(fn, variables, adapters, ...)")
+    check_reached({path: moments[path]})
     found = moments[path]
     batch = pair.a.shape[: len(pair.layout.batch)]
     fan_in, _ = sides(pair)

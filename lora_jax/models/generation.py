@@ -108,10 +108,10 @@ def _generate(model, variables, prompt_ids, real, key, temperature, *, count, eo
 
 def _applies(model: Llama, variables: Any, prompt_ids: jax.Array) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The model for the prompt, and for one token after it: adapters with an invocation sequence act from it on."""
-    adapters = [node.adapter for node in jax.tree.leaves(variables, is_leaf=is_adapted) if is_adapted(node)]
+    adapters: list[Any] = [node.adapter for node in jax.tree.leaves(variables, is_leaf=is_adapted) if is_adapted(node)]
     if not adapters:
         return model.apply, model.apply
-    sequences = {getattr(adapter, "invocation", None) for adapter in adapters} - {None}
+    sequences = {tuple(adapter.invocation) for adapter in adapters if getattr(adapter, "invocation", None) is not None}
     if not sequences:
         return lora(model.apply), lora(model.apply)
     if len(sequences) > 1:

@@ -8,6 +8,7 @@ every second sixth, that on the held-out texts.
 """
 
 import argparse
+import functools
 import itertools
 import pathlib
 import sys
@@ -34,9 +35,9 @@ def input_moments(session: Session, adapters: Any) -> Any:
     """The moments of some training batches; padding counts as input, of which these batches have little."""
     config = session.config
     apply = classify.load_base(classify.base_directory(config), config).model.apply
-    total = None
+    take, total = jax.jit(functools.partial(moments, apply)), None
     for batch in itertools.islice(session.task.train_batches(config.seed), MOMENT_BATCHES):
-        found = moments(apply, session.task.variables, adapters, batch["input_ids"], batch["attention_mask"])
+        found = take(session.task.variables, adapters, batch["input_ids"], batch["attention_mask"])
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     return total
 
