@@ -212,5 +212,5 @@ def test_merge_and_unmerge():
     with pytest.raises(ValueError, match="merging makes NaN or infinite values in w; the base is unchanged"):
         lj.merge(VARIABLES, bad, check=True)
     assert lj.merge(VARIABLES, adapters, check=True)["w"].dtype == jnp.float32
-    with pytest.raises(ValueError, match=r"^w: a Full adapter and one with a magnitude replace their parameter"):
+    with pytest.raises(ValueError, match=r"^w: a Full adapter, Rows and one with a magnitude replace their parameter"):
         lj.unmerge(VARIABLES, {"w": lj.Full(VARIABLES["w"])})
