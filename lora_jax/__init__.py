@@ -22,6 +22,8 @@ from lora_jax.init import init as init
 from lora_jax.mixing import combine as combine
 from lora_jax.moments import moments as moments
 from lora_jax.optim import optimizer as optimizer
+from lora_jax.quant import quantization_error as quantization_error
+from lora_jax.quant import quantize as quantize
 from lora_jax.report import summary as summary
 from lora_jax.transform import NotLowRankError as NotLowRankError
 from lora_jax.transform import lora as lora

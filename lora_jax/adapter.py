@@ -363,7 +363,7 @@ def attach(variables: Any, adapters: Mapping[str, Adapter]) -> Any:
         if path not in leaves:
             near = "".join(f"\n  {near}" for near in paths.near_misses(leaves, path))
             raise ValueError(f"the adapter {path!r} has no parameter in this tree. The nearest paths are:{near}")
-        check(path, adapter, jnp.shape(leaves[path]))
+        check(path, adapter, getattr(leaves[path], "shape", ()))
     nodes = [Adapted(leaf, adapters[path]) if path in adapters else leaf for path, leaf in leaves.items()]
     return jax.tree.unflatten(treedef, nodes)
 

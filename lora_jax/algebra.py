@@ -6,13 +6,13 @@ What is done with changes `scale A B` is done on their factors: no `A B` is form
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import paths
+from lora_jax import paths, quant
 from lora_jax.adapter import EXTRA, PARTS, Adapter, Full, Layout, LowRank, Rows, attach, is_adapted, wide_dtype
 from lora_jax.dora import gain
 from lora_jax.weight import Factor
@@ -20,7 +20,9 @@ from lora_jax.weight import Factor
 Adapters = Mapping[str, Adapter]
 
 
-def merge(variables: Any, adapters: Mapping[str, Adapter], *, check: bool = False) -> Any:
+def merge(
+    variables: Any, adapters: Mapping[str, Adapter], *, check: bool = False, quantized: Literal["error", "dense"] = "error"
+) -> Any:
     """Plain parameters with the adapters folded in: `W + s A B` (`g (W + s A B)` with a magnitude), or a `Full`'s value.
 
     The sum is made in the wider of the kernel's and the adapter's dtype, at least float32, and has the kernel's dtype. The base
@@ -30,10 +32,12 @@ def merge(variables: Any, adapters: Mapping[str, Adapter], *, check: bool = Fals
       variables: the base tree.
       adapters: `{path: adapter}`.
       check: raise where a merged parameter has a NaN or an infinity (needs concrete arrays).
+      quantized: what to do with a kernel that is quantised: `"error"`, since the sum would have to be rounded, or `"dense"`: it
+        becomes dense, and `quantize` may round it again, of which `quantization_error` tells the error.
 
     Raises:
-      ValueError: an adapter does not fit the tree, its bias has no parameter to go to, or `check` finds a value that is not
-        finite; the message names the path.
+      ValueError: a kernel is quantised, an adapter does not fit the tree or acts on some tokens only, its bias has no parameter
+        to go to, or `check` finds a value that is not finite; the message names the path.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> pair = lj.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)), scale=0.5)
@@ -44,6 +48,15 @@ def merge(variables: Any, adapters: Mapping[str, Adapter], *, check: bool = Fals
     invoked = [path for path, a in adapters.items() if isinstance(a, LowRank) and a.invocation is not None]
     if invoked:
         raise ValueError(f"{', '.join(invoked)}: an adapter that acts from an invocation sequence on (aLoRA) can't be merged")
+    if quantized not in ("error", "dense"):
+        raise ValueError(f"quantized must be 'error' or 'dense', not {quantized!r}")
+    leaves, _ = paths.flatten(variables)
+    rounded = [path for path in adapters if path in leaves and paths.is_quantized(leaves[path])]
+    if rounded and quantized == "error":
+        raise ValueError(
+            f"{', '.join(rounded)}: the kernel is quantised, so a merged one would be rounded: say "
+            "merge(..., quantized='dense') for a dense one, which quantize can round again"
+        )
     folded = jax.tree.map(_folded, attach(variables, adapters), is_leaf=is_adapted)
     merged = _with_biases(folded, adapters, 1.0)
     if check:
@@ -76,7 +89,7 @@ def unmerge(merged: Any, adapters: Mapping[str, Adapter]) -> Any:
 def _folded(node: Any, sign: float = 1.0) -> Any:
     if not is_adapted(node):
         return node
-    base, adapter = node.base, node.adapter
+    base, adapter = quant.dense(node.base), node.adapter
     if isinstance(adapter, Full):
         return adapter.value.astype(base.dtype)
     if isinstance(adapter, Rows):
@@ -238,7 +251,8 @@ def _truncated(pair: LowRank, rank: int | None, energy: float | None) -> LowRank
     if energy is not None:
         squares = np.asarray(s, np.float64) ** 2
         share = np.cumsum(squares, -1) / np.maximum(squares.sum(-1, keepdims=True), 1e-300)
-        kept = np.minimum(1 + (share < energy - 1e-12).sum(-1), true_ranks(pair))  # at least 1: 0 would mean not adapted
+        kept = np.where(squares.any(-1), 1 + (share < energy - 1e-12).sum(-1), 1)
+        kept = np.minimum(kept, true_ranks(pair))  # 0 only where it was: a matrix of rank 0 is not adapted at all
         rank, ranks = max(1, int(kept.max())), tuple(map(int, kept.reshape(-1)))
         s = jnp.where(jnp.arange(s.shape[-1])[None] < kept[:, None], s, 0)
     elif pair.ranks is not None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapter import LowRank, wide_dtype
-from lora_jax.weight import contract
+from lora_jax.weight import contract, use
 
 
 def gain(base: Any, adapter: LowRank) -> jax.Array:
@@ -26,7 +26,7 @@ def gain(base: Any, adapter: LowRank) -> jax.Array:
     >>> gain(jnp.array([[1.0], [2.0]]), pair)
     Array([2.], dtype=float32)
     """
-    norm = lax.stop_gradient(column_norm(base, adapter))
+    norm = lax.stop_gradient(use(lambda base: column_norm(base, adapter), base))
     ratio = jnp.asarray(adapter.magnitude, norm.dtype) / jnp.where(norm > 0, norm, 1)
     return adapter.where_adapted(jnp.where(norm > 0, ratio, 1), 1.0)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import paths, starts, vera
+from lora_jax import paths, quant, starts, vera
 from lora_jax.adapter import Adapter, Full, Layout, LowRank, Rows, attach
 from lora_jax.config import LoraConfig
 from lora_jax.dora import column_norm
@@ -55,7 +55,7 @@ def init(
     """
     parameters = explain(fn, variables, *args, **kwargs).parameters
     leaves, _ = paths.flatten(variables)
-    trained = _trained(parameters, config)
+    trained = _trained(leaves, parameters, config)
     rows = _rows(parameters, config, trained)
     chosen = _in_layers(_chosen(parameters, config, {*trained, *rows}), config)
     _check_tables(chosen, config)
@@ -80,14 +80,16 @@ def _make(fn: Callable[..., Any], *arrays: Any) -> Any:
 
 
 def _abstract(*arrays: Any) -> bool:
-    return any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays)
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(arrays))
 
 
-def _trained(parameters: dict[str, Parameter], config: LoraConfig) -> set[str]:
+def _trained(leaves: Mapping[str, Any], parameters: dict[str, Parameter], config: LoraConfig) -> set[str]:
     trained = set(paths.select(parameters, config.train, "train"))
     for path in trained:
         if not jnp.issubdtype(parameters[path].dtype, jnp.floating):
             raise ValueError(f"train: {path} has the dtype {parameters[path].dtype}; only floats can be trained")
+        if paths.is_quantized(leaves[path]):
+            raise ValueError(f"train: {path} is quantised, so it can't be trained whole; give it a pair, or leave it dense")
         if parameters[path].kind == "unused":
             raise ValueError(f"train: the function does not use {path}; take its pattern out of train")
     return trained
@@ -122,7 +124,7 @@ def _table(parameter: Parameter) -> Layout | None:
 
 
 def _rows_of(rows: Rows, config: LoraConfig, leaf: Any) -> Rows:
-    return dataclasses.replace(rows, values=rows.pick(leaf).astype(config.dtype))
+    return dataclasses.replace(rows, values=rows.pick(quant.dense(leaf)).astype(config.dtype))
 
 
 # --- which parameters -------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def _extra(
     if config.method == "vera":
         extra |= vera.scales(pair.layout, parameter.shape, pair.rank, config.d_initial, config.dtype)
     if config.dora:
-        extra["magnitude"] = column_norm(leaf, pair).astype(config.dtype)
+        extra["magnitude"] = column_norm(quant.dense(leaf), pair).astype(config.dtype)
     if config.lora_bias:
         out_shape = tuple(parameter.shape[axis] for axis in (*pair.layout.batch, *pair.layout.outputs))
         extra |= {"bias": jnp.zeros(out_shape, config.dtype), "bias_path": _bias_beside(parameter, out_shape, parameters)}

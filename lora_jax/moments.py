@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import paths
+from lora_jax import paths, quant
 from lora_jax.adapter import Adapter, Layout, LowRank, attach, is_adapted
 from lora_jax.transform import Walk, trace
 from lora_jax.weight import RANK, Factor, Term, Weight
@@ -68,7 +68,8 @@ def moments(
     def total(taps: dict[str, jax.Array]) -> jax.Array:
         walk = Walk()
         traced = trace(fn, treedef, leaves, args, kwargs)
-        values = [_tapped(p, leaf, layouts[p], taps[p], walk) if p in layouts else leaf for p, leaf in zip(nodes, leaves)]
+        tapped = lambda path, leaf: _tapped(path, leaf, layouts[path], taps[path], walk)
+        values = [tapped(path, leaf) if path in layouts else quant.frozen(leaf) for path, leaf in zip(nodes, leaves)]
         results = [leaf for leaf in jax.tree.leaves(traced.run(values, walk)) if _is_float(leaf)]
         return sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in results), jnp.zeros(()))
 
@@ -109,7 +110,7 @@ def _tapped(path: str, leaf: Any, layout: Layout, tap: jax.Array, walk: Walk) ->
     _, inputs = _sizes(layout, leaf.shape)
     eye = jnp.eye(inputs).reshape(*(leaf.shape[axis] for axis in layout.inputs), inputs)
     term = Term((Factor(eye, (*layout.inputs, RANK)),), path, walk, tap=Factor(tap, (*layout.batch, RANK)))
-    return Weight(leaf, (term,))
+    return Weight(quant.base(leaf), (term,))
 
 
 def _split(tap: jax.Array, layout: Layout, shape: tuple[int, ...]) -> Moments:

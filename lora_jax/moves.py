@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _compat
-from lora_jax.weight import RANK, Factor, NotLowRank, Term, Weight, contract, is_weight
+from lora_jax.weight import RANK, Factor, NotLowRank, Term, Weight, contract, is_weight, on_bases
 
 Equation = _compat.Equation
 Rule = Callable[..., list[Any]]
 
 
 def _on_base(eqn: Equation, *operands: Any) -> list[Any]:
-    return _compat.bind(eqn, [v.base if is_weight(v) else v for v in operands])
+    bases = [v.base if is_weight(v) else v for v in operands]
+    return on_bases(lambda *arrays: _compat.bind(eqn, arrays), *bases)
 
 
 def _pass(eqn: Equation, *operands: Any) -> list[Any]:
@@ -80,7 +81,8 @@ def _reshape(eqn: Equation, weight: Weight, *dynamic: Any) -> list[Any]:
     base = _on_base(eqn, weight, *dynamic)[0]
     if order is not None:  # the axes are permuted first
         new = {old: position for position, old in enumerate(order)}
-        weight = weight.move(lax.transpose(weight.base, order), lambda factor: factor.relabel(new))
+        (ordered,) = on_bases(lambda base: [lax.transpose(base, order)], weight.base)
+        weight = weight.move(ordered, lambda factor: factor.relabel(new))
     groups = _groups(weight.shape, new_shape)
     if weight.probing:
         weight = _join_probes(weight, [set(olds) for olds, news in groups if len(olds) > 1])
@@ -289,7 +291,8 @@ def _stack(eqn: Equation, *operands: Any) -> list[Any]:
         if not is_weight(v):
             return jnp.expand_dims(v, axis)
         new = {old: old + (old >= axis) for old in range(len(v.shape))}
-        return v.move(jnp.expand_dims(v.base, axis), lambda factor: factor.relabel(new))
+        (base,) = on_bases(lambda base: [jnp.expand_dims(base, axis)], v.base)
+        return v.move(base, lambda factor: factor.relabel(new))
 
     return _join(eqn, [expand(v) for v in operands], axis, _on_base(eqn, *operands)[0])
 

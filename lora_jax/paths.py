@@ -48,13 +48,19 @@ def _in_box(key_path: Sequence[Any]) -> bool:
     return len(key_path) > 1 and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value"
 
 
+def is_quantized(node: Any) -> bool:
+    """Whether a node of a tree is one quantised array (a `qwix.QArray`, recognised by its fields)."""
+    return hasattr(node, "qvalue") and hasattr(node, "scale") and hasattr(node, "qtype")
+
+
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
-    """The leaves of a tree by path, in tree order, and its structure.
+    """The leaves of a tree by path, in tree order, and its structure. A quantised array is one leaf.
 
     Raises:
       ValueError: two leaves have one path (as the dict keys `1` and `"1"` would).
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    whole = lambda node: is_quantized(node) or (is_leaf is not None and is_leaf(node))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)
     siblings = collections.Counter(key_path[:-1] for key_path, _ in leaves)
     by_path: dict[str, Any] = {}
     for key_path, leaf in leaves:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _compat
+from lora_jax.adapter import wide_dtype
 from lora_jax.weight import (
     RANK,
     Factor,
@@ -27,6 +28,7 @@ from lora_jax.weight import (
     is_weight,
     scaled_along,
     two_step,
+    use,
 )
 
 Equation = _compat.Equation
@@ -105,7 +107,7 @@ def _dot_general(eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
     weight, x, roles = (rhs, lhs, r_roles) if x_first else (lhs, rhs, l_roles)
     wc, xc, wb, xb = (rc, lc, rb, lb) if x_first else (lc, rc, lb, rb)
     note_product(weight, eqn, roles)
-    result = _compat.bind(eqn, [x, weight.base] if x_first else [weight.base, x])[0]
+    result = use(lambda x, base: _compat.bind(eqn, [x, base] if x_first else [base, x])[0], x, weight.base)
     if weight.probing:
         return [result]
     n = len(weight.shape)
@@ -115,9 +117,8 @@ def _dot_general(eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
     w_free = [axis for axis in range(n) if roles[axis] == "out"]
     out = [*wb, *(x_free + w_free if x_first else w_free + x_free)]
     options = _precision(eqn, x_first), eqn.params["preferred_element_type"]
-    product = lambda x, kept: contract(
-        x, x_labels, weight.base, range(n), [*kept, *out], precision=options[0], preferred_element_type=options[1]
-    )
+    einsum = functools.partial(contract, precision=options[0], preferred_element_type=options[1])
+    product = lambda x, kept: use(lambda x, base: einsum(x, x_labels, base, range(n), [*kept, *out]), x, weight.base)
     plain, contracted = result, [axis for axis in range(n) if roles[axis] == "in"]
     for term in weight.terms:
         if term.tap is not None:
@@ -155,7 +156,7 @@ def tapped(result: Any, x: Any, x_labels: Sequence[int], term: Term, contracted:
         raise NotLowRank("the product does not contract all the in axes")
     batch = [axis for axis in tap.axes if axis != RANK and axis in x_labels]
     rows = [label for label in x_labels if label not in [*inputs, *batch]]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x)
     z = contract(x.astype(wide), x_labels, eye.array.astype(wide), eye.axes, [*batch, *rows, RANK], precision="highest")
     z = lax.stop_gradient(jnp.concatenate([z, jnp.ones((*z.shape[:-1], 1), wide)], -1))
     other, labels = min(x_labels) - 2, [*batch, *rows]  # a label that nothing else has
@@ -237,7 +238,8 @@ def _conv(eqn: Equation, x: Any, weight: Any) -> list[Any]:
         raise NotLowRank("the convolution has a batch_group_count")
     spec = params["dimension_numbers"].rhs_spec
     note_product(weight, eqn, {axis: "out" if axis == spec[0] else "in" for axis in range(len(weight.shape))})
-    result = _compat.bind(eqn, [x, weight.base])[0]
+    multiply = lambda x: use(lambda x, base: _compat.bind(eqn, [x, base])[0], x, weight.base)
+    result = multiply(x)
     if weight.probing:
         return [result]
     out = [-1] * result.ndim
@@ -247,7 +249,7 @@ def _conv(eqn: Equation, x: Any, weight: Any) -> list[Any]:
     def product(x: Any, kept: Sequence[int]) -> Any:
         if kept:
             raise NotLowRank("the adapter's magnitude does not lie along the out axis of this convolution")
-        return _compat.bind(eqn, [x, weight.base])[0]
+        return multiply(x)
 
     _refuse_rowwise(weight)
     for term in weight.terms:
@@ -299,7 +301,8 @@ def _ragged_dot(eqn: Equation, x: Any, weight: Any, group_sizes: Any, *offset: A
         raise NotLowRank("only rows in groups times one matrix per group stays low-rank in a ragged product")
     roles = _roles(len(weight.shape), wc, group)
     note_product(weight, eqn, roles)
-    result = _compat.bind(eqn, [x, weight.base, group_sizes])[0]
+    multiply = lambda x: use(lambda x, base: _compat.bind(eqn, [x, base, group_sizes])[0], x, weight.base)
+    result = multiply(x)
     if weight.probing:
         return [result]
     _refuse_rowwise(weight)
@@ -313,7 +316,7 @@ def _ragged_dot(eqn: Equation, x: Any, weight: Any, group_sizes: Any, *offset: A
         result = result + _grouped(z, second, (group[0], RANK, outer), group_sizes, eqn).astype(result.dtype)
         per_row = lambda part: _per_row(part, (group[0], outer), x.shape[0], group_sizes, eqn).astype(result.dtype)  # noqa: B023
         if term.excess:
-            base = plain if dropped is x else _compat.bind(eqn, [dropped, weight.base, group_sizes])[0]
+            base = plain if dropped is x else multiply(dropped)
             result = result + functools.reduce(jnp.multiply, map(per_row, term.excess), base)
         if term.bias is not None:
             result = result + per_row(term.bias)

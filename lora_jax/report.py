@@ -79,7 +79,7 @@ def summary(variables: Any, adapters: Mapping[str, Adapter]) -> Summary:
     w          1266x64  LowRank     8      2      81,024     10,640  42,560
     10,640 trainable of 81,024 parameters (13.13%); adapters 41.6 KiB beside a base of 316.5 KiB; Adam's state 83.1 KiB
     """
-    leaves = {path: leaf for path, leaf in paths.flatten(variables)[0].items() if hasattr(leaf, "dtype")}
+    leaves = {path: leaf for path, leaf in paths.flatten(variables)[0].items() if hasattr(leaf, "shape")}
     rows, optimizer_bytes = [], 0
     for path, adapter in adapters.items():
         if path not in leaves:
@@ -119,9 +119,11 @@ def _trained(adapter: Adapter) -> dict[str, Any]:
 
 
 def _bytes(array: Any) -> int:
+    if paths.is_quantized(array):
+        return sum(map(_bytes, jax.tree.leaves(array)))
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.eval_shape(jax.random.key_data, array)
-    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+    return -(-math.prod(array.shape) * jax.dtypes.itemsize_bits(array.dtype) // 8)
 
 
 def _size(count: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax.adapter import LowRank, Rows, wide_dtype
 from lora_jax.dora import gain
-from lora_jax.weight import RANK, Factor, Log, Term
+from lora_jax.weight import RANK, Factor, Log, Term, use
 
 
 def term(path: str, base: Any, adapter: Any, log: Log) -> Term:
@@ -43,6 +43,6 @@ def _pair_term(path: str, base: Any, adapter: LowRank, log: Log) -> Term:
 def _rows_term(path: str, base: Any, rows: Rows, log: Log) -> Term:
     """Rows v in the place of w are a pair: A picks them out, `B = v - w`."""
     layout, wide = rows.layout, wide_dtype(base, rows.values)
-    change = rows.values.astype(wide) - rows.pick(base).astype(wide)
+    change = rows.values.astype(wide) - use(rows.pick, base).astype(wide)
     picks = jnp.arange(base.shape[layout.inputs[0]])[:, None] == np.array(rows.indices)[None]
     return Term((Factor(picks.astype(wide), (*layout.inputs, RANK)), Factor(change, (RANK, *layout.outputs))), path, log)

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax import _compat, paths
+from lora_jax import _compat, paths, quant
 from lora_jax.adapter import FROZEN, Adapted, Adapter, Full, check, is_adapted
 from lora_jax.moves import MOVES
+from lora_jax.paths import is_quantized
 from lora_jax.products import PRODUCTS, as_activation, record
 from lora_jax.terms import term
-from lora_jax.weight import Factor, Log, NotLowRank, Weight, is_weight
+from lora_jax.weight import Factor, Log, NotLowRank, Weight, is_deferred, is_weight, on_bases, unstack_base
 
 Equation = _compat.Equation
 RULES = MOVES | PRODUCTS
@@ -90,7 +91,7 @@ def lora(
     def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
         nodes, treedef = paths.flatten(params, is_leaf=is_adapted)
         adapted = [path for path, node in nodes.items() if is_adapted(node)]
-        if not adapted:
+        if not adapted and not any(map(is_quantized, nodes.values())):
             raise ValueError("the parameters have no adapters: pass lora(fn) the tree that `attach` returns")
         _check_active({path: nodes[path].adapter for path in adapted}, active)
         walk = Walk(key=key, active=active, materialize=on_unsupported == "materialize")
@@ -138,16 +139,17 @@ def _value(path: str, node: Any, walk: Walk, freeze: bool) -> Any:
     """What stands in a parameter's place: an array, or a `Weight`."""
     hold = _stop_gradient if freeze else lambda leaf: leaf
     if not is_adapted(node):
-        return hold(node)
-    check(path, node.adapter, jnp.shape(node.base))
-    adapter, base = _hold_frozen(node.adapter), hold(node.base)
+        return quant.frozen(hold(node))
+    check(path, node.adapter, node.base.shape)
+    adapter, base = _hold_frozen(node.adapter), quant.base(hold(node.base))
     if isinstance(adapter, Full):
         return adapter.value.astype(base.dtype)
     return Weight(base, (term(path, base, adapter, walk),))
 
 
 def _stop_gradient(leaf: Any) -> Any:
-    return lax.stop_gradient(leaf) if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+    hold = lambda array: lax.stop_gradient(array) if is_array(array) and jnp.issubdtype(array.dtype, jnp.inexact) else array
+    return jax.tree.map(hold, leaf)  # a quantised leaf has several arrays
 
 
 def _hold_frozen(adapter: Adapter) -> Adapter:
@@ -158,7 +160,7 @@ def _hold_frozen(adapter: Adapter) -> Adapter:
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is traced; anything else (a string, a function, a Python number) is static."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic) or is_quantized(leaf)
 
 
 @dataclasses.dataclass
@@ -195,7 +197,8 @@ def trace(fn: Callable[..., Any], treedef: Any, leaves: Sequence[Any], args: Seq
         result["static"] = [None if is_array(leaf) else (leaf,) for leaf in out]
         return [leaf for leaf in out if is_array(leaf)]
 
-    jaxpr = jax.make_jaxpr(flat)(*[leaf for t, leaf in zip(traced, leaves) if t])
+    whole = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, quant.dtype(leaf)) if is_quantized(leaf) else leaf
+    jaxpr = jax.make_jaxpr(flat)(*[whole(leaf) for t, leaf in zip(traced, leaves) if t])
 
     def unflatten(arrays: list[Any]) -> Any:
         rest = iter(arrays)
@@ -256,6 +259,8 @@ def _as_array(value: Any, walk: Walk, reason: str, eqn: Equation | None = None) 
     value = as_activation(eqn, value)
     if not is_weight(value):
         return value
+    if not value.terms:  # a quantised parameter without an adapter
+        return value.value
     name, site = walk.place(eqn)
     if walk.probing:
         for term in value.terms:
@@ -290,7 +295,8 @@ def _constrain(value: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return value
     if is_weight(value):
-        return value.move(lax.with_sharding_constraint(value.base, sharding), lambda factor: factor)
+        base = on_bases(lambda base: [lax.with_sharding_constraint(base, sharding)], value.base)[0]
+        return value.move(base, lambda factor: factor)
     return lax.with_sharding_constraint(value, sharding)
 
 
@@ -365,11 +371,12 @@ def _unstack(weight: Weight) -> tuple[Any, Callable[[Any], Weight]]:
     A factor without that axis is the same in every iteration and is closed over.
     """
     weight.divide([0])
+    base, rebuild_base = unstack_base(weight.base)
     factors = [part for term in weight.terms for part in term.parts]
     stacked = [jnp.moveaxis(f.array, f.dim(0), 0) if 0 in f.axes else None for f in factors]
 
     def rebuild(slices: Any) -> Weight:
-        base, arrays = slices
+        slice_of_base, arrays = slices
         rest = iter(arrays)
 
         def one(factor: Factor) -> Factor:
@@ -377,9 +384,9 @@ def _unstack(weight: Weight) -> tuple[Any, Callable[[Any], Weight]]:
             axes = tuple(axis - 1 if axis > 0 else axis for axis in factor.axes if axis != 0)
             return dataclasses.replace(factor, array=factor.array if array is None else array, axes=axes)
 
-        return weight.move(base, one)
+        return weight.move(rebuild_base(slice_of_base), one)
 
-    return (weight.base, stacked), rebuild
+    return (base, stacked), rebuild
 
 
 def _while(eqn: Equation, values: list[Any], walk: Walk) -> list[Any]:
@@ -410,8 +417,8 @@ def _shard_map(eqn: Equation, values: list[Any], walk: Walk) -> list[Any]:
     """Each factor is laid out as the weight's axes that it has."""
     params = eqn.params
     for v, spec in zip(values, params["in_specs"]):
-        if is_weight(v) and v.rowwise:
-            raise NotLowRank(f"it has {v.rowwise}, for which a shard would need to know its place")
+        if is_weight(v) and (v.rowwise or is_deferred(v.base)):
+            raise NotLowRank(f"it has {v.rowwise or 'quantised blocks'}, for which a shard would need to know its place")
         if is_weight(v):
             v.divide(axis for axis, mesh_axis in enumerate(spec) if mesh_axis is not None)
     jaxpr, consts = _compat.open_jaxpr(params["jaxpr"])

@@ -117,6 +117,57 @@ class Factor:
         return dataclasses.replace(self, array=array, axes=(axis, *self.axes))
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["shape", "dtype", "make", "slices"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deferred:
+    """A base that is made of other arrays where it is used, and never kept: `make(arrays)`.
+
+    `slices`: whether `make` makes a slice along axis 0 from the slices of the arrays.
+    """
+
+    arrays: Any
+    shape: tuple[int, ...]
+    dtype: Any
+    make: Callable[[Any], Any]
+    slices: bool = False
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def is_deferred(value: Any) -> bool:
+    return isinstance(value, Deferred)
+
+
+def on_bases(fn: Callable[..., list[Any]], *operands: Any) -> list[Any]:
+    """`fn(*operands)`; deferred again if an operand is."""
+    if not any(map(is_deferred, operands)):
+        return fn(*operands)
+    arrays = tuple(v.arrays if is_deferred(v) else v for v in operands)
+    make = lambda arrays: fn(*(v.make(a) if is_deferred(v) else a for v, a in zip(operands, arrays)))
+    pick = lambda i: lambda arrays: make(arrays)[i]
+    return [Deferred(arrays, spec.shape, spec.dtype, pick(i)) for i, spec in enumerate(jax.eval_shape(make, arrays))]
+
+
+def use(fn: Callable[..., Any], *operands: Any) -> Any:
+    """`fn(*operands)`, with deferred ones made, for the backward pass once more."""
+    if not any(map(is_deferred, operands)):
+        return fn(*operands)
+    arrays = tuple(v.arrays if is_deferred(v) else v for v in operands)
+    make = lambda *arrays: fn(*(v.make(a) if is_deferred(v) else a for v, a in zip(operands, arrays)))
+    return jax.checkpoint(make)(*arrays)
+
+
+def unstack_base(base: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The arrays of a base for scanning along axis 0, and how to make the base of one slice from theirs."""
+    if not is_deferred(base):
+        return base, lambda array: array
+    if not base.slices:
+        return use(lambda array: array, base), lambda array: array
+    return base.arrays, lambda arrays: dataclasses.replace(base, arrays=arrays, shape=base.shape[1:])
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["factors", "gains", "excess", "bias", "active", "tap", "key"],
@@ -185,7 +236,7 @@ class Term:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "terms"], meta_fields=[])
 @dataclasses.dataclass(eq=False)
 class Weight:
-    """`base + sum of terms`, of the base's shape and dtype."""
+    """`base + sum of terms`, of the base's shape and dtype. A quantised parameter is one even without terms."""
 
     base: Any
     terms: tuple[Term, ...]
@@ -196,11 +247,11 @@ class Weight:
 
     @property
     def probing(self) -> bool:
-        return self.terms[0].log.probing
+        return any(term.log.probing for term in self.terms)
 
     @property
     def picked(self) -> bool:
-        return all(term.picked for term in self.terms)
+        return bool(self.terms) and all(term.picked for term in self.terms)
 
     def move(self, base: Any, fn: Callable[[Factor], Factor]) -> "Weight":
         """A new base, and `fn` applied to each factor."""
@@ -246,10 +297,12 @@ class Weight:
             return self.base
         if self.needs_product:
             raise NotLowRank(f"it has {self.needs_product}, which a product alone can take")
+        if not self.terms:
+            return use(lambda base: base, self.base)
         total = functools.reduce(jnp.add, [_multiply_out(term, self.shape) for term in self.terms])
         # In the wider dtype, so that rows that replace the base's do so to rounding.
         with jax.numpy_dtype_promotion("standard"):
-            base = self.base.astype(jnp.promote_types(self.base.dtype, total.dtype))
+            base = use(lambda base: base, self.base).astype(jnp.promote_types(self.base.dtype, total.dtype))
         value = base + total.astype(base.dtype)
         for term in self.terms:
             if term.excess:

@@ -307,6 +307,13 @@ def test_moments_that_nothing_reaches_are_an_error():
         lj.moments(lambda p, x: jax.lax.stop_gradient(x @ p["w"]), {"w": jnp.ones((8, 6))}, {"w": pair}, jnp.ones((2, 8)))
 
 
+def test_moments_of_low_precision_are_summed_up_in_float32():
+    x = jax.random.normal(jax.random.key(0), (40, 4)).astype(BF16)
+    pair = lj.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)))
+    found = lj.moments(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 3), BF16)}, {"w": pair}, x)["w"].second
+    np.testing.assert_allclose(found, x.astype(F32).T @ x.astype(F32), rtol=1e-5)
+
+
 def test_moments_name_the_part_of_a_stack_that_nothing_reaches():
     variables = {"w": jnp.ones((3, 4, 4))}
     pair = lj.LowRank(jnp.ones((3, 4, 2)), jnp.ones((3, 2, 4)), lj.Layout((0,), (1,), (2,)))

@@ -1,0 +1,125 @@
+"""Quantised base kernels: `qwix.QArray`s (int8, int4, nf4, fp8), made dense where they are used and never kept.
+
+QLoRA (https://arxiv.org/abs/2305.14314) trains pairs beside such kernels. qwix is an optional extra
+(`pip install lora-jax[quant]`), imported when a kernel is quantised or used.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import paths
+from lora_jax.weight import Deferred, Weight
+
+DTYPES = {"nf4": "nf4", "int4": "int4", "int8": "int8", "fp8": "float8_e4m3fn"}
+
+
+def quantize(variables: Any, targets: Sequence[Any], dtype: str = "nf4", *, block: int | None = 64) -> Any:
+    """The tree with some kernels quantised, for `lora(fn)` with or without adapters.
+
+    Each value is rounded to one of 16 or 256 levels times a scale that a block of values along one axis shares: the longest
+    axis whose size is a multiple of the block, of equal ones the first. A kernel keeps its sharding.
+
+    Args:
+      variables: the parameters.
+      targets: patterns, as in `LoraConfig`.
+      dtype: `"nf4"`, `"int4"`, `"int8"` or `"fp8"` (float8 e4m3).
+      block: how many values share a scale; `None`: a whole axis.
+
+    Returns:
+      The tree, with a `qwix.QArray` in the place of each target.
+
+    Raises:
+      ValueError: a pattern matches nothing, a target is no float array of two axes or more or is quantised already, no axis of
+        it can be cut into blocks, or an option is out of range.
+      ImportError: qwix is not installed.
+
+    >>> import lora_jax as lj
+    >>> params = quantize({"w": jnp.linspace(-1.0, 1.0, 64 * 32).reshape(64, 32), "b": jnp.ones(32)}, ["w"], "int8", block=32)
+    >>> params["w"].qvalue.dtype.name, params["w"].scale.shape
+    ('int8', (2, 32))
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, not {dtype!r}")
+    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
+        raise ValueError(f"block must be None or a whole number of at least 1, not {block!r}")
+    leaves, treedef = paths.flatten(variables)
+    chosen = paths.select(leaves, targets, "targets")
+    axes = {path: _block_axis(path, leaves[path], block) for path in chosen}
+    rounded = {path: _quantize(leaves[path], dtype, axis, block) for path, axis in axes.items()}
+    return jax.tree.unflatten(treedef, list((leaves | rounded).values()))
+
+
+def _block_axis(path: str, leaf: Any, block: int | None) -> int:
+    """The axis along which values share a scale."""
+    if paths.is_quantized(leaf):
+        raise ValueError(f"targets: {path} is quantised already")
+    shape = getattr(leaf, "shape", ())
+    if len(shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"targets: {path} of the shape {shape} is no float kernel of two axes or more, so it stays dense")
+    whole = [axis for axis, size in enumerate(shape) if block is None or size % block == 0]
+    if not whole:
+        raise ValueError(f"block: no axis of {path} of the shape {shape} can be cut into blocks of {block}: give a divisor")
+    return max(whole, key=lambda axis: shape[axis])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize(array: Any, dtype: str, axis: int, block: int | None) -> Any:
+    others = tuple(i for i in range(array.ndim) if i != axis)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return _qwix().quantize(array, DTYPES[dtype], channelwise_axes=others, tiled_axes={axis: block or array.shape[axis]})
+
+
+def quantization_error(variables: Any, quantized: Any) -> dict[str, float]:
+    """`||W - Q|| / ||W||` (Frobenius) of each quantised kernel.
+
+    Args:
+      variables: the dense parameters.
+      quantized: the same tree after `quantize`.
+
+    >>> params = {"w": jax.random.normal(jax.random.key(0), (64, 32))}
+    >>> {path: round(error, 3) for path, error in quantization_error(params, quantize(params, ["w"])).items()}
+    {'w': 0.09}
+    """
+    before, after = (paths.flatten(tree)[0] for tree in (variables, quantized))
+    norm = lambda x: math.sqrt(float(jnp.sum(jnp.square(x.astype(jnp.float32)))))
+    difference = lambda path: before[path].astype(jnp.float32) - dense(after[path]).astype(jnp.float32)
+    return {path: norm(difference(path)) / norm(before[path]) for path, leaf in after.items() if paths.is_quantized(leaf)}
+
+
+# --- in use -----------------------------------------------------------------------------------------------------------
+
+
+def _qwix() -> Any:
+    try:
+        import qwix
+    except ModuleNotFoundError:
+        raise ImportError("quantised kernels need qwix, which is not installed: pip install 'lora-jax[quant]'") from None
+    return qwix
+
+
+def dtype(leaf: Any) -> Any:
+    """The dtype of a quantised array once it is dense."""
+    return leaf.scale.dtype
+
+
+def dense(leaf: Any) -> Any:
+    """A quantised array multiplied out; any other leaf as it is."""
+    if not paths.is_quantized(leaf):
+        return leaf
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return _qwix().dequantize(leaf)
+
+
+def base(leaf: Any) -> Any:
+    """A parameter as the base of a weight: a quantised one is made dense at each use."""
+    return Deferred(leaf, tuple(leaf.shape), dtype(leaf), dense, slices=True) if paths.is_quantized(leaf) else leaf
+
+
+def frozen(leaf: Any) -> Any:
+    """A parameter without an adapter: a quantised one is a weight without terms."""
+    return Weight(base(leaf), ()) if paths.is_quantized(leaf) else leaf
