@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_jax import algebra as algebra
 from lora_jax import initializers as initializers
+from lora_jax import losses as losses
 from lora_jax import optim as optim
 from lora_jax.adapter import Adapter as Adapter
 from lora_jax.adapter import Full as Full
