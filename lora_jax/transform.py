@@ -126,11 +126,10 @@ def _check_active(adapters: dict[str, Any], active: Any) -> None:
             f"the adapters of {', '.join(invoked)} act from an invocation sequence on (aLoRA): say where with "
             "lora(fn, active=active_from(input_ids, invocation_tokens))"
         )
-    if active is not None and (getattr(active, "dtype", None) != jnp.bool_ or jnp.ndim(active) not in (0, 2)):
-        raise ValueError(
-            f"`active` must be an array of booleans (batch, tokens), or one boolean for all, as active_from makes it, not "
-            f"{getattr(active, 'dtype', type(active).__name__)} of the shape {jnp.shape(active)}"
-        )
+    dtype, shape = getattr(active, "dtype", type(active).__name__), getattr(active, "shape", None)
+    if active is not None and (dtype != jnp.bool_ or shape is None or len(shape) not in (0, 2)):
+        wanted = "an array of booleans (batch, tokens), as active_from makes it, or one boolean for all"
+        raise ValueError(f"`active` must be {wanted}, not {dtype} of the shape {shape}")
     if active is not None and not invoked:
         raise ValueError("`active` is given, but no adapter has an invocation sequence: leave it out")
 

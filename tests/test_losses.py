@@ -81,7 +81,10 @@ def test_half_precision_is_summed_up_in_float32():
 
 @pytest.mark.parametrize(
     ("labels", "chunk", "message"),
-    [(LABELS[:2], None, r"hidden has the shape \(3, 7, 8\) and labels \(2, 7\); labels need \(3, 7\)"), (LABELS, 0, "chunk must be at least 1, not 0")],
+    [
+        (LABELS[:2], None, r"hidden has the shape \(3, 7, 8\) and labels \(2, 7\); labels need \(3, 7\)"),
+        (LABELS, 0, "chunk must be at least 1, not 0"),
+    ],
 )
 def test_bad_requests(labels, chunk, message):
     with pytest.raises(ValueError, match=message):
