@@ -104,7 +104,7 @@ def test_moments_and_rows_of_a_quantised_base():
     fn, variables, x = model("stacked")
     quantized = lj.quantize(variables, ["up"], "int8", block=16)
     adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=2, targets=["up"]), fn, quantized, x)
-    np.testing.assert_allclose(lj.moments(fn, quantized, adapters, x)["layers/up/kernel"].second[0], x.T @ x, rtol=1e-5)
+    assert distance(lj.moments(fn, quantized, adapters, x)["layers/up/kernel"].second[0], x.T @ x) < 1e-6
     table = lj.quantize({"t": jax.random.normal(jax.random.key(1), (32, 16))}, ["t"], "int8", block=16)
     look = lambda p, ids: p["t"][ids]
     rows = lj.init(jax.random.key(0), lj.LoraConfig(targets=[], trainable_token_indices={"t": [3]}), look, table, jnp.arange(4))

@@ -105,7 +105,7 @@ def test_options(options, text):
     (lambda: lj.attach({"kernel": W}, PAIR), r"the adapter 'w' has no parameter in this tree.*\n  kernel"),
     (lambda: lj.attach({"w": W[:4]}, PAIR), r"the adapter's a has the shape \(8, 2\); .* \(4, 8\) needs \(4, 2\)"),
     (lambda: lj.attach({"w": W[0]}, PAIR), r"w: the parameter has the shape \(8,\), which the adapter's Layout"),
-    (lambda: lj.attach({"w": W}, {"w": W}), "w: an adapter is a LowRank or a Full, not ArrayImpl"),
+    (lambda: lj.attach({"w": W}, {"w": W}), "w: an adapter is a LowRank, a Full or Rows, not ArrayImpl"),
 ])  # fmt: skip
 def test_trees_that_do_not_fit(call, text):
     with pytest.raises((ValueError, TypeError), match=text):
