@@ -7,6 +7,7 @@ from lora_jax import algebra as algebra
 from lora_jax import initializers as initializers
 from lora_jax import losses as losses
 from lora_jax import optim as optim
+from lora_jax import quant as quant
 from lora_jax.adapter import Adapter as Adapter
 from lora_jax.adapter import Full as Full
 from lora_jax.adapter import Layout as Layout
@@ -23,7 +24,6 @@ from lora_jax.init import init as init
 from lora_jax.mixing import combine as combine
 from lora_jax.moments import moments as moments
 from lora_jax.optim import optimizer as optimizer
-from lora_jax.quant import quantization_error as quantization_error
 from lora_jax.quant import quantize as quantize
 from lora_jax.report import summary as summary
 from lora_jax.transform import NotLowRankError as NotLowRankError

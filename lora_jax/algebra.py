@@ -33,7 +33,7 @@ def merge(
       adapters: `{path: adapter}`.
       check: raise where a merged parameter has a NaN or an infinity (needs concrete arrays).
       quantized: what to do with a kernel that is quantised: `"error"`, since the sum would have to be rounded, or `"dense"`: it
-        becomes dense, and `quantize` may round it again, of which `quantization_error` tells the error.
+        becomes dense, and `quantize` may round it again, of which `quant.quantization_error` tells the error.
 
     Raises:
       ValueError: a kernel is quantised, an adapter does not fit the tree or acts on some tokens only, its bias has no parameter

@@ -48,7 +48,7 @@ def quantize(variables: Any, targets: Sequence[Any], dtype: str = "nf4", *, bloc
     if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
         raise ValueError(f"block must be None or a whole number of at least 1, not {block!r}")
     leaves, treedef = paths.flatten(variables)
-    chosen = paths.select(leaves, targets, "targets")
+    chosen = paths.select(leaves, [paths.normalize(pattern) for pattern in targets], "targets")
     axes = {path: _block_axis(path, leaves[path], block) for path in chosen}
     rounded = {path: _quantize(leaves[path], dtype, axis, block) for path, axis in axes.items()}
     return jax.tree.unflatten(treedef, list((leaves | rounded).values()))

@@ -80,7 +80,7 @@ def test_nothing_dense_is_kept_for_the_backward_pass(form, dtype):
 def test_a_base_without_adapters():
     fn, variables, x = model("stacked")
     quantized = lj.quantize(variables, ["kernel"], "int8", block=16)
-    errors = lj.quantization_error(variables, quantized)
+    errors = lj.quant.quantization_error(variables, quantized)
     assert set(errors) == {"layers/down/kernel", "layers/up/kernel"} and max(errors.values()) < 0.01
     assert distance(lj.lora(fn)(quantized, x), fn(variables, x)) < 0.03
     assert [p.kind for p in lj.explain(fn, quantized, x).parameters.values()] == ["linear"] * 3
@@ -95,7 +95,7 @@ def test_merging():
     merged = lj.merge(quantized, adapters, quantized="dense")
     assert distance(fn(merged, x), lj.lora(fn)(lj.attach(quantized, adapters), x)) < 1e-5
     again = lj.quantize(merged, ["up"], "int8", block=16)
-    assert 0 < max(lj.quantization_error(merged, again).values()) < 0.01
+    assert 0 < max(lj.quant.quantization_error(merged, again).values()) < 0.01
     with pytest.raises(ValueError, match="quantized must be 'error' or 'dense', not 'yes'"):
         lj.merge(quantized, adapters, quantized="yes")
 
