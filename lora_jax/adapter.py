@@ -125,6 +125,11 @@ class LowRank(Adapter):
         return dataclasses.replace(super().roles(), **scaled)
 
     @property
+    def more(self) -> tuple[str, ...]:
+        """The fields that make it more than `scale A B`."""
+        return tuple(name for name in (*EXTRA, "invocation") if getattr(self, name) is not None)
+
+    @property
     def rank(self) -> int:
         """r, the inner size of the pair."""
         return self.a.shape[-1]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths, quant
-from lora_jax.adapter import EXTRA, PARTS, Adapter, Full, Layout, LowRank, Rows, attach, is_adapted, wide_dtype
+from lora_jax.adapter import PARTS, Adapter, Full, Layout, LowRank, Rows, attach, is_adapted, wide_dtype
 from lora_jax.dora import gain
 from lora_jax.weight import Factor
 
@@ -308,7 +308,7 @@ def difference(template: Adapters, base: Any, finetuned: Any) -> dict[str, Adapt
     True
     """
     for path, adapter in template.items():
-        if isinstance(adapter, LowRank) and any(getattr(adapter, name) is not None for name in (*EXTRA, "invocation")):
+        if isinstance(adapter, LowRank) and adapter.more:
             raise ValueError(f"{path}: the template is more than a pair, for which alone a difference can be found")
     before, after = (
         paths.flatten(tree, is_leaf=is_adapted)[0] for tree in (attach(base, template), attach(finetuned, template))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -258,7 +257,7 @@ def _pair(
         a, b = shared.pair(key, layout, shape)
     else:
         start = starts.embedding if parameter.kind == "embedding" else starts.BY_NAME[config.init]
-        a, b = start(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, layout, rank)
+        a, b = start(paths.fold_in(key, path), shape, layout, rank)
     pair = LowRank(
         a.astype(config.dtype), b.astype(config.dtype), layout,
         1.0 if config.method == "vera" else config.scale(rank, alpha), config.dropout, ranks,

@@ -6,14 +6,13 @@ those with `_svd` mix the changes `s A B` themselves and truncate the result.
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax import algebra
+from lora_jax import algebra, paths
 from lora_jax.adapter import LowRank
 
 Method = Literal[
@@ -73,7 +72,7 @@ def combine(
     mix = _mix(method.removesuffix("_svd"), 1.0 if density is None else density, majority)
     found = {}
     for path, listed in _listed(sets, weights).items():
-        own_key = jax.random.key(0) if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))
+        own_key = jax.random.key(0) if key is None else paths.fold_in(key, path)
         if method.endswith("_svd"):
             found[path] = _mixed_changes(path, listed, mix, own_key, sets, rank)
         else:

@@ -8,6 +8,7 @@ attribute of boxed Linen and NNX leaves, which have nothing else below them, is 
 import collections
 import difflib
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -46,6 +47,11 @@ def _join(key_path: Sequence[Any]) -> str:
 def _in_box(key_path: Sequence[Any]) -> bool:
     """Whether a leaf is the `value` attribute of something, as a boxed leaf is."""
     return len(key_path) > 1 and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value"
+
+
+def fold_in(key: jax.Array, path: str) -> jax.Array:
+    """A key of its own for each path, by a hash that is the same everywhere."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def is_quantized(node: Any) -> bool:

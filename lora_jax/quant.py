@@ -50,8 +50,8 @@ def quantize(variables: Any, targets: Sequence[Any], dtype: str = "nf4", *, bloc
     leaves, treedef = paths.flatten(variables)
     chosen = paths.select(leaves, [paths.normalize(pattern) for pattern in targets], "targets")
     axes = {path: _block_axis(path, leaves[path], block) for path in chosen}
-    rounded = {path: _quantize(leaves[path], dtype, axis, block) for path, axis in axes.items()}
-    return jax.tree.unflatten(treedef, list((leaves | rounded).values()))
+    found = {path: rounded(leaves[path], dtype, axis, block) for path, axis in axes.items()}
+    return jax.tree.unflatten(treedef, list((leaves | found).values()))
 
 
 def _block_axis(path: str, leaf: Any, block: int | None) -> int:
@@ -68,10 +68,11 @@ def _block_axis(path: str, leaf: Any, block: int | None) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _quantize(array: Any, dtype: str, axis: int, block: int | None) -> Any:
+def rounded(array: Any, dtype: str, axis: int, block: int | None) -> Any:
+    """An array with one scale for each block along an axis, and for each place on the others."""
     others = tuple(i for i in range(array.ndim) if i != axis)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return _qwix().quantize(array, DTYPES[dtype], channelwise_axes=others, tiled_axes={axis: block or array.shape[axis]})
+        return qwix().quantize(array, DTYPES[dtype], channelwise_axes=others, tiled_axes={axis: block or array.shape[axis]})
 
 
 def quantization_error(variables: Any, quantized: Any) -> dict[str, float]:
@@ -94,17 +95,18 @@ def quantization_error(variables: Any, quantized: Any) -> dict[str, float]:
 # --- in use -----------------------------------------------------------------------------------------------------------
 
 
-def _qwix() -> Any:
+def qwix() -> Any:
+    """The library, or an error that says how to get it."""
     try:
-        import qwix
+        import qwix as library
     except ModuleNotFoundError:
         raise ImportError("quantised kernels need qwix, which is not installed: pip install 'lora-jax[quant]'") from None
-    return qwix
+    return library
 
 
-def dtype(leaf: Any) -> Any:
-    """The dtype of a quantised array once it is dense."""
-    return leaf.scale.dtype
+def dense_shape(leaf: Any) -> Any:
+    """A quantised array as the shape and dtype of what it stands for; any other leaf as it is."""
+    return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.scale.dtype) if paths.is_quantized(leaf) else leaf
 
 
 def dense(leaf: Any) -> Any:
@@ -112,12 +114,15 @@ def dense(leaf: Any) -> Any:
     if not paths.is_quantized(leaf):
         return leaf
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return _qwix().dequantize(leaf)
+        return qwix().dequantize(leaf)
 
 
 def base(leaf: Any) -> Any:
     """A parameter as the base of a weight: a quantised one is made dense at each use."""
-    return Deferred(leaf, tuple(leaf.shape), dtype(leaf), dense, slices=True) if paths.is_quantized(leaf) else leaf
+    if not paths.is_quantized(leaf):
+        return leaf
+    spec = dense_shape(leaf)
+    return Deferred(leaf, spec.shape, spec.dtype, dense, slices=True)
 
 
 def frozen(leaf: Any) -> Any:

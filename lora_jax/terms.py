@@ -1,12 +1,11 @@
 """Each kind of adapter as the term that it adds to its parameter's `Weight`."""
 
-import zlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import paths
 from lora_jax.adapter import LowRank, Rows, wide_dtype
 from lora_jax.dora import gain
 from lora_jax.weight import RANK, Factor, Log, Term, use
@@ -35,7 +34,7 @@ def _pair_term(path: str, base: Any, adapter: LowRank, log: Log) -> Term:
     if adapter.invocation is not None:
         parts["active"] = log.active
     if log.key is not None and adapter.dropout:
-        parts |= {"dropout": adapter.dropout, "key": jax.random.fold_in(log.key, zlib.crc32(path.encode()))}
+        parts |= {"dropout": adapter.dropout, "key": paths.fold_in(log.key, path)}
     factors = Factor(adapter.a, a_axes), Factor(b, b_axes)
     return Term(factors, path, log, adapter.scale if static else 1.0, **parts)
 

@@ -196,8 +196,7 @@ def trace(fn: Callable[..., Any], treedef: Any, leaves: Sequence[Any], args: Seq
         result["static"] = [None if is_array(leaf) else (leaf,) for leaf in out]
         return [leaf for leaf in out if is_array(leaf)]
 
-    whole = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, quant.dtype(leaf)) if is_quantized(leaf) else leaf
-    jaxpr = jax.make_jaxpr(flat)(*[whole(leaf) for t, leaf in zip(traced, leaves) if t])
+    jaxpr = jax.make_jaxpr(flat)(*[quant.dense_shape(leaf) for t, leaf in zip(traced, leaves) if t])
 
     def unflatten(arrays: list[Any]) -> Any:
         rest = iter(arrays)

@@ -110,7 +110,7 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
     w linear Layout(batch=(), inputs=(1,), outputs=(0,))
     """
     nodes, treedef = paths.flatten(params, is_leaf=is_adapted)
-    leaves = [_dense(node.base if is_adapted(node) else node) for node in nodes.values()]
+    leaves = [quant.dense_shape(node.base if is_adapted(node) else node) for node in nodes.values()]
     walk, reached = Walk(probing=True), set()
 
     def run(leaves: list[Any], args: Any, kwargs: Any) -> None:
@@ -121,11 +121,6 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
     abstractly(run, leaves, args, kwargs)
     arrays = {path: leaf for path, leaf in zip(nodes, leaves) if hasattr(leaf, "dtype")}
     return Explanation({path: _parameter(path, leaf, walk, path in reached) for path, leaf in arrays.items()})
-
-
-def _dense(leaf: Any) -> Any:
-    """A quantised parameter as the shape of what it stands for."""
-    return jax.ShapeDtypeStruct(leaf.shape, quant.dtype(leaf)) if paths.is_quantized(leaf) else leaf
 
 
 def abstractly(fn: Callable[..., Any], *trees: Any) -> None:

@@ -144,19 +144,23 @@ def on_bases(fn: Callable[..., list[Any]], *operands: Any) -> list[Any]:
     """`fn(*operands)`; deferred again if an operand is."""
     if not any(map(is_deferred, operands)):
         return fn(*operands)
-    arrays = tuple(v.arrays if is_deferred(v) else v for v in operands)
-    make = lambda arrays: fn(*(v.make(a) if is_deferred(v) else a for v, a in zip(operands, arrays)))
-    pick = lambda i: lambda arrays: make(arrays)[i]
-    return [Deferred(arrays, spec.shape, spec.dtype, pick(i)) for i, spec in enumerate(jax.eval_shape(make, arrays))]
+    make, arrays = _opened(fn, operands)
+    pick = lambda i: lambda arrays: make(*arrays)[i]
+    return [Deferred(arrays, spec.shape, spec.dtype, pick(i)) for i, spec in enumerate(jax.eval_shape(make, *arrays))]
 
 
 def use(fn: Callable[..., Any], *operands: Any) -> Any:
     """`fn(*operands)`, with deferred ones made, for the backward pass once more."""
     if not any(map(is_deferred, operands)):
         return fn(*operands)
-    arrays = tuple(v.arrays if is_deferred(v) else v for v in operands)
-    make = lambda *arrays: fn(*(v.make(a) if is_deferred(v) else a for v, a in zip(operands, arrays)))
+    make, arrays = _opened(fn, operands)
     return jax.checkpoint(make)(*arrays)
+
+
+def _opened(fn: Callable[..., Any], operands: Sequence[Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """`fn` on the arrays that deferred operands are made of, and these arrays."""
+    arrays = tuple(v.arrays if is_deferred(v) else v for v in operands)
+    return lambda *arrays: fn(*(v.make(a) if is_deferred(v) else a for v, a in zip(operands, arrays))), arrays
 
 
 def unstack_base(base: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -20,6 +20,13 @@ def lenient():
         yield
 
 
+@pytest.fixture(scope="module")
+def usual_promotion():
+    """The command runs with JAX's defaults, which optax needs."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture
 def rng():
     return jax.random.key(0)

@@ -14,12 +14,7 @@ from tests import tiny
 
 STEPS = 8
 
-
-@pytest.fixture(scope="module", autouse=True)
-def usual_promotion():
-    """The command runs with JAX's defaults, which optax needs."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("usual_promotion")
 
 
 @pytest.fixture(scope="module")

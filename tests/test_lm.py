@@ -17,6 +17,8 @@ from lora_jax import cli, finetune, hf_directory, inspection, metrics, run, text
 from lora_jax.models import llama
 from tests import test_gguf, tiny, tiny_lm
 
+pytestmark = pytest.mark.usefixtures("usual_promotion")
+
 
 def call(arguments, capsys, code=0):
     """Run the command in this process; returns what it printed."""
@@ -25,13 +27,6 @@ def call(arguments, capsys, code=0):
     assert found == code, printed.err
     assert "Traceback" not in printed.err
     return printed.out if code == 0 else printed.err
-
-
-@pytest.fixture(scope="module", autouse=True)
-def usual_promotion():
-    """The command runs with JAX's defaults, which optax needs."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,7 @@ from lora_jax import cli, run, sweep
 from tests import tiny, tiny_lm
 from tests.test_identity import distance
 
-
-@pytest.fixture(scope="module", autouse=True)
-def usual_promotion():
-    """The command runs with JAX's defaults, which optax needs."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("usual_promotion")
 
 
 @pytest.fixture(scope="module")

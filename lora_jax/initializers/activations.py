@@ -127,11 +127,8 @@ def corda(
     """
     if mode not in ("ipm", "kpm"):
         raise ValueError(f"mode must be 'ipm' or 'kpm', not {mode!r}")
-    fresh = {}
-    for path, (kernel, pair) in with_kernels(variables, adapters).items():
-        second, _, _ = _moments_of(path, pair, moments)
-        fresh[path] = _corda(kernel, pair, second, mode)
-    return split_off(variables, adapters, fresh)
+    make = lambda path, kernel, pair: _corda(kernel, pair, _moments_of(path, pair, moments)[0], mode)
+    return split_off(variables, adapters, make)
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.adapter import Adapter, LowRank, wide_dtype
 from lora_jax.algebra import kernel_matrices, scales, true_ranks, within_ranks
-from lora_jax.initializers.pairs import Adapters, path_key, sides, split_off, svd, with_kernels
+from lora_jax.initializers.pairs import Adapters, sides, split_off, svd, with_kernels
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
@@ -91,12 +91,13 @@ def lora_ga(
         kernel's smaller side; an option is unknown, missing, or given where it is not used.
     """
     _check_options(direction, scale, gamma, key)
-    fresh = {}
-    for path, (kernel, pair) in with_kernels(variables, adapters).items():
+
+    def make(path: str, kernel: Any, pair: LowRank) -> LowRank:
         _check_gradient(path, kernel, pair, gradients.get(path))
-        chosen = _places(direction, pair, None if key is None else path_key(key, path))
-        fresh[path] = _lora_ga(kernel, pair, gradients[path], *chosen, scale, 16.0 if gamma is None else gamma)
-    return split_off(variables, adapters, fresh)
+        chosen = _places(direction, pair, None if key is None else paths.fold_in(key, path))
+        return _lora_ga(kernel, pair, gradients[path], *chosen, scale, 16.0 if gamma is None else gamma)
+
+    return split_off(variables, adapters, make)
 
 
 def _check_options(direction: str, scale: str, gamma: float | None, key: jax.Array | None) -> None:

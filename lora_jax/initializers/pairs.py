@@ -1,8 +1,7 @@
 """What the initialisers share: the pairs of a set with their kernels, as stacks of matrices."""
 
 import math
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapter import EXTRA, Adapter, Layout, LowRank, attach, is_adapted
+from lora_jax.adapter import Adapter, Layout, LowRank, attach, is_adapted
 from lora_jax.algebra import matrices, scales, unmerge
 
 Adapters = Mapping[str, Adapter]
@@ -38,24 +37,21 @@ def with_kernels(variables: Any, adapters: Adapters) -> dict[str, tuple[Any, Low
 
 
 def _check(path: str, pair: LowRank) -> None:
-    more = [name for name in (*EXTRA, "invocation") if getattr(pair, name) is not None]
-    if more:
+    if pair.more:
         raise ValueError(
-            f"{path}: the adapter's {more[0]} is set, so it is more than the change scale A B that an initialiser makes: "
+            f"{path}: the adapter's {pair.more[0]} is set, so it is more than the change scale A B that an initialiser makes: "
             "its start is that of LoraConfig(init=...)"
         )
     if isinstance(pair.scale, float) and pair.scale <= 0:
         raise ValueError(f"{path}: the adapter's scale is {pair.scale}; an initialiser needs a positive one")
 
 
-def split_off(variables: Any, adapters: Adapters, fresh: Mapping[str, LowRank]) -> tuple[Any, dict[str, Adapter]]:
-    """The base `W - s A B` of fresh pairs, and the set with them."""
+def split_off(
+    variables: Any, adapters: Adapters, make: Callable[[str, Any, LowRank], LowRank]
+) -> tuple[Any, dict[str, Adapter]]:
+    """The pairs that `make(path, kernel, pair)` gives, and the base `W - s A B` that goes with them."""
+    fresh = {path: make(path, kernel, pair) for path, (kernel, pair) in with_kernels(variables, adapters).items()}
     return unmerge(variables, fresh), {**adapters, **fresh}
-
-
-def path_key(key: jax.Array, path: str) -> jax.Array:
-    """A key of its own for each path, as in `init`."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def sides(pair: LowRank) -> tuple[int, int]:

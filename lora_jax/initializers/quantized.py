@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_jax import paths
+from lora_jax import paths, quant
 from lora_jax.adapter import Adapter, LowRank
 from lora_jax.algebra import fit, kernel_matrices
 from lora_jax.initializers.pairs import Adapters, as_kernel, change, sides, svd, with_kernels
@@ -48,7 +48,7 @@ def loftq(
     pairs = with_kernels(variables, adapters)
     for path, (kernel, pair) in pairs.items():
         _check_block(path, kernel.shape, pair, block)
-    _qwix()
+    quant.qwix()
     found = {path: _loftq(kernel, pair, dtype, block, iterations) for path, (kernel, pair) in pairs.items()}
     leaves, treedef = paths.flatten(variables)
     leaves |= {path: base for path, (base, _) in found.items()}
@@ -64,31 +64,15 @@ def _check_block(path: str, shape: tuple[int, ...], pair: LowRank, block: int | 
         )
 
 
-def _qwix() -> Any:
-    try:
-        import qwix
-    except ModuleNotFoundError:
-        raise ImportError("LoftQ quantises with qwix, which is not installed: pip install 'lora-jax[quant]'") from None
-    return qwix
-
-
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _loftq(kernel: jax.Array, pair: LowRank, dtype: str, block: int | None, iterations: int) -> tuple[jax.Array, LowRank]:
     """The dequantised kernel and the pair."""
     flat = kernel_matrices(kernel, pair.layout)
 
     def turn(_: Any, state: tuple[jax.Array, LowRank]) -> tuple[jax.Array, LowRank]:
-        rounded = _quantized(flat - change(state[1]), dtype, block).astype(kernel.dtype).astype(flat.dtype)
+        rounded = quant.dense(quant.rounded(flat - change(state[1]), dtype, 1, block)).astype(kernel.dtype).astype(flat.dtype)
         return rounded, fit(pair, *svd(flat - rounded))
 
     start = jax.tree.map(jnp.zeros_like, pair)
     rounded, pair = jax.lax.fori_loop(0, iterations, turn, (flat, start))
     return as_kernel(rounded, kernel, pair.layout), pair
-
-
-def _quantized(flat: jax.Array, dtype: str, block: int | None) -> jax.Array:
-    """The nearest quantised values, one scale for each block along the second axis and each place on the others."""
-    qwix = _qwix()
-    tiles = flat.shape[1] if block is None else block
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return qwix.dequantize(qwix.quantize(flat, dtype, channelwise_axes=(0, 2), tiled_axes={1: tiles}))

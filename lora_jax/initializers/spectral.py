@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import algebra
+from lora_jax import algebra, paths
 from lora_jax.adapter import Adapter, LowRank
 from lora_jax.algebra import fit, kernel_matrices, within_ranks
-from lora_jax.initializers.pairs import Adapters, path_key, smallest_first, split_off, svd, with_kernels
+from lora_jax.initializers.pairs import Adapters, smallest_first, split_off, svd
 
 _OVERSAMPLE = 8
 
@@ -45,10 +45,8 @@ def pissa(
         raise ValueError("iterations and key belong together: the randomised SVD needs both, the exact one neither")
     if iterations is not None and iterations < 0:
         raise ValueError(f"iterations must be at least 0, not {iterations}")
-    keys = lambda path: None if key is None else path_key(key, path)
-    pairs = with_kernels(variables, adapters)
-    fresh = {path: _pissa(kernel, pair, keys(path), iterations) for path, (kernel, pair) in pairs.items()}
-    return split_off(variables, adapters, fresh)
+    own = lambda path: None if key is None else paths.fold_in(key, path)
+    return split_off(variables, adapters, lambda path, kernel, pair: _pissa(kernel, pair, own(path), iterations))
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -80,8 +78,7 @@ def milora(variables: Any, adapters: Adapters) -> tuple[Any, dict[str, Adapter]]
     Raises:
       ValueError: an adapter can't be initialised so.
     """
-    fresh = {path: _milora(kernel, pair) for path, (kernel, pair) in with_kernels(variables, adapters).items()}
-    return split_off(variables, adapters, fresh)
+    return split_off(variables, adapters, lambda path, kernel, pair: _milora(kernel, pair))
 
 
 @jax.jit
@@ -98,8 +95,7 @@ def olora(variables: Any, adapters: Adapters) -> tuple[Any, dict[str, Adapter]]:
     Raises:
       ValueError: an adapter can't be initialised so.
     """
-    fresh = {path: _olora(kernel, pair) for path, (kernel, pair) in with_kernels(variables, adapters).items()}
-    return split_off(variables, adapters, fresh)
+    return split_off(variables, adapters, lambda path, kernel, pair: _olora(kernel, pair))
 
 
 @jax.jit

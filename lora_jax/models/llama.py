@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import paths
 from lora_jax.models import checkpoint_files, gguf_files
 from lora_jax.models.decoder import Cache as Cache
 from lora_jax.models.decoder import Llama as Llama
@@ -196,7 +196,7 @@ def init(
             return jnp.ones(shape, dtype)
         if path.endswith("/bias"):
             return jnp.zeros(shape, dtype)
-        return (0.02 * jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), shape)).astype(dtype)
+        return (0.02 * jax.random.normal(paths.fold_in(key, path), shape)).astype(dtype)
 
     leaves = {path: leaf(path, shape) for path, (shape, _) in parameters(config, scan_layers).items()}
     return _loaded(config, dtype, scan_layers, remat, leaves)
