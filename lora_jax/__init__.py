@@ -8,6 +8,7 @@ from lora_jax import initializers as initializers
 from lora_jax import losses as losses
 from lora_jax import optim as optim
 from lora_jax import quant as quant
+from lora_jax import sharding as sharding
 from lora_jax.adapter import Adapter as Adapter
 from lora_jax.adapter import Full as Full
 from lora_jax.adapter import Layout as Layout

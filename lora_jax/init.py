@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import paths, quant, starts, vera
+from lora_jax import paths, quant, sharding, starts, vera
 from lora_jax.adapter import Adapter, Full, Layout, LowRank, Rows, attach
 from lora_jax.config import LoraConfig
 from lora_jax.dora import column_norm
@@ -35,6 +35,7 @@ def init(
       config: what to adapt.
       fn: any function whose first argument is the parameter tree.
       variables: the tree; its arrays, and those of `args`, may be `jax.ShapeDtypeStruct`s, and so are then the adapters.
+        Where parameters have a `NamedSharding`, their adapters are made as `sharding.adapter_shardings` says.
 
     Returns:
       `{path: adapter}` with `a: (*batch, *in, r)` and `b: (*batch, r, *out)`. With `method="vera"` adapters share arrays:
@@ -58,28 +59,39 @@ def init(
     rows = _rows(parameters, config, trained)
     chosen = _in_layers(_chosen(parameters, config, {*trained, *rows}), config)
     _check_tables(chosen, config)
-    shared = _shared(chosen, config)
-    adapters: dict[str, Adapter] = {}
-    for path, leaf in leaves.items():
+
+    def create(key: jax.Array, leaves: Mapping[str, Any]) -> dict[str, Adapter]:
+        shared = _shared(chosen, config)
+        return {path: one(path, shared, key, leaf) for path, leaf in leaves.items()}
+
+    def one(path: str, shared: vera.Shared | None, key: jax.Array, leaf: Any) -> Adapter:
         if path in trained:
-            adapters[path] = Full(_make(lambda x: jnp.array(x, config.dtype, copy=True), leaf))
-        elif path in rows:
-            adapters[path] = _make(functools.partial(_rows_of, rows[path], config), leaf)
-        elif path in chosen:
-            own = dataclasses.replace(shared, made={}) if shared and _abstract(key, leaf) else shared
-            adapters[path] = _make(functools.partial(_pair, parameters[path], config, parameters, own), key, leaf)
+            return Full(jnp.array(leaf, config.dtype, copy=True))
+        if path in rows:
+            return _rows_of(rows[path], config, leaf)
+        return _pair(parameters[path], config, parameters, shared, key, leaf)
+
+    adapted = {path: leaf for path, leaf in leaves.items() if path in {*trained, *rows, *chosen}}
+    adapters = _make(create, key, adapted, functools.partial(sharding.adapter_shardings, variables))
     apply = lora(fn, active=None if config.alora_invocation_tokens is None else jnp.array(True))
     abstractly(lambda p, a, k: apply(p, *a, **k), attach(variables, adapters), args, kwargs)
     return adapters
 
 
-def _make(fn: Callable[..., Any], *arrays: Any) -> Any:
-    """`fn(*arrays)`, on shapes where an array is only a shape."""
-    return jax.eval_shape(fn, *arrays) if _abstract(*arrays) else fn(*arrays)
-
-
-def _abstract(*arrays: Any) -> bool:
-    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(arrays))
+def _make(
+    create: Callable[..., dict[str, Adapter]], key: jax.Array, leaves: Mapping[str, Any], shardings: Callable[[Any], Any]
+) -> dict[str, Adapter]:
+    """`create(key, leaves)`: for parameters on a mesh in one program, in their places; for shapes, shapes."""
+    groups: dict[Any, dict[str, Any]] = {}
+    for path, leaf in leaves.items():
+        groups.setdefault((sharding.on_mesh(leaf), sharding.is_abstract((key, leaf))), {})[path] = leaf
+    made: dict[str, Adapter] = {}
+    for (on_mesh, abstract), some in groups.items():
+        if on_mesh:
+            made |= sharding.make(create, shardings, key, some)
+        else:
+            made |= jax.eval_shape(create, key, some) if abstract else create(key, some)
+    return {path: made[path] for path in leaves}
 
 
 def _trained(leaves: Mapping[str, Any], parameters: dict[str, Parameter], config: LoraConfig) -> set[str]:

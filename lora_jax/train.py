@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax import sharding
 from lora_jax.adapter import Adapter, attach
 from lora_jax.optim import optimizer
 
@@ -41,10 +42,22 @@ class TrainState:
 
 
 def init_state(adapters: Mapping[str, Adapter], tx: optax.GradientTransformation, *, key: jax.Array) -> TrainState:
-    """The state before the first step. The adapters are copied, since steps donate the state."""
-    copies: Any = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), dict(adapters))
-    zero = lambda: jnp.zeros((), jnp.int32)
-    return TrainState(zero(), copies, optimizer(tx).init(copies), jnp.array(key, copy=True), zero())
+    """The state before the first step. The adapters are copied, since steps donate the state.
+
+    Where the adapters are on a mesh, so is all of the state, the optimiser's moments like the adapters. Of shapes
+    (`jax.ShapeDtypeStruct`) it makes shapes.
+    """
+
+    def start(adapters: dict[str, Adapter], key: jax.Array) -> TrainState:
+        copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+        zero = lambda: jnp.zeros((), jnp.int32)
+        copies = copy(adapters)
+        return TrainState(zero(), copies, optimizer(tx).init(copies), copy(key), zero())
+
+    arrays = dict(adapters)
+    if any(map(sharding.on_mesh, jax.tree.leaves(arrays))):
+        return sharding.make(start, lambda state: sharding.state_shardings(state, arrays), arrays, key)
+    return jax.eval_shape(start, arrays, key) if sharding.is_abstract((arrays, key)) else start(arrays, key)
 
 
 def make_train_step(
@@ -110,11 +123,11 @@ def replicate(tree: Any, devices: Any = None) -> Any:
     """A copy of the tree on each device, under a new leading axis, as `make_pmap_train_step` wants it."""
     devices = jax.local_devices() if devices is None else devices
     mesh = jax.sharding.Mesh(devices, (_AXIS,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.P(_AXIS))
+    on_devices = jax.sharding.NamedSharding(mesh, jax.P(_AXIS))
 
     def spread(leaf: Any) -> jax.Array:
         copies = [jax.device_put(jnp.asarray(leaf)[None], device) for device in devices]
-        return jax.make_array_from_single_device_arrays((len(devices), *leaf.shape), sharding, copies)
+        return jax.make_array_from_single_device_arrays((len(devices), *leaf.shape), on_devices, copies)
 
     return jax.tree.map(spread, tree)
 

@@ -330,13 +330,25 @@ def contract(x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], o
     summed = [label for label in x_labels if label in shared and label not in keep]
     dims = lambda labels, chosen: tuple(labels.index(label) for label in chosen)
     numbers = ((dims(x_labels, summed), dims(y_labels, summed)), (dims(x_labels, batch), dims(y_labels, batch)))
-    result = lax.dot_general(x, y, numbers, **options)
     labels = [*batch, *(i for i in x_labels if i not in shared), *(i for i in y_labels if i not in shared)]
+    result = lax.dot_general(x, y, numbers, out_sharding=_out_sharding(x, x_labels, y, y_labels, labels), **options)
     order = [labels.index(label) for label in out if label in labels]
     if order != sorted(order):
         result = lax.transpose(result, order)
     missing = [position for position, label in enumerate(out) if label not in labels]
     return lax.expand_dims(result, missing) if missing else result
+
+
+def _out_sharding(x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], out: Sequence[int]) -> jax.P | None:
+    """On a mesh with explicit axes, the sharding of a product: each axis as in the operand that has it, x before y."""
+    entries: dict[int, tuple[str, ...]] = {}
+    for array, labels in ((x, x_labels), (y, y_labels)):
+        for label, entry in zip(labels, jax.typeof(array).sharding.spec):
+            names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+            taken = {name for kept in out for name in entries.get(kept, ())}
+            if not entries.get(label):
+                entries[label] = tuple(name for name in names if name not in taken)
+    return jax.P(*(entries[label] or None for label in out)) if any(entries.values()) else None
 
 
 def _sum_out(x: Any, labels: Sequence[int], keep: set[int]) -> tuple[Any, list[int]]:

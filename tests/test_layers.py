@@ -13,7 +13,7 @@ ROOT = pathlib.Path(lora_jax.__file__).parent
 LAYERS = {
     0: ["_compat", "paths"],
     1: ["config", "adapter", "weight", "names", "alora"],
-    2: ["quant", "moves", "products", "dora", "vera", "peft.settings", "peft.slots", "peft.rules"],
+    2: ["sharding", "quant", "moves", "products", "dora", "vera", "peft.settings", "peft.slots", "peft.rules"],
     3: ["terms"],
     4: ["transform", "peft.replay", "peft.tokens", "peft.vera", "peft.cutting", "peft.stacking"],
     5: ["usage", "starts"],
