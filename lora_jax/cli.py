@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     import_.add_argument("--model", type=pathlib.Path, required=True, help="the base: a Hugging Face directory or .gguf file")
     import_.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")
     import_.set_defaults(command=_import)
+    _add_plan(commands.add_parser("plan", help="say whether a train step fits on a TPU, without one"))
     return top
 
 
@@ -85,6 +86,22 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument("--configs", type=pathlib.Path, metavar="FILE", help=listed)
     sweep.add_argument("--out", type=pathlib.Path, help="the directory (default: the first free of sweeps/1, sweeps/2)")
     sweep.set_defaults(command=_sweep)
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    """The options of a plan; those that are left out are `plan.Request`'s."""
+    plan.add_argument("model", help="llama-3-8b, llama-3-70b, qwen2.5-7b, mistral-7b, smollm2-135m, or a config.json")
+    plan.add_argument("--rank", type=int, help="rank of every low-rank pair (default: 16)")
+    plan.add_argument("--targets", nargs="+", metavar="PATTERN", help="kernels to adapt (default: the seven projections)")
+    plan.add_argument("--batch", type=int, help="rows per step (default: 1)")
+    plan.add_argument("--sequence", type=int, help="tokens per row (default: 2048)")
+    plan.add_argument("--quantize", help="the layers' kernels: none (the default: bfloat16), nf4, int4, int8 or fp8")
+    plan.add_argument("--block", type=int, help="how many quantised values share a scale (default: 64)")
+    where = "a TPU and its shape, such as v5e:2x2 or v6e:2x2, of which one chip is planned for, or cpu (default: v5p:1x1x1)"
+    plan.add_argument("--topology", help=where)
+    plan.add_argument("--compare", nargs="+", metavar="STEP", help="also: full (fine-tuning), naive (W + AB formed)")
+    plan.add_argument("--json", action="store_true", help="print JSON, with peak_bytes_per_chip")
+    plan.set_defaults(command=_plan)
 
 
 def _add_options(tune: argparse.ArgumentParser, several: Sequence[str] = ()) -> None:
@@ -256,6 +273,22 @@ def _import(options: argparse.Namespace) -> int:
     out = options.out or run.free_directory(pathlib.Path("runs"))
     notes = transfer.import_(options.directory, options.model, out)
     return _report(f"run: {out}", notes)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import jax
+
+    if jax.config.jax_platforms is None:
+        jax.config.update("jax_platforms", "cpu")  # to plan takes no chip, not even where there is one
+    from lora_jax import plan
+    from lora_jax.task import user_errors
+
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(plan.Request)}
+    with user_errors():
+        request = plan.Request(**{name: value for name, value in given.items() if value is not None})
+    found = plan.make(request, lambda text: print(f"lora-jax: {text}", file=sys.stderr, flush=True))
+    print(found.to_json() if options.json else found)
+    return 0
 
 
 def _report(done: str, notes: Sequence[str]) -> int:

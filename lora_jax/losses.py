@@ -24,7 +24,7 @@ def token_cross_entropy(
       head: `(tokens, width) -> (tokens, vocabulary)`.
       hidden: `(*batch, width)`.
       labels: `(*batch)`, integers.
-      chunk: tokens at a time; by default as many as make 2^24 logits.
+      chunk: at most so many tokens at a time; by default as many as make 2^24 logits.
 
     Returns:
       `(*batch)`, in float32 at least.
@@ -49,6 +49,7 @@ def token_cross_entropy(
         chunk = max(1, LOGITS_AT_ONCE // vocabulary)
     chunk = min(chunk, max(count, 1))
     chunks = -(-count // chunk)
+    chunk = -(-count // chunks) if count else chunk  # all of about one size: padding is computed, too
     padding = chunks * chunk - count
     rows = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0))).reshape(chunks, chunk, width)
     targets = jnp.pad(labels.reshape(count), (0, padding)).reshape(chunks, chunk)

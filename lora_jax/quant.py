@@ -21,8 +21,8 @@ DTYPES = {"nf4": "nf4", "int4": "int4", "int8": "int8", "fp8": "float8_e4m3fn"}
 def quantize(variables: Any, targets: Sequence[Any], dtype: str = "nf4", *, block: int | None = 64) -> Any:
     """The tree with some kernels quantised, for `lora(fn)` with or without adapters.
 
-    Each value is rounded to one of 16 or 256 levels times a scale that a block of values along one axis shares: the longest
-    axis whose size is a multiple of the block, of equal ones the first. A kernel keeps its sharding.
+    Each value is rounded to one of 16 or 256 levels times a scale that a block of values along one axis shares: the last axis
+    but one if its size is a multiple of the block, or else the longest whose size is. A kernel keeps its sharding.
 
     Args:
       variables: the parameters.
@@ -64,7 +64,9 @@ def _block_axis(path: str, leaf: Any, block: int | None) -> int:
     whole = [axis for axis, size in enumerate(shape) if block is None or size % block == 0]
     if not whole:
         raise ValueError(f"block: no axis of {path} of the shape {shape} can be cut into blocks of {block}: give a divisor")
-    return max(whole, key=lambda axis: shape[axis])
+    # Blocks along the last axis cut through a TPU's lanes: its compiler copies the kernels of all layers to avoid that.
+    last_but_one = len(shape) - 2
+    return last_but_one if block is not None and last_but_one in whole else max(whole, key=lambda axis: shape[axis])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -114,7 +116,29 @@ def dense(leaf: Any) -> Any:
     if not paths.is_quantized(leaf):
         return leaf
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        if leaf.qtype == "nf4":
+            return _scaled(_nf4_values(leaf.qvalue, leaf.scale.dtype), leaf.scale)
         return qwix().dequantize(leaf)
+
+
+def _nf4_values(codes: Any, dtype: Any) -> Any:
+    """The level of each code, by selects: for a look-up a TPU would hold a whole kernel in 32 bits."""
+    every = qwix().QArray(jnp.arange(16).astype(codes.dtype), jnp.ones(1, jnp.float32), qtype="nf4")
+    levels = list(qwix().dequantize(every).astype(dtype))
+    for bit in range(4):
+        odd = (codes.astype(jnp.int32) >> bit) & 1 == 1
+        levels = [jnp.where(odd, high, low) for low, high in zip(levels[::2], levels[1::2])]
+    return levels[0]
+
+
+def _scaled(values: Any, scale: Any) -> Any:
+    """Values times the scales of their blocks."""
+    split, along = [], []
+    for size, count in zip(values.shape, scale.shape):
+        whole = count in (1, size)
+        split += [size] if whole else [count, size // count]
+        along += [count] if whole else [count, 1]
+    return (values.reshape(split) * scale.reshape(along)).reshape(values.shape)
 
 
 def base(leaf: Any) -> Any:

@@ -8,7 +8,7 @@ A kernel W with the sharding `(data, model)` over its in and out axes has an A `
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from lora_jax import paths
 from lora_jax.adapter import PARTS, Adapter, Full, LowRank
 
 Spec = tuple[tuple[str, ...], ...]  # the mesh axes of each axis of an array
+AXES = ("data", "fsdp", "model")  # what the mesh axes of the models here are called
 
 
 def make_mesh(axes: Mapping[str, int], devices: Any = None) -> Mesh:
@@ -75,6 +76,42 @@ def parameter_shardings(
         raise ValueError(f"fsdp: the mesh has no axis {fsdp!r}; its axes are {dict(mesh.shape)}")
     rule = lambda path: next((spec for pattern, spec in table.items() if paths.matches(path, pattern)), jax.P())
     return jax.tree.unflatten(treedef, [_by_rule(mesh, path, leaf, rule(path), fsdp) for path, leaf in leaves.items()])
+
+
+def model_shardings(mesh: Mesh, variables: Any, *, columns: Sequence[str], rows: Sequence[str]) -> Any:
+    """Shardings for a transformer on a mesh with some of the axes `data`, `fsdp` and `model`.
+
+    `data` cuts no parameter and `fsdp` the largest free axis of each. `model` cuts the dense layers as Megatron-LM does
+    (https://arxiv.org/abs/1909.08053): those before the non-linearity by columns, those after it by rows.
+
+    Args:
+      mesh: its axes are among `AXES`; a batch is cut by `batch_sharding`.
+      variables: the parameters, as for `parameter_shardings`.
+      columns: the names of modules whose last axis `model` cuts, biases too.
+      rows: the names of modules of which it cuts the last axis but one.
+
+    Raises:
+      ValueError: the mesh has another axis, or one that does not divide a parameter's.
+    """
+    if unknown := set(mesh.shape) - set(AXES):
+        raise ValueError(f"mesh: the axes are {', '.join(AXES)}; there is no {', '.join(sorted(unknown))}")
+    rules = {}
+    for path, leaf in paths.flatten(variables)[0].items() if "model" in mesh.shape else ():
+        (module, name), ndim = path.split("/")[-2:], len(leaf.shape)
+        if module in columns:
+            rules[path] = jax.P(*(None,) * (ndim - 1), "model")
+        elif module in rows and name != "bias":
+            rules[path] = jax.P(*(None,) * (ndim - 2), "model")
+    return parameter_shardings(mesh, variables, rules, fsdp="fsdp" if "fsdp" in mesh.shape else None)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch goes: its rows along `data` and `fsdp`.
+
+    >>> batch_sharding(make_mesh({"fsdp": 1, "model": 1}, jax.devices()[:1])).spec
+    P('fsdp',)
+    """
+    return _named(mesh, (tuple(name for name in AXES[:2] if name in mesh.shape),))
 
 
 def _by_rule(mesh: Mesh, path: str, leaf: Any, rule: jax.P, fsdp: str | None) -> Any:

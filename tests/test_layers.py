@@ -11,8 +11,8 @@ import lora_jax
 
 ROOT = pathlib.Path(lora_jax.__file__).parent
 LAYERS = {
-    0: ["_compat", "paths"],
-    1: ["config", "adapter", "weight", "names", "alora"],
+    0: ["_compat", "paths", "topology"],
+    1: ["config", "adapter", "weight", "names", "alora", "flops"],
     2: ["sharding", "quant", "moves", "products", "dora", "vera", "peft.settings", "peft.slots", "peft.rules"],
     3: ["terms"],
     4: ["transform", "peft.replay", "peft.tokens", "peft.vera", "peft.cutting", "peft.stacking"],
@@ -33,11 +33,11 @@ LAYERS = {
     ],
     9: ["metrics", "data"],
     10: ["curve", "progress", "run", "models.llama_config"],
-    11: ["models.checkpoint_files", "models.gguf_reader", "models.decoder"],
+    11: ["models.checkpoint_files", "models.gguf_reader", "models.decoder", "models.shapes"],
     12: ["models.bert", "models.gguf_files", "models.generation", "peft.storage"],
     13: ["models.llama", "text_tokenizer", "task", "peft.reading"],
-    14: ["classify", "lm_data", "hf_directory", "peft.writing"],
-    15: ["rows"],
+    14: ["classify", "lm_data", "hf_directory", "peft.writing", "steps"],
+    15: ["rows", "plan"],
     16: ["lm"],
     17: ["session"],
     18: ["finetune", "inspection"],

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 
 import lora_jax as lj
 from lora_jax import paths, quant
@@ -121,6 +122,13 @@ def test_counts_and_bytes():
     count = 2 * 3 * 32 * 48
     assert found.parameters == count + 32 * 7
     assert found.parameter_bytes == count // 2 + 4 * count // 16 + 4 * 32 * 7
+
+
+@pytest.mark.parametrize(("shape", "block"), [((32, 16), 16), ((2, 16, 32), 8), ((16, 8), None)])
+def test_nf4_is_made_dense_as_qwix_does(shape, block):
+    kernel = jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16)
+    found = lj.quantize({"w": kernel}, ["w"], "nf4", block=block)["w"]
+    np.testing.assert_array_equal(quant.dense(found), qwix.dequantize(found))
 
 
 def test_shards_stay_where_they_are():

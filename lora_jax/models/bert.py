@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.models import checkpoint_files
 from lora_jax.names import HFName
+from lora_jax.sharding import model_shardings
 
 Pooling = Literal["mean", "cls", "pooler"]
 
@@ -213,6 +214,14 @@ def hf_names(config: BertConfig, prefix: str = "bert.") -> dict[str, HFName]:
         table[f"{ours}/scale"] = HFName(f"{theirs}.weight")
         table[f"{ours}/bias"] = HFName(f"{theirs}.bias")
     return {f"params/{path}": name for path, name in table.items()}
+
+
+def shardings(mesh: jax.sharding.Mesh, variables: Any) -> Any:
+    """Where each parameter goes on a mesh with some of the axes `data`, `fsdp` and `model`; see `sharding.model_shardings`.
+
+    `model` cuts the heads and the MLP's inner width.
+    """
+    return model_shardings(mesh, variables, columns=("query", "key", "value", "up"), rows=("out", "down"))
 
 
 def load(directory: str | pathlib.Path, *, dtype: Any = jnp.float32, num_labels: int | None = None, seed: int = 0) -> Loaded:

@@ -50,11 +50,29 @@ def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Any, block: int | None) -> jax.Array:
+    """Causal attention `(batch, length, heads, head_dim)`, at most `block` queries at a time.
+
+    A block reads the keys up to its last query only, and its scores are computed again in the backward pass: that costs a
+    product of them once more, and saves those with the keys after it.
+    """
+    length = query.shape[1]
+    if block is None or block >= length:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=mask is None)
+    mask = jnp.tril(jnp.ones((1, 1, length, length), bool)) if mask is None else mask
+    # Not to be merged with what the layer's own remat computes again, or the scores of all blocks would be kept.
+    one = jax.checkpoint(lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask))
+    ends = [(start, min(start + block, length)) for start in range(0, length, block)]
+    parts = [one(query[:, i:j], key[:, :j], value[:, :j], mask[:, :, i:j, :j]) for i, j in ends]
+    return jnp.concatenate(parts, axis=1)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions: `(batch, length, hidden)`."""
 
     config: LlamaConfig
     param_dtype: Any
+    attention_block: int | None
 
     @nn.compact
     def __call__(self, x, angles, mask, cache, start):
@@ -62,7 +80,8 @@ class Attention(nn.Module):
 
         def heads(name, count):
             dense = nn.Dense(count * config.head_dim, config.qkv_bias, param_dtype=self.param_dtype, name=name)
-            return dense(x).reshape(*x.shape[:-1], count, config.head_dim)
+            # Or a TPU's compiler lays out the kernels of all layers anew, for what the rotation below does with the heads.
+            return lax.optimization_barrier(dense(x)).reshape(*x.shape[:-1], count, config.head_dim)
 
         query = _rotate(heads("q_proj", config.num_attention_heads), angles)
         key = _rotate(heads("k_proj", config.num_key_value_heads), angles)
@@ -71,7 +90,7 @@ class Attention(nn.Module):
             key, value = cache = tuple(
                 lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0)) for old, new in zip(cache, (key, value))
             )
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=mask is None)
+        mixed = _attend(query, key, value, mask, self.attention_block if cache is None else None)
         out = nn.Dense(config.hidden_size, config.output_bias, param_dtype=self.param_dtype, name="o_proj")
         return out(mixed.reshape(*x.shape[:-1], -1)), cache
 
@@ -96,12 +115,13 @@ class Layer(nn.Module):
 
     config: LlamaConfig
     param_dtype: Any
+    attention_block: int | None
 
     @nn.compact
     def __call__(self, x, angles, masks, which, cache, start):
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.param_dtype)
         mask = masks[0] if which is None else jnp.stack(masks)[which]
-        mixed, cache = Attention(self.config, self.param_dtype, name="self_attn")(
+        mixed, cache = Attention(self.config, self.param_dtype, self.attention_block, name="self_attn")(
             norm(name="input_layernorm")(x), angles, mask, cache, start
         )
         x = x + mixed
@@ -118,16 +138,26 @@ class Llama(nn.Module):
       positions: `(batch, length)`; without them they count what is not padding, and start again with each segment.
       cache: a `Cache` to continue; the result is `(logits, cache)` then. Once it is full, the logits are NaN.
       last_only: logits for the last token of each row only, `(batch, 1, vocab)`.
+      hidden: in place of the logits, what the head makes them of, `(batch, length, hidden)`.
     """
 
     config: LlamaConfig
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
     remat: bool = False
+    attention_block: int | None = None
 
     @nn.compact
     def __call__(
-        self, input_ids, attention_mask=None, *, segment_ids=None, positions=None, cache: Cache | None = None, last_only=False
+        self,
+        input_ids,
+        attention_mask=None,
+        *,
+        segment_ids=None,
+        positions=None,
+        cache: Cache | None = None,
+        last_only=False,
+        hidden=False,
     ):
         config = self.config
         for name, array in (("attention_mask", attention_mask), ("segment_ids", segment_ids), ("positions", positions)):
@@ -146,7 +176,9 @@ class Llama(nn.Module):
         embed = nn.Embed(config.vocab_size, config.hidden_size, param_dtype=self.param_dtype, name="embed_tokens")
         x, layers = self._layers(embed(input_ids), angles, masks, None if cache is None else cache.layers, start)
         x = RMSNorm(config.rms_norm_eps, self.param_dtype, name="norm")(x[:, -1:] if last_only else x)
-        if config.tie_word_embeddings:
+        if hidden:
+            logits = x
+        elif config.tie_word_embeddings:
             logits = embed.attend(x)
         else:
             logits = nn.Dense(config.vocab_size, use_bias=False, param_dtype=self.param_dtype, name="lm_head")(x)
@@ -173,11 +205,13 @@ class Llama(nn.Module):
                 layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_hidden_layers,
                 in_axes=axes,
             )  # fmt: skip
-            return scanned(self.config, self.param_dtype, name="layers")(x, angles, masks, several, caches, start)
+            layers = scanned(self.config, self.param_dtype, self.attention_block, name="layers")
+            return layers(x, angles, masks, several, caches, start)
         moved = []
         for i, choice in enumerate(which):
             own = None if caches is None else caches[i]
-            x, own = layer(self.config, self.param_dtype, name=f"layer_{i}")(x, angles, [masks[choice]], None, own, start)
+            made = layer(self.config, self.param_dtype, self.attention_block, name=f"layer_{i}")
+            x, own = made(x, angles, [masks[choice]], None, own, start)
             moved.append(own)
         return x, moved
 

@@ -1,6 +1,7 @@
 """Decoders of the Llama family (Llama, Mistral, Qwen2, SmolLM2): Linen models from Hugging Face directories and GGUF files."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
+from lora_jax.losses import token_cross_entropy
 from lora_jax.models import checkpoint_files, gguf_files
 from lora_jax.models.decoder import Cache as Cache
 from lora_jax.models.decoder import Llama as Llama
@@ -21,6 +23,7 @@ from lora_jax.models.llama_config import LlamaConfig as LlamaConfig
 from lora_jax.models.llama_config import hf_config as hf_config
 from lora_jax.models.llama_config import read_config
 from lora_jax.names import HFName
+from lora_jax.sharding import model_shardings
 
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
 
@@ -50,6 +53,7 @@ class Loaded:
         segment_ids: Any = None,
         positions: Any = None,
         last_only: bool = False,
+        hidden: bool = False,
     ) -> jax.Array:
         """The logits `(batch, length, vocab)` of token ids `(batch, length)`.
 
@@ -60,9 +64,31 @@ class Loaded:
           segment_ids: `(batch, length)`: tokens see only tokens of the same id, so that packed documents stay apart.
           positions: `(batch, length)`; without them they count what is not padding, and start again with each segment.
           last_only: logits for the last token of each row only, `(batch, 1, vocab)`.
+          hidden: in place of the logits, what `head` makes them of, `(batch, length, hidden)`.
         """
-        options = {"segment_ids": segment_ids, "positions": positions, "last_only": last_only}
+        options = {"segment_ids": segment_ids, "positions": positions, "last_only": last_only, "hidden": hidden}
         return self.model.apply(variables, input_ids, attention_mask, **options)  # type: ignore[return-value]
+
+    def head(self, variables: Any, hidden: jax.Array) -> jax.Array:
+        """The logits `(*batch, vocab)` of `apply(..., hidden=True)`: `(*batch, hidden)`."""
+        params = variables["params"]
+        if self.config.tie_word_embeddings:
+            return hidden @ params["embed_tokens"]["embedding"].T
+        return hidden @ params["lm_head"]["kernel"]
+
+    def losses(self, variables: Any, input_ids: Any, labels: Any, **options: Any) -> jax.Array:
+        """The cross-entropy of each label `(batch, length)`, never with the logits of all tokens at once.
+
+        For training: `lora(loaded.losses)(params, input_ids, labels)`, with the head adapted or quantised or neither.
+
+        Args:
+          variables: the parameters.
+          input_ids: `(batch, length)`.
+          labels: `(batch, length)`: for each token the one that should follow.
+          options: of `apply`, but for `last_only` and `hidden`.
+        """
+        hidden = self.apply(variables, input_ids, hidden=True, **options)
+        return token_cross_entropy(functools.partial(self.head, variables), hidden, labels)
 
     def apply_cached(
         self, variables: Any, input_ids: Any, cache: Cache, attention_mask: Any = None, *, last_only: bool = False
@@ -126,12 +152,22 @@ def parameters(config: LlamaConfig, scan_layers: bool = False) -> dict[str, tupl
     return {f"params/{path}": entry for path, entry in table.items()}
 
 
+def shardings(mesh: jax.sharding.Mesh, variables: Any) -> Any:
+    """Where each parameter goes on a mesh with some of the axes `data`, `fsdp` and `model`; see `sharding.model_shardings`.
+
+    `model` cuts the heads, the MLP's inner width and the vocabulary.
+    """
+    columns, rows = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), ("o_proj", "down_proj", "embed_tokens")
+    return model_shardings(mesh, variables, columns=columns, rows=rows)
+
+
 def load(
     source: str | pathlib.Path,
     *,
     dtype: Any = jnp.float32,
     scan_layers: bool = False,
     remat: bool = False,
+    attention_block: int | None = None,
     tie: bool | None = None,
     sharding: Sharding = None,
 ) -> Loaded:
@@ -144,6 +180,8 @@ def load(
       dtype: the dtype of the parameters, and of the computation but for norms and attention weights.
       scan_layers: stack the layers' parameters along a leading axis and scan over them: compiles once for all layers.
       remat: recompute each layer's activations in the backward pass instead of keeping them.
+      attention_block: compute the attention of at most so many queries at a time, and its scores again in the backward pass:
+        no scores of all tokens are held then.
       tie: whether the head is the embedding; `None`: as in the checkpoint. `False` gives a tied checkpoint a head of its own.
       sharding: where the parameters go: one sharding for all, or a function of (path, shape).
 
@@ -176,11 +214,17 @@ def load(
         path: checkpoint_files.put(checkpoint_files.fill(tensors, stored[path], shape, jnp.dtype(dtype)), place(path, shape))
         for path, (shape, _) in table.items()
     }
-    return _loaded(config, dtype, scan_layers, remat, leaves)
+    return _loaded(config, dtype, scan_layers, remat, attention_block, leaves)
 
 
 def init(
-    config: LlamaConfig, key: jax.Array, *, dtype: Any = jnp.float32, scan_layers: bool = False, remat: bool = False
+    config: LlamaConfig,
+    key: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+    scan_layers: bool = False,
+    remat: bool = False,
+    attention_block: int | None = None,
 ) -> Loaded:
     """A model with random weights: kernels and embeddings from a normal distribution of deviation 0.02.
 
@@ -199,10 +243,25 @@ def init(
         return (0.02 * jax.random.normal(paths.fold_in(key, path), shape)).astype(dtype)
 
     leaves = {path: leaf(path, shape) for path, (shape, _) in parameters(config, scan_layers).items()}
-    return _loaded(config, dtype, scan_layers, remat, leaves)
+    return _loaded(config, dtype, scan_layers, remat, attention_block, leaves)
 
 
-def _loaded(config: LlamaConfig, dtype: Any, scan_layers: bool, remat: bool, leaves: dict[str, jax.Array]) -> Loaded:
+def abstract(
+    config: LlamaConfig,
+    *,
+    dtype: Any = jnp.float32,
+    scan_layers: bool = False,
+    remat: bool = False,
+    attention_block: int | None = None,
+) -> Loaded:
+    """A model without weights, with a `jax.ShapeDtypeStruct` for each parameter: to trace and to compile."""
+    leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, _) in parameters(config, scan_layers).items()}
+    return _loaded(config, dtype, scan_layers, remat, attention_block, leaves)
+
+
+def _loaded(
+    config: LlamaConfig, dtype: Any, scan_layers: bool, remat: bool, attention_block: int | None, leaves: dict[str, Any]
+) -> Loaded:
     variables: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
@@ -211,7 +270,7 @@ def _loaded(config: LlamaConfig, dtype: Any, scan_layers: bool, remat: bool, lea
             node = node.setdefault(parent, {})
         node[last] = leaf
     names = {path: name for path, (_, name) in parameters(config, scan_layers).items()}
-    return Loaded(Llama(config, jnp.dtype(dtype), scan_layers, remat), variables, names, config)
+    return Loaded(Llama(config, jnp.dtype(dtype), scan_layers, remat, attention_block), variables, names, config)
 
 
 def _read_directory(directory: pathlib.Path) -> LlamaConfig:

@@ -1,45 +1,14 @@
 """What a jitted step costs: FLOPs from its jaxpr and from XLA, bytes, trace and compile seconds, wall-time ratios."""
 
 import dataclasses
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from lora_jax._compat import open_jaxpr
-
-
-def dot_flops(jaxpr: Any) -> int:
-    """The FLOPs of all `dot_general`s, a scan's body times its length, and the dearest branch of a `cond`."""
-    total = 0
-    for eqn in open_jaxpr(jaxpr)[0].eqns:
-        inner = [dot_flops(sub) for sub in _sub_jaxprs(eqn)]
-        match eqn.primitive.name:
-            case "dot_general":
-                (contracted, _), _ = eqn.params["dimension_numbers"]
-                size = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-                total += 2 * size * math.prod(eqn.outvars[0].aval.shape)
-            case "conv_general_dilated" | "ragged_dot_general":
-                raise NotImplementedError(f"the FLOPs of {eqn.primitive.name} are not counted here")
-            case "scan":
-                total += eqn.params["length"] * sum(inner)
-            case "while" if any(inner):
-                raise NotImplementedError("the number of a while loop's iterations is not in the jaxpr")
-            case "cond":
-                total += max(inner)
-            case _:
-                total += sum(inner)
-    return total
-
-
-def _sub_jaxprs(eqn: Any) -> Iterator[Any]:
-    for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else [value]:
-            if hasattr(open_jaxpr(item)[0], "eqns"):
-                yield item
+from lora_jax.flops import dot_flops
 
 
 @dataclasses.dataclass
