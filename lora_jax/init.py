@@ -61,15 +61,15 @@ def init(
     _check_tables(chosen, config)
 
     def create(key: jax.Array, leaves: Mapping[str, Any]) -> dict[str, Adapter]:
-        shared = _shared(chosen, config)
-        return {path: one(path, shared, key, leaf) for path, leaf in leaves.items()}
+        drawn = _draw(key, chosen, [path for path in leaves if path in chosen], config)
+        return {path: one(path, drawn.get(path), leaf) for path, leaf in leaves.items()}
 
-    def one(path: str, shared: vera.Shared | None, key: jax.Array, leaf: Any) -> Adapter:
+    def one(path: str, drawn: Any, leaf: Any) -> Adapter:
         if path in trained:
             return Full(jnp.array(leaf, config.dtype, copy=True))
         if path in rows:
             return _rows_of(rows[path], config, leaf)
-        return _pair(parameters[path], config, parameters, shared, key, leaf)
+        return _pair(parameters[path], config, parameters, drawn, leaf)
 
     adapted = {path: leaf for path, leaf in leaves.items() if path in {*trained, *rows, *chosen}}
     adapters = _make(create, key, adapted, functools.partial(sharding.adapter_shardings, variables))
@@ -244,35 +244,45 @@ def _first(table: Any, path: str, default: Any) -> Any:
     return next((value for pattern, value in table.items() if paths.matches(path, pattern)), default)
 
 
-def _shared(chosen: dict[str, Parameter], config: LoraConfig) -> vera.Shared | None:
-    """VeRA's matrices, for all the chosen kernels."""
-    if config.method != "vera":
-        return None
-    inputs = lambda p: math.prod(p.shape[axis] for axis in _layout(p, config).inputs)
-    return vera.Shared(config.rank, max(map(inputs, chosen.values()), default=1), config.dtype)
+def _draw(
+    key: jax.Array, chosen: dict[str, Parameter], wanted: Iterable[str], config: LoraConfig
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The values of A and B where they start.
+
+    All pairs of one kind are drawn together: a mesh has them made by one program, which would take long to compile otherwise.
+    """
+    starting = {path: _start(chosen[path], config) for path in wanted}
+    if config.method == "vera":
+        inputs = lambda p: math.prod(p.shape[axis] for axis in _layout(p, config).inputs)
+        shared = vera.Shared(config.rank, max(map(inputs, chosen.values()), default=1), config.dtype)
+        return {path: shared.pair(key, layout, shape) for path, (_, shape, layout, _) in starting.items()}
+    groups: dict[Any, list[str]] = {}
+    for path, start in starting.items():
+        groups.setdefault(start, []).append(path)
+    drawn: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for (start, *sizes), group in groups.items():
+        drawn |= zip(group, zip(*jax.vmap(lambda key: start(key, *sizes))(paths.fold_in_each(key, group))))
+    return drawn
+
+
+def _start(parameter: Parameter, config: LoraConfig) -> tuple[starts.Start, tuple[int, ...], Layout, int]:
+    """How a pair starts: the function, and its arguments after the key."""
+    layout, rank = _layout(parameter, config), _first(config.rank_pattern, parameter.path, config.rank)
+    _check_method(parameter, config)
+    _check_rank(parameter, layout, rank)
+    start = starts.embedding if parameter.kind == "embedding" else starts.BY_NAME[config.init]
+    return start, tuple(parameter.shape), layout, rank
 
 
 def _pair(
-    parameter: Parameter,
-    config: LoraConfig,
-    parameters: Mapping[str, Parameter],
-    shared: vera.Shared | None,
-    key: jax.Array,
-    leaf: Any,
+    parameter: Parameter, config: LoraConfig, parameters: Mapping[str, Parameter], drawn: tuple[jax.Array, jax.Array], leaf: Any
 ) -> LowRank:
-    path, shape, layout = parameter.path, parameter.shape, _layout(parameter, config)
-    rank, alpha = _first(config.rank_pattern, path, config.rank), _first(config.alpha_pattern, path, config.alpha)
-    _check_method(parameter, config)
-    _check_rank(parameter, layout, rank)
-    ranks, invocation = _ranks(parameter, layout, rank, config.layers), config.alora_invocation_tokens
-    if shared is not None:
-        a, b = shared.pair(key, layout, shape)
-    else:
-        start = starts.embedding if parameter.kind == "embedding" else starts.BY_NAME[config.init]
-        a, b = start(paths.fold_in(key, path), shape, layout, rank)
+    (a, b), (_, _, layout, rank) = drawn, _start(parameter, config)
+    alpha, invocation = _first(config.alpha_pattern, parameter.path, config.alpha), config.alora_invocation_tokens
     pair = LowRank(
         a.astype(config.dtype), b.astype(config.dtype), layout,
-        1.0 if config.method == "vera" else config.scale(rank, alpha), config.dropout, ranks,
+        1.0 if config.method == "vera" else config.scale(rank, alpha), config.dropout,
+        _ranks(parameter, layout, rank, config.layers),
         invocation=None if invocation is None else tuple(invocation),
         frozen={"lora": (), "lora_fa": ("a",), "vera": ("a", "b")}[config.method],
     )  # fmt: skip

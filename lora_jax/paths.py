@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _ESCAPES = {"%": "%25", ".": "%2E", "/": "%2F"}
 
@@ -52,6 +53,12 @@ def _in_box(key_path: Sequence[Any]) -> bool:
 def fold_in(key: jax.Array, path: str) -> jax.Array:
     """A key of its own for each path, by a hash that is the same everywhere."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def fold_in_each(key: jax.Array, some: Sequence[str]) -> jax.Array:
+    """`fold_in` for several paths: their keys as one array."""
+    hashes = jnp.array([zlib.crc32(path.encode()) for path in some], jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
 
 
 def is_quantized(node: Any) -> bool:
