@@ -259,9 +259,11 @@ def from_json(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flatten_adapter(adapter: Any):
-    names = adapter.children()
+    # A field that may hold an array is a child even where it is None: JAX puts placeholders, None among them, into trees.
+    optional = EXTRA if isinstance(adapter, LowRank) else ()
+    names = tuple(dict.fromkeys((*adapter.arrays, *optional, *adapter.children())))
     children = [(jax.tree_util.GetAttrKey(name), getattr(adapter, name)) for name in names]
-    return children, (names, tuple(static_fields(adapter).items()))
+    return children, (names, tuple((name, value) for name, value in static_fields(adapter).items() if name not in names))
 
 
 def _serialize_aux(aux: Any) -> bytes:

@@ -182,7 +182,7 @@ def adapter_shardings(variables: Any, adapters: Mapping[str, Adapter]) -> dict[s
       adapters: `{path: adapter}`, arrays or `jax.ShapeDtypeStruct`s.
 
     Returns:
-      The set with a `NamedSharding` in the place of each array, for `jax.device_put`.
+      The set with a `NamedSharding` in the place of each array, for `jax.device_put` or `jit`.
 
     Raises:
       ValueError: a path is not in the tree, its parameter has no `NamedSharding`, or that does not fit the adapter's shape.
@@ -247,9 +247,7 @@ def make(fn: Callable[..., Any], shardings: Callable[[Any], Any], *args: Any) ->
     placed = shardings(shapes)
     if is_abstract(args):
         return jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, placed)
-    # As a list: `jit` puts None in the place of shardings while it looks at the tree, and an array that is None is no child.
-    made = jax.jit(lambda *args: jax.tree.leaves(fn(*args)), out_shardings=jax.tree.leaves(placed))(*args)
-    return jax.tree.unflatten(jax.tree.structure(shapes), made)
+    return jax.jit(fn, out_shardings=placed)(*args)
 
 
 def state_shardings(state: Any, adapters: Mapping[str, Adapter]) -> Any:

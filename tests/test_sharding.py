@@ -189,8 +189,8 @@ def test_init_gathers_nothing():
     init = functools.partial(lj.init, jax.random.key(0), config, model)
     adapters, ids = init(params, jnp.zeros((2, 5), jnp.int32)), jnp.zeros((2, 5), jnp.int32)
     assert specs(sharding.adapter_shardings(params, adapters)["table"]) == {"values": P(None, "data")}
-    where = [leaf.sharding for leaf in jax.tree.leaves(adapters)]
-    program = jax.jit(lambda params: jax.tree.leaves(init(params, ids)), out_shardings=where).lower(params).compile()
+    where = sharding.adapter_shardings(params, adapters)
+    program = jax.jit(lambda params: init(params, ids), out_shardings=where).lower(params).compile()
     sizes = {
         kind: max(np.prod(shape) for k, shape in moved if k == kind) for moved in [collectives(program)] for kind, _ in moved
     }
