@@ -256,12 +256,13 @@ def _draw(
         inputs = lambda p: math.prod(p.shape[axis] for axis in _layout(p, config).inputs)
         shared = vera.Shared(config.rank, max(map(inputs, chosen.values()), default=1), config.dtype)
         return {path: shared.pair(key, layout, shape) for path, (_, shape, layout, _) in starting.items()}
-    groups: dict[Any, list[str]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for path, start in starting.items():
         groups.setdefault(start, []).append(path)
     drawn: dict[str, tuple[jax.Array, jax.Array]] = {}
-    for (start, *sizes), group in groups.items():
-        drawn |= zip(group, zip(*jax.vmap(lambda key: start(key, *sizes))(paths.fold_in_each(key, group))))
+    for (start, shape, layout, rank), group in groups.items():
+        draw = functools.partial(start, shape=shape, layout=layout, rank=rank)
+        drawn |= zip(group, zip(*jax.vmap(draw)(paths.fold_in_each(key, group))))
     return drawn
 
 

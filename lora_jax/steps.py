@@ -74,7 +74,7 @@ def prepare(
       quantized: of what kind the layers' kernels are, if they are quantised.
       block: how many of their values share a scale.
     """
-    options: Any = {"scan_layers": True, "remat": True, "attention_block": ATTENTION_BLOCK}
+    options: Any = {"scan_layers": True, "remat": "full", "attention_block": ATTENTION_BLOCK}
     model = llama.abstract(config, dtype=jnp.bfloat16, **options)
     variables = model.variables
     if quantized is not None:

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax import paths
+from lora_jax.flops import dot_flops
 from lora_jax.models import llama
 from lora_jax.models.llama_config import Llama3Rope, LlamaConfig, read_config
 from lora_jax.names import HFName
@@ -26,8 +27,9 @@ FAMILY = [
 FORMS = {
     "unrolled": {},
     "scanned": {"scan_layers": True},
-    "remat": {"remat": True},
-    "both": {"scan_layers": True, "remat": True},
+    "remat": {"remat": "full"},
+    "both": {"scan_layers": True, "remat": "full"},
+    "products": {"scan_layers": True, "remat": "products"},
 }
 
 
@@ -127,10 +129,29 @@ def test_remat_and_scan_have_the_same_gradient():
                 for index, tensor in name.tensors(leaves[path].shape).items()}  # fmt: skip
 
     want = gradient("unrolled")
-    for form in ("remat", "scanned", "both"):
+    for form in ("remat", "scanned", "both", "products"):
         got = gradient(form)
         assert got.keys() == want.keys()
         assert distance(got, want) < 1e-5
+
+
+def test_remat_presets(lenient):
+    """What a step with adapters computes again: nothing, no product with a weight, all of them."""
+    sizes = llama.load(DATA / "llama3").config
+
+    def flops(remat):
+        model = llama.abstract(sizes, scan_layers=True, remat=remat)
+        ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+        adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=2), model.apply, model.variables, ids)
+        params = lj.attach(model.variables, adapters)
+        loss = lambda params, ids: lj.lora(model.losses)(params, ids, ids).mean()
+        return dot_flops(jax.make_jaxpr(jax.grad(loss, allow_int=True))(params, ids))
+
+    none, products, full = map(flops, (None, "products", "full"))
+    scores = 2 * 2 * sizes.num_hidden_layers * sizes.num_attention_heads * 16 * 16 * sizes.head_dim * 2
+    assert none < products <= none + scores < full
+    with pytest.raises(ValueError, match="remat must be None or one of 'full', 'products', not True"):
+        llama.abstract(sizes, remat=True)
 
 
 def test_bfloat16(lenient):
@@ -403,7 +424,7 @@ def test_bad_configurations(case):
 
 def test_random_weights():
     sizes = LlamaConfig(**SIZES, num_key_value_heads=1, head_dim=4, max_position_embeddings=16)
-    made, same = llama.init(sizes, jax.random.key(1)), llama.init(sizes, jax.random.key(1), remat=True)
+    made, same = llama.init(sizes, jax.random.key(1)), llama.init(sizes, jax.random.key(1), remat="full")
     assert distance(made.variables, same.variables) == 0
     stacked = llama.init(sizes, jax.random.key(1), scan_layers=True, dtype=jnp.bfloat16)
     kernel = stacked.variables["params"]["layers"]["mlp"]["up_proj"]["kernel"]

@@ -149,7 +149,7 @@ def test_losses_without_logits(tied):
     np.testing.assert_allclose(model.losses(model.variables, ids, labels), whole(model.variables), atol=1e-5)
 
 
-@pytest.mark.parametrize(("options", "window"), [({}, None), ({"scan_layers": True, "remat": True}, 3)])
+@pytest.mark.parametrize(("options", "window"), [({}, None), ({"scan_layers": True, "remat": "full"}, 3)])
 def test_attention_in_blocks(options, window):
     """The last block is shorter than the others; gradients too; packed rows and padding."""
     sizes = tiny_lm.sizes(sliding_window=window, sliding_layers=() if window is None else (1,))

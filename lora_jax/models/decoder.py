@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.models.llama_config import LlamaConfig
+
+Remat = Literal["full", "products"]
+# What a layer keeps for its backward pass, where that is not everything; the rest is computed again.
+REMAT: dict[str, Any] = {"full": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "real", "length"], meta_fields=[])
@@ -144,7 +148,7 @@ class Llama(nn.Module):
     config: LlamaConfig
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
-    remat: bool = False
+    remat: Remat | None = None
     attention_block: int | None = None
 
     @nn.compact
@@ -196,7 +200,7 @@ class Llama(nn.Module):
         which = [self._distinct().index(window) for window in self.config.windows]
         layer: Any = Layer
         if self.remat:
-            layer = nn.remat(Layer, prevent_cse=not self.scan_layers)
+            layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=REMAT[self.remat])
         if self.scan_layers:
             several = jnp.asarray(which) if len(masks) > 1 else None
             masks = _explicit(masks, x.shape[1]) if len(masks) > 1 else masks

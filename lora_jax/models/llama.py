@@ -13,9 +13,9 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.losses import token_cross_entropy
 from lora_jax.models import checkpoint_files, gguf_files
+from lora_jax.models.decoder import REMAT, Remat, init_cache
 from lora_jax.models.decoder import Cache as Cache
 from lora_jax.models.decoder import Llama as Llama
-from lora_jax.models.decoder import init_cache
 from lora_jax.models.generation import Generated as Generated
 from lora_jax.models.generation import generate as generate
 from lora_jax.models.gguf_reader import GgufFile
@@ -166,7 +166,7 @@ def load(
     *,
     dtype: Any = jnp.float32,
     scan_layers: bool = False,
-    remat: bool = False,
+    remat: Remat | None = None,
     attention_block: int | None = None,
     tie: bool | None = None,
     sharding: Sharding = None,
@@ -179,7 +179,8 @@ def load(
       source: the directory, or a file that ends in `.gguf`.
       dtype: the dtype of the parameters, and of the computation but for norms and attention weights.
       scan_layers: stack the layers' parameters along a leading axis and scan over them: compiles once for all layers.
-      remat: recompute each layer's activations in the backward pass instead of keeping them.
+      remat: what the backward pass computes again instead of keeping it: `None`: nothing; `"products"`: all but the outputs of
+        products with weights; `"full"`: all of a layer but its input.
       attention_block: compute the attention of at most so many queries at a time, and its scores again in the backward pass:
         no scores of all tokens are held then.
       tie: whether the head is the embedding; `None`: as in the checkpoint. `False` gives a tied checkpoint a head of its own.
@@ -192,6 +193,7 @@ def load(
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a float dtype, not {jnp.dtype(dtype).name}")
+    _check_remat(remat)
     source = pathlib.Path(source)
     if source.suffix == ".gguf":
         tensors: Any = GgufFile(source)
@@ -223,7 +225,7 @@ def init(
     *,
     dtype: Any = jnp.float32,
     scan_layers: bool = False,
-    remat: bool = False,
+    remat: Remat | None = None,
     attention_block: int | None = None,
 ) -> Loaded:
     """A model with random weights: kernels and embeddings from a normal distribution of deviation 0.02.
@@ -234,6 +236,8 @@ def init(
     >>> tiny.apply(tiny.variables, jnp.ones((2, 5), jnp.int32)).shape
     (2, 5, 8)
     """
+
+    _check_remat(remat)
 
     def leaf(path: str, shape: tuple[int, ...]) -> jax.Array:
         if path.endswith("/scale"):
@@ -251,16 +255,22 @@ def abstract(
     *,
     dtype: Any = jnp.float32,
     scan_layers: bool = False,
-    remat: bool = False,
+    remat: Remat | None = None,
     attention_block: int | None = None,
 ) -> Loaded:
     """A model without weights, with a `jax.ShapeDtypeStruct` for each parameter: to trace and to compile."""
+    _check_remat(remat)
     leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, _) in parameters(config, scan_layers).items()}
     return _loaded(config, dtype, scan_layers, remat, attention_block, leaves)
 
 
+def _check_remat(remat: Any) -> None:
+    if remat is not None and remat not in REMAT:
+        raise ValueError(f"remat must be None or one of {', '.join(map(repr, REMAT))}, not {remat!r}")
+
+
 def _loaded(
-    config: LlamaConfig, dtype: Any, scan_layers: bool, remat: bool, attention_block: int | None, leaves: dict[str, Any]
+    config: LlamaConfig, dtype: Any, scan_layers: bool, remat: Remat | None, attention_block: int | None, leaves: dict[str, Any]
 ) -> Loaded:
     variables: dict[str, Any] = {}
     for path, leaf in leaves.items():
