@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     import_.add_argument("--model", type=pathlib.Path, required=True, help="the base: a Hugging Face directory or .gguf file")
     import_.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")
     import_.set_defaults(command=_import)
-    _add_plan(commands.add_parser("plan", help="say whether a train step fits on a TPU, without one"))
+    _add_plan(commands.add_parser("plan", help="say whether a train step fits on TPUs or GPUs, without any"))
     return top
 
 
@@ -93,14 +93,19 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("model", help="llama-3-8b, llama-3-70b, qwen2.5-7b, mistral-7b, smollm2-135m, or a config.json")
     plan.add_argument("--rank", type=int, help="rank of every low-rank pair (default: 16)")
     plan.add_argument("--targets", nargs="+", metavar="PATTERN", help="kernels to adapt (default: the seven projections)")
-    plan.add_argument("--batch", type=int, help="rows per step (default: 1)")
+    plan.add_argument("--batch", type=int, help="rows per step on all chips (default: one for each of data x fsdp)")
     plan.add_argument("--sequence", type=int, help="tokens per row (default: 2048)")
     plan.add_argument("--quantize", help="the layers' kernels: none (the default: bfloat16), nf4, int4, int8 or fp8")
     plan.add_argument("--block", type=int, help="how many quantised values share a scale (default: 64)")
-    where = "a TPU and its shape, such as v5e:2x2 or v6e:2x2, of which one chip is planned for, or cpu (default: v5p:1x1x1)"
+    where = (
+        "v4, v5e, v5p or v6e and a shape, such as v6e:4x4, or a GPU or cpu and how many, such as h100:8 (default: v5p:1x1x1)"
+    )
     plan.add_argument("--topology", help=where)
+    mesh = "how its chips are used: sizes of data, fsdp and model, such as fsdp=4,model=2 (default: all along fsdp)"
+    plan.add_argument("--mesh", help=mesh)
     plan.add_argument("--compare", nargs="+", metavar="STEP", help="also: full (fine-tuning), naive (W + AB formed)")
     plan.add_argument("--json", action="store_true", help="print JSON, with peak_bytes_per_chip")
+    plan.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="also: a picture of the memory")
     plan.set_defaults(command=_plan)
 
 
@@ -280,14 +285,22 @@ def _plan(options: argparse.Namespace) -> int:
 
     if jax.config.jax_platforms is None:
         jax.config.update("jax_platforms", "cpu")  # to plan takes no chip, not even where there is one
-    from lora_jax import plan
+    from lora_jax import plan, plan_table
     from lora_jax.task import user_errors
 
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(plan.Request)}
     with user_errors():
+        if options.mesh is not None:
+            given["mesh"] = plan.read_mesh(options.mesh)
         request = plan.Request(**{name: value for name, value in given.items() if value is not None})
+        if options.plot is not None:
+            from lora_jax import plan_plot
+
+            plan_plot.check(options.plot)
     found = plan.make(request, lambda text: print(f"lora-jax: {text}", file=sys.stderr, flush=True))
-    print(found.to_json() if options.json else found)
+    print(found.to_json() if options.json else plan_table.table(found))
+    if options.plot is not None:
+        options.plot.write_bytes(plan_plot.draw(found))
     return 0
 
 

@@ -1,23 +1,27 @@
-"""`lora-jax plan`: will a train step fit on a chip, said by its compiler before anyone rents it."""
+"""`lora-jax plan`: will a train step fit on the chips, said by their compiler before anyone rents them."""
 
 import dataclasses
 import json
+import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_jax import steps, topology
+from jax.sharding import AbstractMesh, AxisType
+
+from lora_jax import estimate, steps, topology
+from lora_jax.collectives import Collective
 from lora_jax.config import LoraConfig
 from lora_jax.flops import dot_flops
-from lora_jax.losses import LOGITS_AT_ONCE
 from lora_jax.models import shapes
 from lora_jax.models.llama_config import LlamaConfig, read_config
 from lora_jax.quant import DTYPES
+from lora_jax.sharding import AXES, make_mesh
 from lora_jax.task import user_errors
-from lora_jax.topology import Compiled
 
 QUANTISATIONS = ("none", *DTYPES)
 COMPARISONS = tuple(name for name in steps.STEPS if name != "lora")
+ESTIMATE, COMPILER, CPU_COMPILER = "analytic estimate", "compiler", "compiler, for CPUs"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,31 +32,34 @@ class Request:
       model: a name of `lora_jax.models.shapes.NAMES`, a `config.json` or the directory of one.
       rank: of every pair.
       targets: patterns, as in `LoraConfig`.
-      batch: rows in a step.
+      batch: rows in a step, on all chips together; `None`: one for each of data x fsdp.
       sequence: tokens in a row.
       quantize: of what kind the layers' kernels are, or `"none"`: bfloat16, as the embedding and the head are always.
       block: how many quantised values share a scale; `None`: 64. Only with `quantize`.
-      topology: a TPU and its shape, of which one chip is planned for, or `cpu`.
+      topology: as `lora_jax.topology.read` takes it.
+      mesh: `{axis: size}` of `sharding.AXES`, the slowest first, of all chips; `None`: all along fsdp.
       compare: other steps, of `COMPARISONS`.
 
     Raises:
-      ValueError: an option is out of range.
+      ValueError: an option is out of range, or they do not go together.
     """
 
     model: str
     rank: int = 16
     targets: Sequence[str] = steps.PROJECTIONS
-    batch: int = 1
+    batch: int | None = None
     sequence: int = 2048
     quantize: str = "none"
     block: int | None = None
     topology: str = "v5p:1x1x1"
+    mesh: Mapping[str, int] | None = None
     compare: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch", "sequence"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         if self.quantize not in QUANTISATIONS:
             raise ValueError(f"quantize must be one of {', '.join(QUANTISATIONS)}, not {self.quantize!r}")
         if self.quantize == "none" and self.block is not None:
@@ -60,7 +67,50 @@ class Request:
         unknown = [name for name in self.compare if name not in COMPARISONS]
         if unknown:
             raise ValueError(f"compare takes {', '.join(COMPARISONS)}, not {', '.join(map(repr, unknown))}")
-        topology.check_name(self.topology)
+        chips, axes = topology.read(self.topology).count, self.axes()
+        if math.prod(axes.values()) != chips:
+            raise ValueError(
+                f"mesh: {_axes(axes)} has {math.prod(axes.values())} places, but {self.topology} has {chips} chips, and all "
+                "are used"
+            )
+        if self.rows() % self._parts():
+            raise ValueError(
+                f"batch: the {self.batch} rows are cut along data and fsdp into {self._parts()} parts: take a multiple of that"
+            )
+
+    def axes(self) -> dict[str, int]:
+        """The mesh, also where none was asked for."""
+        if self.mesh is None:
+            return {"fsdp": topology.read(self.topology).count}
+        for name, size in self.mesh.items():
+            if name not in AXES or size < 1:
+                raise ValueError(f"mesh takes {', '.join(AXES)}, each with a size of at least 1, not {name}={size}")
+        return dict(self.mesh)
+
+    def rows(self) -> int:
+        """The rows of the batch, also where no number was asked for."""
+        return self._parts() if self.batch is None else self.batch
+
+    def _parts(self) -> int:
+        axes = self.axes()
+        return axes.get("data", 1) * axes.get("fsdp", 1)
+
+
+def read_mesh(text: str) -> dict[str, int]:
+    """The axes of a mesh.
+
+    >>> read_mesh("data=2,model=4")
+    {'data': 2, 'model': 4}
+    """
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    names = [name for name, _, _ in pairs]
+    if any(not size.isdecimal() for _, _, size in pairs) or len(set(names)) < len(names):
+        raise ValueError(f"mesh must be axes with sizes, such as data=2,model=4, not {text!r}")
+    return {name: int(size) for name, _, size in pairs}
+
+
+def _axes(axes: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in axes.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +119,18 @@ class StepPlan:
 
     Args:
       step: `"lora"`, or one of `COMPARISONS`.
-      source: `"compiler"`, or `"analytic estimate"`.
+      source: `"compiler"`, `"analytic estimate"`, or beside that for a GPU `"compiler, for CPUs"`.
       trainable: numbers that are trained.
       optimizer_bytes: Adam's moments.
-      flops: of all matrix products, over all layers, from the jaxpr.
+      flops: of all matrix products, over all layers and chips, from the jaxpr.
       argument_bytes: parameters, adapters, moments and the batch.
-      temporary_bytes: all else; see `Compiled`.
+      temporary_bytes: all else; see `topology.Compiled`.
       peak_bytes_per_chip: the most that is held at once; of a program that does not fit what its compiler says it needs.
       fits: whether that is no more than the chip has; `None` where it is not known what it has.
-      compiler_flops: the compiler's own count, the body of a scan once.
+      compiler_flops: the compiler's own count for a chip, the body of a scan once.
       compiler_seconds: the compiler's own estimate of the time, the body of a scan once.
+      collectives: `{kind: Collective}`, over all layers; `None` where nothing was compiled.
+      unknown_loops: how many loops with collectives have an unknown number of iterations; they count as one.
       error: what the compiler says where the step does not fit.
     """
 
@@ -93,24 +145,32 @@ class StepPlan:
     fits: bool | None
     compiler_flops: float | None = None
     compiler_seconds: float | None = None
+    collectives: Mapping[str, Collective] | None = None
+    unknown_loops: int = 0
     error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The answer, for one chip.
+    """The answer, for each of the chips.
 
     Args:
       request: what was asked.
+      mesh: of the chips.
+      batch: rows in a step.
       parameters: numbers in the base.
-      chip: what JAX calls it.
-      hbm_bytes_per_chip: what a program can use of its memory, as its compiler says; `None` for a CPU.
-      steps: the step that trains the adapters, and those it is compared with.
+      chips: how many there are.
+      chip: what one is called.
+      hbm_bytes_per_chip: what a program can use of its memory; `None` for a CPU.
+      steps: the step that trains the adapters, and those it is compared with; for GPUs each from both sources.
       note: what to know about the figures.
     """
 
     request: Request
+    mesh: Mapping[str, int]
+    batch: int
     parameters: int
+    chips: int
     chip: str
     hbm_bytes_per_chip: int | None
     steps: tuple[StepPlan, ...]
@@ -121,47 +181,64 @@ class Plan:
         peak = self.steps[0].peak_bytes_per_chip
         return json.dumps({**dataclasses.asdict(self), "peak_bytes_per_chip": peak}, indent=1)
 
-    def __str__(self) -> str:
-        return _table(self)
-
 
 def make(request: Request, progress: Callable[[str], None] = lambda text: None) -> Plan:
-    """Compile the steps for one chip of the topology; without the TPU compiler, estimate them.
+    """Compile the steps for the topology; without its compiler, estimate them.
 
     Args:
       request: what to plan.
       progress: called with what is being done.
 
     Raises:
-      UserError: the model can't be read, a target is not there, or the TPU compiler does not know the topology.
+      UserError: the model can't be read, a target is not there, a mesh axis does not divide a parameter, or the TPU compiler
+        does not know the topology.
     """
+    target = topology.read(request.topology)
     with user_errors():
         config = _config(request.model)
-        quantize = None if request.quantize == "none" else request.quantize
-        adapters = LoraConfig(rank=request.rank, targets=request.targets)
-        setup = steps.prepare(config, adapters, request.batch, request.sequence, quantize, request.block or 64)
-        compiles = request.topology == "cpu" or topology.has_libtpu()
-        chip = topology.first_chip(request.topology) if compiles else None
-    kind = topology.chip_kind(request.topology)
-    hbm = topology.HBM_BYTES.get(kind)
+        sources = list(_sources(target))  # before JAX starts: it may need more CPU devices than it has
+        setups = {source: _setup(request, config, devices) for source, devices in sources}
     plans = []
     for name in ("lora", *request.compare):
-        progress(f"{'compiling' if compiles else 'estimating'} the step {name} for {kind}")
-        plans.append(_step_plan(name, setup, config, request, chip, hbm))
-    return Plan(request, setup.summary.parameters, kind, None if hbm is None else int(hbm), tuple(plans), _note(compiles))
-
-
-def _note(compiles: bool) -> str:
-    if compiles:
-        return (
-            "Bytes are those of the compiler; a TPU's counts what replaces arguments (adapters, moments) among temporaries, "
-            "not in the peak. FLOPs are those of all matrix products over all layers; the compiler's own FLOPs and seconds "
-            "count the layers, which are a scan, once."
-        )
-    return (
-        "ANALYTIC ESTIMATE: libtpu is not installed, so nothing was compiled (pip install 'lora-jax[plan]'). The bytes of the "
-        "arguments and the FLOPs are exact; the temporaries are estimated."
+        for source, setup in setups.items():
+            progress(f"{'estimating' if source == ESTIMATE else 'compiling'} the step {name} for {target.name}")
+            plans.append(_step_plan(name, setup, source, target))
+    parameters = next(iter(setups.values())).summary.parameters
+    notes = " ".join(_NOTES[source] for source in setups)
+    return Plan(
+        request, request.axes(), request.rows(), parameters, target.count, target.chip, target.hbm_bytes, tuple(plans), notes
     )
+
+
+_COMPILED = (
+    "FLOPs are those of all matrix products over all layers and chips; the compiler's own FLOPs and seconds are a chip's and "
+    "count the layers, which are a scan, once."
+)
+_NOTES = {
+    COMPILER: "Bytes are those of the compiler; a TPU's counts what replaces arguments (adapters, moments) among temporaries, "
+    f"not in the peak. {_COMPILED}",
+    ESTIMATE: "ANALYTIC ESTIMATE where it says so: the bytes of the arguments and the FLOPs are exact; the temporaries are "
+    "estimated. For TPUs there is a compiler: pip install 'lora-jax[plan]'.",
+    CPU_COMPILER: f"What a compiler makes of the same step for CPUs is beside it; a CPU's holds bfloat16 products in float32. "
+    f"{_COMPILED}",
+}
+
+
+def _sources(target: topology.Topology) -> Iterator[tuple[str, Sequence[Any] | None]]:
+    """Where figures come from, and the devices to compile for."""
+    if target.platform == "gpu" or (target.platform == "tpu" and not topology.has_libtpu()):
+        yield ESTIMATE, None
+    if target.platform != "tpu" or topology.has_libtpu():
+        yield CPU_COMPILER if target.platform == "gpu" else COMPILER, topology.devices(target)
+
+
+def _setup(request: Request, config: LlamaConfig, devices: Sequence[Any] | None) -> steps.Setup:
+    axes = request.axes()
+    types = (AxisType.Auto,) * len(axes)
+    mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types) if devices is None else make_mesh(axes, devices)
+    quantize = None if request.quantize == "none" else request.quantize
+    adapters = LoraConfig(rank=request.rank, targets=request.targets)
+    return steps.prepare(mesh, config, adapters, request.rows(), request.sequence, quantize, request.block or 64)
 
 
 def _config(model: str) -> LlamaConfig:
@@ -183,91 +260,29 @@ def _config(model: str) -> LlamaConfig:
         raise ValueError(f"model: {file}: {error}") from None
 
 
-def _step_plan(name: str, setup: steps.Setup, config: LlamaConfig, request: Request, chip: Any, hbm: float | None) -> StepPlan:
+def _step_plan(name: str, setup: steps.Setup, source: str, target: topology.Topology) -> StepPlan:
     step = steps.STEPS[name](setup)
-    argument_bytes = steps.tree_bytes(step.args)
-    traced = step.jitted.trace(*(step.args if chip is None else topology.place(chip, step.args)))
-    flops = dot_flops(traced.jaxpr)
-    if chip is None:
-        temporary = _temporaries(name, setup, config, request)
-        found = Compiled(argument_bytes, temporary, argument_bytes + temporary)
+    arguments = steps.chip_bytes(step.args)
+    traced = step.jitted.trace(*step.args)
+    if source == ESTIMATE:
+        temporary = estimate.temporary_bytes(name, setup)
+        found = topology.Compiled(arguments, temporary, arguments + temporary)
     else:
-        found = topology.compile_for(chip, traced)
-    peak = found.peak_bytes
+        found = topology.compile_for(target, traced)
+    peak, hbm = found.peak_bytes, None if source == CPU_COMPILER else target.hbm_bytes
     return StepPlan(
         step=name,
-        source="analytic estimate" if chip is None else "compiler",
+        source=source,
         trainable=step.trainable,
         optimizer_bytes=step.optimizer_bytes,
-        flops=flops,
-        argument_bytes=argument_bytes if found.argument_bytes is None else found.argument_bytes,
+        flops=dot_flops(traced.jaxpr),
+        argument_bytes=arguments if found.argument_bytes is None else found.argument_bytes,
         temporary_bytes=found.temporary_bytes,
         peak_bytes_per_chip=peak,
         fits=False if found.error else None if hbm is None or peak is None else peak <= hbm,
         compiler_flops=found.compiler_flops,
         compiler_seconds=found.compiler_seconds,
+        collectives=None if found.traffic is None else found.traffic.kinds,
+        unknown_loops=0 if found.traffic is None else found.traffic.unknown_loops,
         error=found.error,
     )
-
-
-def _temporaries(name: str, setup: steps.Setup, config: LlamaConfig, request: Request) -> int:
-    """About the bytes beside the arguments: layer inputs, gradients, and what the dearest place of the backward pass holds.
-
-    Layers are kept as their inputs in bfloat16. Beside that, a layer's backward pass holds some five arrays of the size of the
-    MLP's, some four blocks of attention scores in float32, and a quantised layer's dense kernels; the loss holds some three
-    chunks of logits in float32.
-    """
-    tokens, width = request.batch * request.sequence, config.hidden_size
-    inputs = 2 * config.num_hidden_layers * tokens * width
-    kernels = sum(row.parameters for row in setup.summary.rows)
-    scores = request.batch * config.num_attention_heads * min(steps.ATTENTION_BLOCK, request.sequence) * request.sequence
-    layer = 2 * tokens * (5 * config.intermediate_size + 4 * width) + 4 * 2 * scores
-    if request.quantize != "none" and name != "full":
-        layer += 2 * kernels // config.num_hidden_layers
-    logits = 3 * 4 * min(LOGITS_AT_ONCE, tokens * config.vocab_size)
-    trained = {"lora": setup.summary.adapter_bytes, "full": 2 * setup.summary.parameters}
-    # The naive step's gradients of whole kernels, beside the kernels themselves.
-    gradients = trained.get(name, setup.summary.adapter_bytes + 2 * 2 * kernels)
-    return inputs + gradients + max(layer, logits)
-
-
-def _table(plan: Plan) -> str:
-    request = plan.request
-    base = "bfloat16" if request.quantize == "none" else f"{request.quantize} (embedding and head bfloat16)"
-    hbm = "" if plan.hbm_bytes_per_chip is None else f" with {_gib(plan.hbm_bytes_per_chip)}"
-    lines = [
-        f"{request.model}: {plan.parameters:,} parameters, {base}",
-        f"rank {request.rank} on {', '.join(request.targets)}; {request.batch} x {request.sequence} tokens",
-        f"one chip of {request.topology}: {plan.chip}{hbm}",
-        "",
-    ]
-    cells = [("", *(step.step for step in plan.steps))]
-    for title, show in _ROWS.items():
-        cells.append((title, *(show(step) for step in plan.steps)))
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    align = [str.ljust, *[str.rjust] * len(plan.steps)]
-    lines += ["  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths)) for row in cells]
-    lines += [f"{step.step}: {step.error}" for step in plan.steps if step.error]
-    return "\n".join([*lines, "", plan.note])
-
-
-def _gib(count: float | None) -> str:
-    return "-" if count is None else f"{count / 2**30:.2f} GiB"
-
-
-def _tera(count: float | None) -> str:
-    return "-" if count is None else f"{count / 1e12:.2f} TFLOP"
-
-
-_ROWS: dict[str, Callable[[StepPlan], str]] = {
-    "figures": lambda step: step.source,
-    "trainable": lambda step: f"{step.trainable:,}",
-    "optimiser": lambda step: _gib(step.optimizer_bytes),
-    "arguments": lambda step: _gib(step.argument_bytes),
-    "temporaries": lambda step: _gib(step.temporary_bytes),
-    "peak": lambda step: _gib(step.peak_bytes_per_chip),
-    "fits": lambda step: "-" if step.fits is None else "yes" if step.fits else "NO",
-    "FLOPs, all layers": lambda step: _tera(step.flops),
-    "compiler's FLOPs, layers once": lambda step: _tera(step.compiler_flops),
-    "compiler's seconds, layers once": lambda step: "-" if step.compiler_seconds is None else f"{step.compiler_seconds:.4f}",
-}

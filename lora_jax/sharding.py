@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 
 from lora_jax import paths
@@ -35,8 +36,9 @@ def make_mesh(axes: Mapping[str, int], devices: Any = None) -> Mesh:
     devices = jax.devices() if devices is None else list(devices)
     if math.prod(axes.values()) != len(devices):
         raise ValueError(f"axes: {dict(axes)} needs {math.prod(axes.values())} devices, and there are {len(devices)}")
-    types = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
+    # A TPU's axes may be split: 4 x 4 chips as 8 x 2, too.
+    grid = mesh_utils.create_device_mesh(tuple(axes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from lora_jax.init import init
 from lora_jax.models import llama
 from lora_jax.quant import quantize
 from lora_jax.report import Summary, summary
+from lora_jax.sharding import batch_sharding, state_shardings
 from lora_jax.train import init_state, make_train_step
 from lora_jax.transform import lora
 
@@ -27,9 +27,10 @@ OPTIMIZER = optax.adamw(1e-4)
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A model and its adapters, as shapes.
+    """A model and its adapters on a mesh, as shapes.
 
     Args:
+      mesh: of devices, or an abstract one.
       model: without weights.
       variables: its parameters, some of them quantised.
       adapters: `{path: adapter}`.
@@ -37,6 +38,7 @@ class Setup:
       summary: what the adapters add.
     """
 
+    mesh: Any
     model: llama.Loaded
     variables: Any
     adapters: Any
@@ -52,7 +54,7 @@ class Step:
       jitted: the step, which donates its state.
       args: the shapes of its arguments.
       trainable: how many numbers it trains.
-      optimizer_bytes: bytes of Adam's moments.
+      optimizer_bytes: bytes of Adam's moments on a chip.
     """
 
     jitted: Any
@@ -62,26 +64,42 @@ class Step:
 
 
 def prepare(
-    config: llama.LlamaConfig, lora_config: LoraConfig, batch: int, length: int, quantized: str | None, block: int | None
+    mesh: Any,
+    config: llama.LlamaConfig,
+    lora_config: LoraConfig,
+    batch: int,
+    length: int,
+    quantized: str | None,
+    block: int | None,
 ) -> Setup:
     """The shapes of a bfloat16 base, scanned and computed again in the backward pass, and of adapters for it.
 
     Args:
+      mesh: where they are; a `jax.sharding.AbstractMesh` to trace only.
       config: the model's sizes.
       lora_config: the adapters.
-      batch: rows.
+      batch: rows on all chips.
       length: tokens a row.
       quantized: of what kind the layers' kernels are, if they are quantised.
       block: how many of their values share a scale.
+
+    Raises:
+      ValueError: a mesh axis does not divide an axis of a parameter that it cuts.
     """
     options: Any = {"scan_layers": True, "remat": "full", "attention_block": ATTENTION_BLOCK}
-    model = llama.abstract(config, dtype=jnp.bfloat16, **options)
+    model = llama.abstract(config, dtype=jnp.bfloat16, **options).on_mesh(mesh)
     variables = model.variables
     if quantized is not None:
         variables = jax.eval_shape(lambda v: quantize(v, PROJECTIONS, quantized, block=block), variables)
-    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    model = dataclasses.replace(model, variables=_place(model.variables, llama.shardings(mesh, model.variables)))
+    variables = _place(variables, llama.shardings(mesh, variables))
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=batch_sharding(mesh))
     adapters = init(jax.random.key(0), lora_config, model.apply, variables, ids)
-    return Setup(model, variables, adapters, {"input_ids": ids, "labels": ids}, summary(variables, adapters))
+    return Setup(mesh, model, variables, adapters, {"input_ids": ids, "labels": ids}, summary(variables, adapters))
+
+
+def _place(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), tree, shardings)
 
 
 def low_rank(setup: Setup) -> Step:
@@ -111,27 +129,34 @@ def full(setup: Setup) -> Step:
     variables = setup.model.variables
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
     state = jax.eval_shape(OPTIMIZER.init, variables)
-    return Step(step, (variables, state, setup.batch), count, 2 * tree_bytes(variables))
+    state = _place(state, state_shardings(state, variables))
+    return Step(step, (variables, state, setup.batch), count, _moment_bytes(state))
 
 
 STEPS = {"lora": low_rank, "full": full, "naive": naive}
 
 
-def tree_bytes(tree: Any) -> int:
-    """The bytes of all arrays of a tree of shapes."""
-    sizes = (math.prod(leaf.shape) * jax.dtypes.itemsize_bits(leaf.dtype) for leaf in _plain(tree))
-    return sum(-(-size // 8) for size in sizes)
+def chip_bytes(tree: Any) -> int:
+    """The bytes on one chip of all arrays of a tree of shapes."""
+    return sum(map(_bytes, jax.tree.leaves(tree)))
 
 
-def _plain(tree: Any) -> Sequence[Any]:
-    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return [jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
+def _bytes(leaf: Any) -> int:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)  # on every chip
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return -(-math.prod(shape) * jax.dtypes.itemsize_bits(leaf.dtype) // 8)
+
+
+def _moment_bytes(opt_state: Any) -> int:
+    """All of the optimiser's state but the counts of its steps."""
+    return chip_bytes([leaf for leaf in jax.tree.leaves(opt_state) if leaf.shape])
 
 
 def _adapters_step(setup: Setup, loss: Any) -> Step:
-    state = jax.eval_shape(lambda adapters, key: init_state(adapters, OPTIMIZER, key=key), setup.adapters, jax.random.key(0))
+    state = init_state(setup.adapters, OPTIMIZER, key=jax.random.key(0))
     args = state, setup.variables, setup.batch
-    return Step(make_train_step(loss, OPTIMIZER), args, setup.summary.trainable, setup.summary.optimizer_bytes)
+    return Step(make_train_step(loss, OPTIMIZER), args, setup.summary.trainable, _moment_bytes(state.opt_state))
 
 
 def _mean(losses: Any, variables: Any, batch: Any) -> jax.Array:

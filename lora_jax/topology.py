@@ -1,16 +1,18 @@
-"""Compiling for TPUs on a machine that has none, and what the compilers say of a program."""
+"""Chips to plan for, compiling for TPUs on a machine that has none, and what the compilers say of a program."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.experimental import topologies
 
-# Usable bytes of memory, as the TPU compiler states them where a program is too large.
-HBM_BYTES = {"TPU v5 lite": 15.75 * 2**30, "TPU v5": 95.73 * 2**30, "TPU v6 lite": 31.24 * 2**30}
+from lora_jax import collectives
+
 # The compiler needs no TPU, but asks where it is; as it holds none, several processes may use it at once.
 _SETTINGS = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -18,9 +20,44 @@ _SETTINGS = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-_KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
-_NAME = re.compile(r"(v5e|v5p|v6e):\d+x\d+(x\d+)?")
+# What JAX calls them, and the usable bytes of memory, as the TPU compiler states them where a program is too large.
+_TPUS = {
+    "v4": ("TPU v4", 30.75 * 2**30),
+    "v5e": ("TPU v5 lite", 15.75 * 2**30),
+    "v5p": ("TPU v5", 95.73 * 2**30),
+    "v6e": ("TPU v6 lite", 31.24 * 2**30),
+}
+# The memory on their makers' data sheets, a GB as 10^9 bytes.
+_GPUS = {
+    "h200": ("NVIDIA H200", 141e9),
+    "h100": ("NVIDIA H100", 80e9),
+    "a100-80": ("NVIDIA A100 80GB", 80e9),
+    "a100-40": ("NVIDIA A100 40GB", 40e9),
+    "l4": ("NVIDIA L4", 24e9),
+    "rtx4090": ("NVIDIA RTX 4090", 24e9),
+}
+_TPU = re.compile(rf"({'|'.join(_TPUS)}):(\d+x\d+(?:x\d+)?)")
+_OTHER = re.compile(rf"({'|'.join(_GPUS)}|cpu)(?::([1-9]\d*))?")
 _TOO_LARGE = re.compile(r"\(?([\d.]+)([KMGT])\)? exceeds available HBM|Used ([\d.]+)([KMGT]) of")
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """The chips of a plan.
+
+    Args:
+      name: as it was asked for.
+      platform: of what kind they are.
+      chip: what one is called.
+      count: how many there are.
+      hbm_bytes: of memory that a program can use on each; `None` where it is not known.
+    """
+
+    name: str
+    platform: Literal["tpu", "gpu", "cpu"]
+    chip: str
+    count: int
+    hbm_bytes: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +70,7 @@ class Compiled:
       peak_bytes: the most that is held at once.
       compiler_flops: as the compiler counts them: the body of a scan once, not once for each layer.
       compiler_seconds: how long a TPU's compiler expects it to take, with the body of a scan once.
+      traffic: what it moves between the chips.
       error: why there are no figures: it does not fit.
     """
 
@@ -41,6 +79,7 @@ class Compiled:
     peak_bytes: int | None = None
     compiler_flops: float | None = None
     compiler_seconds: float | None = None
+    traffic: collectives.Traffic | None = None
     error: str | None = None
 
 
@@ -49,38 +88,66 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def check_name(name: str) -> None:
-    """Raise a ValueError unless the name is `cpu` or that of a topology.
-
-    >>> check_name("v5e:2x2")
-    """
-    if name != "cpu" and not _NAME.fullmatch(name):
-        raise ValueError(f"topology must be cpu, or a TPU and its shape such as v5e:2x2, v5p:1x1x1 or v6e:2x2, not {name!r}")
-
-
-def chip_kind(name: str) -> str:
-    """What JAX calls the chips of a topology."""
-    return "cpu" if name == "cpu" else _KINDS[name.partition(":")[0]]
-
-
-def first_chip(name: str) -> Any:
-    """The first chip of a topology, to compile for.
+def read(name: str) -> Topology:
+    """The topology of a name: a TPU and its shape, or a GPU or `cpu` and how many.
 
     Raises:
-      ValueError: there is no such topology.
+      ValueError: it is no such name.
+
+    >>> read("v5e:2x4").count, read("h100:8").chip, read("cpu").count
+    (8, 'NVIDIA H100', 1)
     """
-    if name == "cpu":
-        return jax.devices("cpu")[0]
+    if found := _TPU.fullmatch(name):
+        chip, hbm = _TPUS[found[1]]
+        return Topology(name, "tpu", chip, math.prod(map(int, found[2].split("x"))), int(hbm))
+    if found := _OTHER.fullmatch(name):
+        count = int(found[2] or 1)
+        if found[1] == "cpu":
+            return Topology(name, "cpu", "cpu", count, None)
+        chip, hbm = _GPUS[found[1]]
+        return Topology(name, "gpu", chip, count, int(hbm))
+    raise ValueError(
+        f"topology must be a TPU and its shape, such as v5e:2x2, v5p:1x1x1 or v6e:4x4 (of {', '.join(_TPUS)}), or one of "
+        f"{', '.join(_GPUS)}, cpu, with a number of chips such as h100:8, not {name!r}"
+    )
+
+
+def devices(topology: Topology) -> list[Any]:
+    """The devices to compile for: those of a TPU, or as many CPUs as there are chips.
+
+    Raises:
+      ValueError: the TPU compiler knows no such topology, or JAX was started with fewer CPU devices.
+    """
+    if topology.platform != "tpu":
+        return _cpus(topology.count)
     for variable, value in _SETTINGS.items():
         os.environ.setdefault(variable, value)
+    # A chip of a v4 has two cores, which one program uses as if they were one.
+    options = {"chip_config_name": "megacore"} if topology.name.startswith("v4") else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"topology: the TPU compiler does not take {name!r}: {_first_line(error)}") from None
+        raise ValueError(f"topology: the TPU compiler does not take {topology.name!r}: {_first_line(error)}") from None
+    if len(found) != topology.count:
+        raise ValueError(f"topology: {topology.name} has {len(found)} devices for the TPU compiler, not {topology.count}")
+    return list(found)
 
 
-def compile_for(chip: Any, traced: Any) -> Compiled:
-    """Compile a traced function for a chip.
+def _cpus(count: int) -> list[Any]:
+    if count > 1:
+        with contextlib.suppress(RuntimeError):  # JAX has started: it has what it has
+            jax.config.update("jax_num_cpu_devices", count)
+    found = jax.devices("cpu")
+    if len(found) < count:
+        raise ValueError(
+            f"topology: {count} CPU devices are needed and JAX has {len(found)}: set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return found[:count]
+
+
+def compile_for(topology: Topology, traced: Any) -> Compiled:
+    """Compile a traced function whose arguments are on the devices of a topology.
 
     Returns:
       What the compiler says. If the program does not fit, that, and the bytes it would need if they are told.
@@ -92,20 +159,18 @@ def compile_for(chip: Any, traced: Any) -> Compiled:
             raise
         return Compiled(peak_bytes=_needed(str(error)), error=_first_line(error))
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    seconds = cost.get("optimal_seconds", 0.0)
+    seconds, on_tpu = cost.get("optimal_seconds", 0.0), topology.platform == "tpu"
+    # The peak that a CPU's compiler states is without temporaries.
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    held += memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
-        memory.peak_memory_in_bytes,
+        memory.peak_memory_in_bytes if on_tpu else held,
         cost["flops"],
-        seconds if chip.platform == "tpu" and seconds > 0 else None,  # it may be negative for integers
+        seconds if on_tpu and seconds > 0 else None,  # it may be negative for integers
+        collectives.read(compiled.as_text()),
     )
-
-
-def place(chip: Any, tree: Any) -> Any:
-    """The shapes of a tree, on a chip."""
-    sharding = jax.sharding.SingleDeviceSharding(chip)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def _needed(message: str) -> int | None:

@@ -11,8 +11,8 @@ import lora_jax
 
 ROOT = pathlib.Path(lora_jax.__file__).parent
 LAYERS = {
-    0: ["_compat", "paths", "topology"],
-    1: ["config", "adapter", "weight", "names", "alora", "flops"],
+    0: ["_compat", "paths", "collectives"],
+    1: ["topology", "config", "adapter", "weight", "names", "alora", "flops"],
     2: ["sharding", "quant", "moves", "products", "dora", "vera", "peft.settings", "peft.slots", "peft.rules"],
     3: ["terms"],
     4: ["transform", "peft.replay", "peft.tokens", "peft.vera", "peft.cutting", "peft.stacking"],
@@ -37,9 +37,9 @@ LAYERS = {
     12: ["models.bert", "models.gguf_files", "models.generation", "peft.storage"],
     13: ["models.llama", "text_tokenizer", "task", "peft.reading"],
     14: ["classify", "lm_data", "hf_directory", "peft.writing", "steps"],
-    15: ["rows", "plan"],
-    16: ["lm"],
-    17: ["session"],
+    15: ["rows", "estimate"],
+    16: ["lm", "plan"],
+    17: ["session", "plan_table", "plan_plot"],
     18: ["finetune", "inspection"],
     19: ["generate", "sweep", "transfer"],
     20: ["cli"],

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax import cli, plan, steps, topology
+from lora_jax import cli, plan, plan_table, sharding, steps, topology
 from lora_jax.flops import dot_flops
 from lora_jax.models import llama, shapes
 from tests import tiny_lm
 
 pytestmark = pytest.mark.usefixtures("lenient")  # JAX's own attention promotes bfloat16
-TINY = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+TINY = {"model_type": "llama", "vocab_size": 304, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 
 
@@ -55,14 +55,14 @@ def test_compiled_for_this_machine(config):
 
 def test_estimated_without_the_compiler(config, monkeypatch):
     monkeypatch.setattr(topology, "has_libtpu", lambda: False)
-    found = plan.make(request(config, topology="v5e:2x2", compare=("full", "naive")))
+    found = plan.make(request(config, topology="v5e:1x1", compare=("full", "naive")))
     assert {step.source for step in found.steps} == {"analytic estimate"}
-    assert "ANALYTIC ESTIMATE: libtpu is not installed" in str(found)
+    assert "ANALYTIC ESTIMATE" in plan_table.table(found)
     low_rank, full, naive = found.steps
     assert low_rank.peak_bytes_per_chip < naive.peak_bytes_per_chip < 15.75 * 2**30
     assert low_rank.peak_bytes_per_chip < full.peak_bytes_per_chip
     assert low_rank.fits and low_rank.compiler_flops is None
-    small = plan.make(request(config, topology="v5e:2x2", quantize="nf4", block=16)).steps[0]
+    small = plan.make(request(config, topology="v5e:1x1", quantize="nf4", block=16)).steps[0]
     assert small.argument_bytes < low_rank.argument_bytes
     assert small.trainable == low_rank.trainable
 
@@ -71,22 +71,73 @@ def test_an_estimate_for_llama_8b(monkeypatch):
     """The TPU compiler says: 15.43 GiB of arguments, and 1.1 GiB beside them, or 1.6 with the results that replace arguments."""
     monkeypatch.setattr(topology, "has_libtpu", lambda: False)
     found = plan.make(plan.Request(model="llama-3-8b"))
+    assert found.mesh == {"fsdp": 1} and found.batch == 1
     assert found.parameters == 8_030_261_248
     assert found.steps[0].trainable == 41_943_040
     assert found.steps[0].argument_bytes / 2**30 == pytest.approx(15.43, abs=0.005)
     assert 1.0 < found.steps[0].temporary_bytes / 2**30 < 1.7
 
 
+def test_arguments_on_a_mesh(config):
+    """What is counted without a compiler is what the compiler says; a chip holds less than half of a step on one chip."""
+    asked = request(config, topology="cpu:8", mesh={"fsdp": 4, "model": 2}, batch=4, compare=("full", "naive"))
+    sizes = plan._config(config)
+    count = lambda asked, name: steps.chip_bytes(steps.STEPS[name](plan._setup(asked, sizes, None)).args)
+    for step in plan.make(asked).steps:
+        assert step.argument_bytes == pytest.approx(count(asked, step.step), abs=64)  # a compiler may align
+        assert step.argument_bytes < count(request(config, batch=4), step.step) / 2
+        assert step.collectives["all-gather"].bytes > 0 and step.unknown_loops == 0
+
+
+def test_a_pod_of_tpus(config):
+    """Compiled where the TPU compiler is installed; arguments are the same without."""
+    asked = request(config, topology="v6e:4x4", mesh={"data": 2, "fsdp": 4, "model": 2}, batch=None)
+    found = plan.make(asked)
+    assert (found.chips, found.batch, found.hbm_bytes_per_chip) == (16, 8, int(31.24 * 2**30))
+    (step,) = found.steps
+    assert step.source == (plan.COMPILER if topology.has_libtpu() else plan.ESTIMATE)
+    assert step.fits and (step.collectives is not None) == topology.has_libtpu()
+
+
+def test_gpus(config):
+    """Both the estimate and what the CPU's compiler says, for as many devices."""
+    found = plan.make(request(config, topology="h100:2"))
+    assert found.hbm_bytes_per_chip == 80_000_000_000 and found.mesh == {"fsdp": 2}
+    assert [step.source for step in found.steps] == ["analytic estimate", "compiler, for CPUs"]
+    estimate, compiled = found.steps
+    assert estimate.fits and compiled.fits is None
+    assert compiled.peak_bytes_per_chip >= compiled.argument_bytes + compiled.temporary_bytes
+    assert "for CPUs" in plan_table.table(found)
+
+
+def test_estimates_on_a_mesh():
+    """Along data each chip holds all of the base, along the others a part."""
+    config = shapes.named("llama-3-8b")
+    make = lambda **axes: plan._setup(plan.Request(model="llama-3-8b", topology="h100:4", mesh=axes), config, None)
+    count = lambda setup: steps.chip_bytes(setup.variables) / 2**30
+    assert count(make(data=4)) == pytest.approx(14.96, abs=0.01)
+    assert count(make(fsdp=4)) == pytest.approx(14.96 / 4, abs=0.01)
+    assert count(make(fsdp=2, model=2)) == pytest.approx(14.96 / 4, abs=0.01)
+
+
+def test_a_picture(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(topology, "has_libtpu", lambda: False)
+    file = tmp_path / "plan.png"
+    assert cli.main(["plan", config, "--sequence", "16", "--topology", "v5e:1x1", "--plot", str(file)]) == 0
+    assert file.read_bytes()[:4] == b"\x89PNG"
+
+
 def test_json_and_text(config, capsys, monkeypatch):
     monkeypatch.setattr(topology, "has_libtpu", lambda: False)
-    arguments = ["plan", config, "--rank", "4", "--sequence", "16", "--topology", "v6e:2x2"]
+    arguments = ["plan", config, "--rank", "4", "--sequence", "16", "--topology", "v6e:2x2", "--mesh", "fsdp=2,model=2"]
     assert cli.main([*arguments, "--json"]) == 0
     fields = json.loads(capsys.readouterr().out)
     assert fields["peak_bytes_per_chip"] == fields["steps"][0]["peak_bytes_per_chip"] > 0
     assert fields["request"]["rank"] == 4 and fields["chip"] == "TPU v6 lite"
-    assert fields["steps"][0]["step"] == "lora"
+    assert fields["steps"][0]["step"] == "lora" and fields["steps"][0]["collectives"] is None
+    assert fields["mesh"] == {"fsdp": 2, "model": 2} and fields["batch"] == 2 and fields["chips"] == 4
     assert cli.main(arguments) == 0
-    assert "one chip of v6e:2x2: TPU v6 lite with 31.24 GiB" in capsys.readouterr().out
+    assert "v6e:2x2: 4 x TPU v6 lite with 31.24 GiB each; mesh fsdp=2, model=2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -97,7 +148,17 @@ def test_json_and_text(config, capsys, monkeypatch):
         (["llama-3-8b", "--sequence", "0"], "sequence must be at least 1, not 0"),
         (["llama-3-8b", "--quantize", "int3"], "quantize must be one of none, nf4, int4, int8, fp8, not 'int3'"),
         (["llama-3-8b", "--block", "32"], "block is for a quantised base only"),
-        (["llama-3-8b", "--topology", "v9:2x2"], "topology must be cpu, or a TPU and its shape such as v5e:2x2"),
+        (["llama-3-8b", "--topology", "v9:2x2"], "topology must be a TPU and its shape, such as v5e:2x2"),
+        (["llama-3-8b", "--topology", "h100:0"], "or one of h200, h100, a100-80, a100-40, l4, rtx4090, cpu"),
+        (["llama-3-8b", "--topology", "v5e:2x2", "--mesh", "data=3"], "mesh: data=3 has 3 places, but v5e:2x2 has 4 chips"),
+        (["llama-3-8b", "--mesh", "tensor=1"], "mesh takes data, fsdp, model, each with a size of at least 1, not tensor=1"),
+        (["llama-3-8b", "--mesh", "data"], "mesh must be axes with sizes, such as data=2,model=4, not 'data'"),
+        (["llama-3-8b", "--mesh", "data=1,data=1"], "mesh must be axes with sizes"),
+        (["llama-3-8b", "--topology", "v5e:2x2", "--batch", "6"], "batch: the 6 rows are cut along data and fsdp into 4 parts"),
+        (["smollm2-135m", "--topology", "cpu:5", "--mesh", "model=5"], "embed_tokens/embedding of the shape (49152, 576)"),
+        (["smollm2-135m", "--topology", "cpu:9"], "topology: 9 CPU devices are needed and JAX has 8"),
+        (["smollm2-135m", "--plot", "plan.pdf"], "plot: plan.pdf must be the name of a .png file"),
+        (["smollm2-135m", "--plot", "nowhere/plan.png"], "plot: nowhere/plan.png can't be written: is nowhere a directory"),
         (["llama-3-8b", "--compare", "half"], "compare takes full, naive, not 'half'"),
         (["llama-3-8b", "--rank", "0"], "rank must be a whole number of at least 1"),
         (["smollm2-135m", "--topology", "cpu", "--targets", "nothing"], "nothing"),
@@ -125,7 +186,7 @@ def test_what_does_not_fit():
             )
             raise jax.errors.JaxRuntimeError(reason)
 
-    found = topology.compile_for(None, Traced())
+    found = topology.compile_for(topology.read("v5e:1x1"), Traced())
     assert found.peak_bytes == 20.5 * 2**30 and found.error.endswith("(15.75G).")
 
 
@@ -179,7 +240,8 @@ def test_a_block_reads_no_keys_after_it():
 def test_the_step_is_that_of_training():
     """A step on real arrays: the planned program trains."""
     sizes = tiny_lm.sizes()
-    setup = steps.prepare(sizes, lj.LoraConfig(rank=2, targets=steps.PROJECTIONS), 2, 16, "int8", 16)
+    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    setup = steps.prepare(mesh, sizes, lj.LoraConfig(rank=2, targets=steps.PROJECTIONS), 2, 16, "int8", 16)
     step = steps.low_rank(setup)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), step.args[1:])
     fresh = llama.init(sizes, jax.random.key(0), dtype=jnp.bfloat16, scan_layers=True).variables

@@ -120,6 +120,7 @@ class Layer(nn.Module):
     config: LlamaConfig
     param_dtype: Any
     attention_block: int | None
+    activations: Any
 
     @nn.compact
     def __call__(self, x, angles, masks, which, cache, start):
@@ -129,7 +130,12 @@ class Layer(nn.Module):
             norm(name="input_layernorm")(x), angles, mask, cache, start
         )
         x = x + mixed
-        return x + MLP(self.config, self.param_dtype, name="mlp")(norm(name="post_attention_layernorm")(x)), cache
+        x = x + MLP(self.config, self.param_dtype, name="mlp")(norm(name="post_attention_layernorm")(x))
+        return _constrain(x, self.activations), cache
+
+
+def _constrain(x: jax.Array, sharding: Any) -> jax.Array:
+    return x if sharding is None else lax.with_sharding_constraint(x, sharding)
 
 
 class Llama(nn.Module):
@@ -143,6 +149,9 @@ class Llama(nn.Module):
       cache: a `Cache` to continue; the result is `(logits, cache)` then. Once it is full, the logits are NaN.
       last_only: logits for the last token of each row only, `(batch, 1, vocab)`.
       hidden: in place of the logits, what the head makes them of, `(batch, length, hidden)`.
+
+    `activations` is where the hidden states stay on a mesh, as `sharding.batch_sharding` says: left to itself the compiler may
+    keep all rows on every device and cut their width, as an fsdp axis cuts the embedding, and then adds up each product.
     """
 
     config: LlamaConfig
@@ -150,6 +159,7 @@ class Llama(nn.Module):
     scan_layers: bool = False
     remat: Remat | None = None
     attention_block: int | None = None
+    activations: Any = None
 
     @nn.compact
     def __call__(
@@ -178,7 +188,8 @@ class Llama(nn.Module):
             cache = _extend(cache, input_ids.shape, real)
         masks = [_mask(input_ids.shape[1], window, real, segment_ids, cache, start) for window in self._distinct()]
         embed = nn.Embed(config.vocab_size, config.hidden_size, param_dtype=self.param_dtype, name="embed_tokens")
-        x, layers = self._layers(embed(input_ids), angles, masks, None if cache is None else cache.layers, start)
+        x = _constrain(embed(input_ids), self.activations)
+        x, layers = self._layers(x, angles, masks, None if cache is None else cache.layers, start)
         x = RMSNorm(config.rms_norm_eps, self.param_dtype, name="norm")(x[:, -1:] if last_only else x)
         if hidden:
             logits = x
@@ -209,12 +220,12 @@ class Llama(nn.Module):
                 layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_hidden_layers,
                 in_axes=axes,
             )  # fmt: skip
-            layers = scanned(self.config, self.param_dtype, self.attention_block, name="layers")
+            layers = scanned(self.config, self.param_dtype, self.attention_block, self.activations, name="layers")
             return layers(x, angles, masks, several, caches, start)
         moved = []
         for i, choice in enumerate(which):
             own = None if caches is None else caches[i]
-            made = layer(self.config, self.param_dtype, self.attention_block, name=f"layer_{i}")
+            made = layer(self.config, self.param_dtype, self.attention_block, self.activations, name=f"layer_{i}")
             x, own = made(x, angles, [masks[choice]], None, own, start)
             moved.append(own)
         return x, moved

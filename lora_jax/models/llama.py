@@ -23,7 +23,7 @@ from lora_jax.models.llama_config import LlamaConfig as LlamaConfig
 from lora_jax.models.llama_config import hf_config as hf_config
 from lora_jax.models.llama_config import read_config
 from lora_jax.names import HFName
-from lora_jax.sharding import model_shardings
+from lora_jax.sharding import batch_sharding, model_shardings
 
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
 
@@ -88,7 +88,30 @@ class Loaded:
           options: of `apply`, but for `last_only` and `hidden`.
         """
         hidden = self.apply(variables, input_ids, hidden=True, **options)
-        return token_cross_entropy(functools.partial(self.head, variables), hidden, labels)
+        rows = self.model.activations
+        if rows is None:
+            return token_cross_entropy(functools.partial(self.head, variables), hidden, labels)
+        parts = input_ids.shape[0] // rows.shard_shape(input_ids.shape)[0]
+        head = functools.partial(self.head, self._gather_head(variables))
+        return token_cross_entropy(head, hidden, labels, parts=parts)
+
+    def _gather_head(self, variables: Any) -> Any:
+        """The parameters with the head whole along fsdp: or it would be gathered for each chunk of tokens."""
+        mesh, tied = self.model.activations.mesh, self.config.tie_word_embeddings
+        module, name = ("embed_tokens", "embedding") if tied else ("lm_head", "kernel")
+        vocabulary = "model" if "model" in mesh.shape else None
+        spec = jax.P(vocabulary) if tied else jax.P(None, vocabulary)
+        params = variables["params"]
+        head = jax.lax.with_sharding_constraint(params[module][name], jax.sharding.NamedSharding(mesh, spec))
+        return {**variables, "params": {**params, module: {**params[module], name: head}}}
+
+    def on_mesh(self, mesh: jax.sharding.Mesh) -> "Loaded":
+        """The same for batches that `sharding.batch_sharding(mesh)` cuts: each device keeps its rows in all layers.
+
+        Without it the compiler may cut the hidden states as an fsdp axis cuts the embedding, and then moves activations, not
+        kernels.
+        """
+        return dataclasses.replace(self, model=self.model.clone(activations=batch_sharding(mesh)))
 
     def apply_cached(
         self, variables: Any, input_ids: Any, cache: Cache, attention_mask: Any = None, *, last_only: bool = False

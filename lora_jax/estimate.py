@@ -1,0 +1,44 @@
+"""The memory that a train step takes beside its arguments, about, where no compiler says it."""
+
+from lora_jax import paths, steps
+from lora_jax.losses import LOGITS_AT_ONCE
+
+
+def temporary_bytes(name: str, setup: steps.Setup) -> int:
+    """About the bytes on a chip beside the arguments: layer inputs, gradients, and the dearest place of the backward pass.
+
+    Layers are kept as their inputs in bfloat16. Beside that, a layer's backward pass holds some five arrays of the size of the
+    MLP's, some four blocks of attention scores in float32, and the layer's dense kernels where they are quantised or gathered;
+    the loss holds some three chunks of logits in float32, and the head where that is gathered.
+
+    Args:
+      name: of the step, one of `steps.STEPS`.
+      setup: the model on its mesh.
+    """
+    config, cut, gathered = setup.model.config, setup.mesh.shape.get("model", 1), setup.mesh.shape.get("fsdp", 1) > 1
+    ids = setup.batch["input_ids"]
+    rows, length = ids.sharding.shard_shape(ids.shape)  # type: ignore[union-attr]
+    tokens, width, vocabulary = rows * length, config.hidden_size, config.vocab_size // cut
+    inputs = 2 * config.num_hidden_layers * tokens * width
+    scores = 4 * rows * config.num_attention_heads * min(steps.ATTENTION_BLOCK, length) * length // cut
+    layer = 2 * tokens * (5 * config.intermediate_size // cut + 4 * width) + 2 * scores
+    quantized = any(map(paths.is_quantized, paths.flatten(setup.variables)[0].values()))
+    if gathered or (quantized and name != "full"):
+        layer += 2 * _kernels(setup) // cut // config.num_hidden_layers
+    logits = 3 * 4 * min(LOGITS_AT_ONCE // cut, tokens * vocabulary) + gathered * 2 * width * vocabulary
+    return inputs + _gradients(name, setup) + max(layer, logits)
+
+
+def _kernels(setup: steps.Setup) -> int:
+    """How many numbers there are in all adapted kernels."""
+    return sum(row.parameters for row in setup.summary.rows)
+
+
+def _gradients(name: str, setup: steps.Setup) -> int:
+    if name == "full":
+        return steps.chip_bytes(setup.model.variables)
+    adapters = steps.chip_bytes(setup.adapters)
+    if name == "lora":
+        return adapters
+    # The naive step's gradients of whole kernels, beside the kernels themselves.
+    return adapters + 2 * 2 * _kernels(setup) // (setup.mesh.shape.get("fsdp", 1) * setup.mesh.shape.get("model", 1))
