@@ -17,11 +17,11 @@ from lora_jax.adapter import Rows as Rows
 from lora_jax.adapter import attach as attach
 from lora_jax.adapter import detach as detach
 from lora_jax.adapter import labels as labels
-from lora_jax.algebra import merge as merge
-from lora_jax.algebra import unmerge as unmerge
 from lora_jax.alora import active_from as active_from
 from lora_jax.config import LoraConfig as LoraConfig
 from lora_jax.init import init as init
+from lora_jax.merging import merge as merge
+from lora_jax.merging import unmerge as unmerge
 from lora_jax.mixing import combine as combine
 from lora_jax.moments import moments as moments
 from lora_jax.optim import optimizer as optimizer

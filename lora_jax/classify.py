@@ -55,7 +55,8 @@ def load_base(directory: pathlib.Path, config: run.RunConfig) -> Base:
       UserError: the directory does not hold a BERT and its tokenizer, or another one than the run was made with.
     """
     with user_errors():
-        model = bert.load(directory, num_labels=len(config.labels) or None, seed=config.seed)
+        rounded: Any = {"quantize": config.quantize, "block": config.block}
+        model = bert.load(directory, num_labels=len(config.labels) or None, seed=config.seed, **rounded)
         weights = digest(directory)
     check_weights(config, directory, weights)
     positions = model.config.max_position_embeddings

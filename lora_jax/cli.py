@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lora_jax import run
+from lora_jax.quant import DTYPES
 from lora_jax.run import RunConfig
 
-_EXTRA = ("gguf", "grain", "jinja2", "matplotlib", "rich", "tokenizers")
+_EXTRA = {"qwix": "quant", **dict.fromkeys(("gguf", "grain", "jinja2", "matplotlib", "rich", "tokenizers"), "finetune")}
 _OPTIONS: dict[str, tuple[type, str]] = {
     "model": (str, "a Hugging Face directory, or for lm a .gguf file (default: MiniLM or SmolLM2, fetched once)"),
     "data": (str, "a .csv or .jsonl file, or for lm a .txt file (default: movie reviews, fetched once)"),
@@ -21,6 +22,8 @@ _OPTIONS: dict[str, tuple[type, str]] = {
     "messages_field": (str, "the column of chats: lists of objects with a role and a content"),
     "held_out": (int, "tokens to measure the perplexity on, at most a tenth of all"),
     "dtype": (str, f"the base's dtype in memory: {', '.join(run.DTYPES)}"),
+    "quantize": (str, f"quantise the kernels of the base's layers in memory: {', '.join(DTYPES)}"),
+    "block": (int, "how many quantised values share a scale, 64 if left out"),
     "rank": (int, "rank of every low-rank pair"),
     "alpha": (float, "the scale of every pair is alpha / rank"),
     "method": (str, "lora, lora_fa (A stays as it is) or vera (shared random matrices; wants another rank and rate)"),
@@ -153,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA:
             raise
-        return _refuse(f"the package {error.name} is missing: pip install 'lora-jax[finetune]'")
+        return _refuse(f"the package {error.name} is missing: pip install 'lora-jax[{_EXTRA[error.name]}]'")
     except Exception as error:
         from lora_jax.task import UserError
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import rich.console
 
-from lora_jax import algebra, checkpoint, curve, files, initializers, metrics, optim, run, train
+from lora_jax import checkpoint, curve, files, initializers, merging, metrics, optim, run, train
 from lora_jax.adapter import Adapter, LowRank
 from lora_jax.progress import Progress
 from lora_jax.report import summary
@@ -98,7 +98,7 @@ def _begin(session: Session, adapters: Adapters, directory: pathlib.Path) -> tup
             checkpoint.save(folder, adapters, config=session.config.lora)
         initial = checkpoint.load(folder, variables=variables)
     pairs = {path: adapter for path, adapter in initial.items() if isinstance(adapter, LowRank)}
-    task = dataclasses.replace(session.task, variables=algebra.unmerge(variables, pairs))
+    task = dataclasses.replace(session.task, variables=merging.unmerge(variables, pairs))
     return dataclasses.replace(session, task=task), initial
 
 
@@ -209,15 +209,12 @@ def _loop(trainer: _Trainer, log: metrics.Log, progress: Progress) -> None:
         raise
 
 
-def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
 def _finish(trainer: _Trainer, directory: pathlib.Path, log: metrics.Log, console: rich.console.Console) -> None:
     task = trainer.session.task
     files.write(directory / "curve.png", curve.draw(log.lines, task.title, task.metric, task.baseline))
     before, after = log.score(0), log.score(trainer.config.steps)
-    adapter, whole = _bytes(trainer.state.adapters), _bytes(task.variables)
+    found = summary(task.variables, trainer.state.adapters)
+    adapter, whole = found.adapter_bytes, found.parameter_bytes
     console.out(
         f"{task.metric.held_out} on {task.held_out}: {before} before, {after} after\n"
         f"adapter: {adapter:,} bytes, base: {whole:,} bytes ({adapter / whole:.2%})\n"

@@ -14,7 +14,7 @@ import tokenizers
 
 from lora_jax import paths
 from lora_jax.adapter import Adapter
-from lora_jax.algebra import merge
+from lora_jax.merging import merge
 from lora_jax.models import checkpoint_files, gguf_files, llama
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.names import HFName

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import algebra, checkpoint, classify, data, initializers, paths, run
+from lora_jax import algebra, checkpoint, classify, data, initializers, merging, paths, quant, run
 from lora_jax.adapter import Adapter, LowRank, attach
 from lora_jax.session import check_task, task_module
 from lora_jax.task import user_errors
@@ -81,7 +81,7 @@ def inspect(directory: pathlib.Path) -> list[Row]:
     base = _base_at_hand(config)
     adapters = load_adapters(directory, base.model.variables if base else None)
     weights = paths.flatten(base.model.variables)[0] if base else {}
-    return [_row(path, adapter, weights.get(path)) for path, adapter in adapters.items()]
+    return [_row(path, adapter, quant.dense(weights.get(path))) for path, adapter in adapters.items()]
 
 
 def _base_at_hand(config: run.RunConfig) -> Any:
@@ -111,7 +111,7 @@ def _row(path: str, adapter: Adapter, weight: Any) -> Row:
 def _folded(weight: np.ndarray, adapter: Adapter) -> np.ndarray:
     """The parameter with its adapter folded in; a bias of the adapter goes to another parameter."""
     alone = dataclasses.replace(adapter, bias=None) if isinstance(adapter, LowRank) else adapter
-    return np.asarray(algebra.merge({"w": jnp.asarray(weight, jnp.float32)}, {"w": alone})["w"], np.float64)
+    return np.asarray(merging.merge({"w": jnp.asarray(weight, jnp.float32)}, {"w": alone})["w"], np.float64)
 
 
 def _values(change: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ def load_base(source: pathlib.Path, config: run.RunConfig) -> Base:
       UserError: there is no Llama and its tokenizer, or another one than the run was made with.
     """
     with user_errors():
-        model = llama.load(source, dtype=jnp.dtype(config.dtype))
+        model = llama.load(source, dtype=jnp.dtype(config.dtype), quantize=config.quantize, block=config.block)
         tokenizer = text_tokenizer.load(source, model.config.vocab_size)
         weights = digest(source)
     check_weights(config, source, weights)

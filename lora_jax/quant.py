@@ -4,13 +4,16 @@ QLoRA (https://arxiv.org/abs/2305.14314) trains pairs beside such kernels. qwix 
 (`pip install lora-jax[quant]`), imported when a kernel is quantised or used.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from lora_jax import paths
 from lora_jax.weight import Deferred, Weight
@@ -43,18 +46,23 @@ def quantize(variables: Any, targets: Sequence[Any], dtype: str = "nf4", *, bloc
     >>> params["w"].qvalue.dtype.name, params["w"].scale.shape
     ('int8', (2, 32))
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, not {dtype!r}")
-    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
-        raise ValueError(f"block must be None or a whole number of at least 1, not {block!r}")
+    check("dtype", dtype, block)
     leaves, treedef = paths.flatten(variables)
     chosen = paths.select(leaves, [paths.normalize(pattern) for pattern in targets], "targets")
-    axes = {path: _block_axis(path, leaves[path], block) for path in chosen}
+    axes = {path: block_axis(path, leaves[path], block) for path in chosen}
     found = {path: rounded(leaves[path], dtype, axis, block) for path, axis in axes.items()}
     return jax.tree.unflatten(treedef, list((leaves | found).values()))
 
 
-def _block_axis(path: str, leaf: Any, block: int | None) -> int:
+def check(option: str, dtype: Any, block: Any) -> None:
+    """Raise a ValueError unless there is such a kind and such a block; `option` is what the kind is called."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, DTYPES))}, not {dtype!r}")
+    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
+        raise ValueError(f"block must be None or a whole number of at least 1, not {block!r}")
+
+
+def block_axis(path: str, leaf: Any, block: int | None) -> int:
     """The axis along which values share a scale."""
     if paths.is_quantized(leaf):
         raise ValueError(f"targets: {path} is quantised already")
@@ -69,12 +77,50 @@ def _block_axis(path: str, leaf: Any, block: int | None) -> int:
     return last_but_one if block is not None and last_but_one in whole else max(whole, key=lambda axis: shape[axis])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def rounded(array: Any, dtype: str, axis: int, block: int | None) -> Any:
-    """An array with one scale for each block along an axis, and for each place on the others."""
-    others = tuple(i for i in range(array.ndim) if i != axis)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return qwix().quantize(array, DTYPES[dtype], channelwise_axes=others, tiled_axes={axis: block or array.shape[axis]})
+    """An array with one scale for each block along an axis, and for each place on the others.
+
+    Each shard rounds its own blocks; an axis whose blocks the mesh cuts through is gathered first.
+    """
+    return _rounded(array, DTYPES[dtype], ((axis, block or array.shape[axis]),))
+
+
+def rounded_like(array: Any, quantized: Any) -> Any:
+    """An array rounded to the kind and in the blocks of a quantised one."""
+    blocks = tuple((axis, size // count) for axis, (size, count) in enumerate(zip(array.shape, quantized.scale.shape)))
+    return _rounded(array, quantized.qtype, tuple((axis, block) for axis, block in blocks if block > 1))
+
+
+def _rounded(array: Any, qtype: Any, blocks: tuple[tuple[int, int], ...]) -> Any:
+    sharding = None if isinstance(array, Tracer) else getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return _round(array, qtype, blocks, None)
+    shard = sharding.shard_shape(array.shape)
+    cut = {axis for axis, block in blocks if shard[axis] % block}
+    entries = (None if axis in cut else entry for axis, entry in enumerate(sharding.spec))
+    whole = NamedSharding(sharding.mesh, jax.P(*entries)) if cut else sharding
+    found = _round(jax.device_put(array, whole), qtype, blocks, whole)
+    return dataclasses.replace(found, qvalue=jax.device_put(found.qvalue, sharding))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _round(array: Any, qtype: Any, blocks: tuple[tuple[int, int], ...], sharding: Any) -> Any:
+    tiles = dict(blocks)
+    others = tuple(i for i in range(array.ndim) if i not in tiles)
+
+    def make(array: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            found = qwix().quantize(array, qtype, channelwise_axes=others, tiled_axes=tiles)
+            if qtype == "nf4":
+                # In float32, or whether the quotient is rounded to bfloat16 would depend on the compiler.
+                wide, scale = (x.astype(jnp.float32) for x in (array, found.scale))
+                found = dataclasses.replace(found, qvalue=_nf4_codes(_by_blocks(jnp.divide, wide, scale)))
+            return found
+
+    if sharding is None:
+        return make(array)
+    # As local arrays: of sharded ones some of qwix's reshapes are refused on a mesh of explicit axes.
+    return jax.shard_map(make, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)(array)
 
 
 def quantization_error(variables: Any, quantized: Any) -> dict[str, float]:
@@ -102,7 +148,8 @@ def qwix() -> Any:
     try:
         import qwix as library
     except ModuleNotFoundError:
-        raise ImportError("quantised kernels need qwix, which is not installed: pip install 'lora-jax[quant]'") from None
+        reason = "quantised kernels need qwix, which is not installed: pip install 'lora-jax[quant]'"
+        raise ModuleNotFoundError(reason, name="qwix") from None
     return library
 
 
@@ -117,28 +164,41 @@ def dense(leaf: Any) -> Any:
         return leaf
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         if leaf.qtype == "nf4":
-            return _scaled(_nf4_values(leaf.qvalue, leaf.scale.dtype), leaf.scale)
+            return _by_blocks(jnp.multiply, _nf4_values(leaf.qvalue, leaf.scale.dtype), leaf.scale)
         return qwix().dequantize(leaf)
+
+
+def _nf4_levels() -> Any:
+    every = qwix().QArray(jnp.arange(16, dtype=jnp.uint4), jnp.ones(1, jnp.float32), qtype="nf4")
+    return qwix().dequantize(every)
+
+
+def _nf4_codes(values: Any) -> Any:
+    """The number of the nearest level, level by level: qwix holds the distances of a whole kernel for it."""
+    nearest, code = jnp.full(values.shape, jnp.inf, jnp.float32), jnp.zeros(values.shape, jnp.int32)
+    for number, level in enumerate(_nf4_levels()):
+        distance = jnp.abs(level - values)
+        nearest, code = jnp.minimum(nearest, distance), jnp.where(distance < nearest, number, code)
+    return code.astype(jnp.uint4)
 
 
 def _nf4_values(codes: Any, dtype: Any) -> Any:
     """The level of each code, by selects: for a look-up a TPU would hold a whole kernel in 32 bits."""
-    every = qwix().QArray(jnp.arange(16).astype(codes.dtype), jnp.ones(1, jnp.float32), qtype="nf4")
-    levels = list(qwix().dequantize(every).astype(dtype))
+    levels = list(_nf4_levels().astype(dtype))
     for bit in range(4):
         odd = (codes.astype(jnp.int32) >> bit) & 1 == 1
         levels = [jnp.where(odd, high, low) for low, high in zip(levels[::2], levels[1::2])]
     return levels[0]
 
 
-def _scaled(values: Any, scale: Any) -> Any:
-    """Values times the scales of their blocks."""
+def _by_blocks(fn: Callable[[Any, Any], Any], values: Any, scale: Any) -> Any:
+    """`fn(values, scale)` with the scale of each value's block."""
     split, along = [], []
     for size, count in zip(values.shape, scale.shape):
         whole = count in (1, size)
         split += [size] if whole else [count, size // count]
         along += [count] if whole else [count, 1]
-    return (values.reshape(split) * scale.reshape(along)).reshape(values.shape)
+    return fn(values.reshape(split), scale.reshape(along)).reshape(values.shape)
 
 
 def base(leaf: Any) -> Any:

@@ -20,10 +20,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax import files
+from lora_jax import files, quant
 from lora_jax.config import WORDS, LoraConfig
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 TASKS = ("classify", "lm")
 DTYPES = ("float32", "bfloat16", "float16")
 CHANGE_THE_BASE = ("pissa", "olora", "milora")  # starts of `lora_jax.initializers`
@@ -56,6 +56,8 @@ class RunConfig:
       messages_field: the column of the chats (`lm`).
       held_out: tokens that the perplexity is measured on, at most a tenth of all (`lm`).
       dtype: of the frozen base in memory (`lm`); the adapters are float32.
+      quantize: the kernels of the base's layers are quantised in memory, of this kind, as in `lora_jax.quantize`.
+      block: how many quantised values share a scale; `None`: 64. Only with `quantize`.
       rank: r of every low-rank pair.
       alpha: the scale of every pair is alpha / rank.
       targets: patterns of the adapted kernels, or one of LoraConfig's words.
@@ -89,6 +91,8 @@ class RunConfig:
     messages_field: str = "messages"
     held_out: int = 4096
     dtype: str = "float32"
+    quantize: str | None = None
+    block: int | None = None
     rank: int = 8
     alpha: float = 16.0
     targets: str | Sequence[str] = "all-linear"
@@ -122,11 +126,23 @@ class RunConfig:
             raise ValueError(f"lora_plus must be positive and finite, not {self.lora_plus!r}")
         if self.lora_plus is not None and self.method != "lora":
             raise ValueError(f"lora_plus is for method='lora', which trains A and B, not for {self.method!r}")
+        self._check_quantized()
         targets = self.targets if isinstance(self.targets, str) else list(self.targets)
         if isinstance(targets, list) and len(targets) == 1 and targets[0] in WORDS:
             targets = targets[0]
         object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "labels", list(self.labels))
+
+    def _check_quantized(self) -> None:
+        if self.quantize is not None:
+            quant.check("quantize", self.quantize, self.block)
+        elif self.block is not None:
+            raise ValueError("block is for a quantised base: leave it out, or say how to quantise")
+        if self.quantize is not None and self.init in CHANGE_THE_BASE:
+            raise ValueError(
+                f"init={self.init!r} takes a part off the base's kernels, which quantize={self.quantize!r} has rounded: leave "
+                "one of the two out"
+            )
 
     @property
     def lora(self) -> LoraConfig:
@@ -183,7 +199,8 @@ class RunConfig:
 
 
 _SINCE_3 = ("method", "scaling", "dora", "init", "lora_plus")
-_LATER = {1: ("task", *OWN["lm"], "date", "imported", *_SINCE_3), 2: _SINCE_3}
+_SINCE_4 = ("quantize", "block")
+_LATER = {1: ("task", *OWN["lm"], "date", "imported", *_SINCE_3, *_SINCE_4), 2: (*_SINCE_3, *_SINCE_4), 3: _SINCE_4}
 
 
 def options(task: str, given: Mapping[str, Any]) -> RunConfig:

@@ -123,8 +123,17 @@ def _by_rule(mesh: Mesh, path: str, leaf: Any, rule: jax.P, fsdp: str | None) ->
         free = [axis for axis, size in enumerate(shape) if not spec[axis] and size % mesh.shape[fsdp] == 0]
         largest = max(free, key=lambda axis: shape[axis], default=None)
         spec = tuple((fsdp,) if axis == largest else names for axis, names in enumerate(spec))
-    # Several values of a quantised kernel share a scale, so a mesh axis may divide the values and not the scales.
-    return jax.tree.map(lambda part: _named(mesh, _where_it_divides(mesh, spec, jnp.shape(part))), leaf)
+    return part_shardings(leaf, _named(mesh, spec))
+
+
+def part_shardings(leaf: Any, sharding: NamedSharding) -> Any:
+    """The shardings of the arrays of a quantised kernel, in its structure, from the kernel's; of an array, its own.
+
+    Several values share a scale, so a mesh axis may divide the values and not the scales.
+    """
+    mesh: Any = sharding.mesh
+    place = lambda shape: _named(mesh, _where_it_divides(mesh, _entries(sharding.spec, len(shape)), shape))
+    return jax.tree.map(lambda part: place(jnp.shape(part)), leaf)
 
 
 def _entries(partition: Any, ndim: int) -> Spec:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.adapter import detach
-from lora_jax.algebra import merge
 from lora_jax.config import LoraConfig
 from lora_jax.init import init
+from lora_jax.merging import merge
 from lora_jax.models import llama
 from lora_jax.quant import quantize
 from lora_jax.report import Summary, summary
@@ -90,7 +90,8 @@ def prepare(
     model = llama.abstract(config, dtype=jnp.bfloat16, **options).on_mesh(mesh)
     variables = model.variables
     if quantized is not None:
-        variables = jax.eval_shape(lambda v: quantize(v, PROJECTIONS, quantized, block=block), variables)
+        kernels = [f"{name}/kernel" for name in PROJECTIONS]  # and not the biases of Qwen2
+        variables = jax.eval_shape(lambda v: quantize(v, kernels, quantized, block=block), variables)
     model = dataclasses.replace(model, variables=_place(model.variables, llama.shardings(mesh, model.variables)))
     variables = _place(variables, llama.shardings(mesh, variables))
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=batch_sharding(mesh))

@@ -24,6 +24,12 @@ _GGUF = (
     "the adapters were trained on the weights of a GGUF file, which PEFT can't apply them to; on the model that the file was "
     "made from, the outputs differ as its weights do (--format merged has the file's own)"
 )
+_QUANTIZED = {
+    "peft": "the adapters were trained beside kernels quantised to {}; with the base as it is stored, or quantised by another "
+    "library, the outputs differ by what the quantisation changes",
+    "merged": "the adapters were trained beside kernels quantised to {} and are folded into the base as it is stored, so that "
+    "the outputs differ by what the quantisation changes",
+}
 _TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM"}
 
 
@@ -32,7 +38,7 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
 
     Args:
       directory: the run.
-      form: `"peft"` or `"merged"`.
+      form: `"peft"` or `"merged"`, which is the base as it is stored also where the run quantised it.
       out: a directory that is not there yet, or empty.
 
     Returns:
@@ -47,14 +53,15 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
     task = task_module(config)
     source = task.base_directory(config)
     # The sum of kernel and adapter is made in float32 and rounded once, to the base's own dtype.
-    base = task.load_base(source, dataclasses.replace(config, dtype="float32"))
+    base = task.load_base(source, dataclasses.replace(config, dtype="float32", quantize=None, block=None))
     adapters = load_adapters(directory, base.model.variables)
     if form == "peft":
         _export_peft(config, base, adapters, source, out)
     else:
         _export_merged(config, base, adapters, source, out)
-    rounded = (_GGUF,) if form == "peft" and source.is_file() else ()
-    return (*_notes(base), *rounded)
+    stored = (_GGUF,) if form == "peft" and source.is_file() else ()
+    rounded = () if config.quantize is None else (_QUANTIZED[form].format(config.quantize),)
+    return (*_notes(base), *stored, *rounded)
 
 
 def _export_peft(

@@ -148,9 +148,9 @@ def test_no_such_run(home, capsys, command):
 
 @pytest.mark.parametrize("command", [["finetune", "--resume"], ["predict", "--text", "fine"], ["inspect"]])
 def test_damaged_run(stopped, capsys, command):
-    edit(stopped, format_version=4)
-    refused([*command, stopped], "has the format version 4, but this lora_jax reads 1 to 3", capsys)
-    edit(stopped, format_version=3, layers=3)
+    edit(stopped, format_version=5)
+    refused([*command, stopped], "has the format version 5, but this lora_jax reads 1 to 4", capsys)
+    edit(stopped, format_version=4, layers=3)
     refused([*command, stopped], "has missing or unknown fields: layers", capsys)
     (stopped / "config.json").write_text("[")
     refused([*command, stopped], r"config\.json is not JSON", capsys)

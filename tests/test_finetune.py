@@ -205,12 +205,14 @@ def test_metrics_drop_what_a_crash_cut_off_and_what_comes_again(tmp_path):
         assert whole.startswith((tmp_path / "metrics.jsonl").read_bytes())
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_a_run_of_an_older_format(reference, tmp_path, capsys, version):
     directory = tmp_path / "run"
     shutil.copytree(reference[0], directory)
     fields = json.loads((directory / "config.json").read_text()) | {"format_version": version}
-    new = ("method", "scaling", "dora", "init", "lora_plus")
+    new = ("quantize", "block")
+    if version < 3:
+        new += ("method", "scaling", "dora", "init", "lora_plus")
     if version == 1:
         new += ("task", "prompt_field", "completion_field", "messages_field", "held_out", "dtype", "date", "imported")
     (directory / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if k not in new}))

@@ -91,14 +91,63 @@ def test_merging():
     fn, variables, x = model("unrolled")
     quantized = lj.quantize(variables, ["up"], "nf4", block=16)
     adapters = random_adapters(lj.init(jax.random.key(0), lj.LoraConfig(rank=2), fn, quantized, x), F32)
-    with pytest.raises(ValueError, match=r"layers/0/up/kernel, .*: the kernel is quantised, so a merged one would be rounded"):
-        lj.merge(quantized, adapters)
+    for act in (lj.merge, lj.unmerge):
+        with pytest.raises(ValueError, match=r"layers/0/up/kernel, .*: the kernel is quantised, so the sum would be rounded"):
+            act(quantized, adapters)
+        with pytest.raises(ValueError, match="quantized must be one of 'error', 'dense', 'requantize', not 'yes'"):
+            act(quantized, adapters, quantized="yes")
     merged = lj.merge(quantized, adapters, quantized="dense")
     assert distance(fn(merged, x), lj.lora(fn)(lj.attach(quantized, adapters), x)) < 1e-5
-    again = lj.quantize(merged, ["up"], "int8", block=16)
-    assert 0 < max(lj.quant.quantization_error(merged, again).values()) < 0.01
-    with pytest.raises(ValueError, match="quantized must be 'error' or 'dense', not 'yes'"):
-        lj.merge(quantized, adapters, quantized="yes")
+    back = lj.unmerge(lj.merge(quantized, adapters, quantized="dense"), adapters)
+    assert distance(fn(back, x), lj.lora(fn)(quantized, x)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "int4", "int8", "fp8"])
+@pytest.mark.parametrize("block", [16, None])
+def test_merging_into_quantised_kernels(dtype, block):
+    """The same as to quantise the dense sum; adapters of nothing leave the kernels almost as they are."""
+    fn, variables, x = model("stacked")
+    quantized = lj.quantize(variables, ["kernel"], dtype, block=block)
+    adapters = random_adapters(lj.init(jax.random.key(0), lj.LoraConfig(rank=2), fn, quantized, x), F32)
+    dense, again = (lj.merge(quantized, adapters, check=True, quantized=way) for way in ("dense", "requantize"))
+    want = lj.quantize(dense, ["kernel"], dtype, block=block)
+    jax.tree.map(np.testing.assert_array_equal, again, want)
+    errors = lj.quant.quantization_error(dense, again)
+    assert set(errors) == {"layers/down/kernel", "layers/up/kernel"}
+    assert 0 < max(errors.values()) < {"nf4": 0.15, "int4": 0.2, "int8": 0.01, "fp8": 0.03}[dtype]
+    off = lj.unmerge(again, adapters, quantized="requantize")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        off,
+        lj.quantize(lj.unmerge(again, adapters, quantized="dense"), ["kernel"], dtype, block=block),
+    )
+
+
+def test_a_kernel_with_a_zero_point_is_not_quantised_again():
+    array = qwix.quantize(jnp.ones((8, 4)), "int8", calibration_method="minmax")
+    pair = {"w": lj.LowRank(jnp.ones((8, 1)), jnp.ones((1, 4)), lj.Layout((), (0,), (1,)))}
+    assert lj.merge({"w": array}, pair, quantized="dense")["w"].shape == (8, 4)
+    with pytest.raises(ValueError, match="w: a kernel with a zero point can't be quantised again"):
+        lj.merge({"w": array}, pair, quantized="requantize")
+
+
+def test_initialisers():
+    """Those that take a part of the kernel need it dense; EVA takes none."""
+    fn, variables, x = model("unrolled")
+    quantized = lj.quantize(variables, ["up"], "int8", block=16)
+    adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=2, targets=["up"]), fn, quantized, x)
+    message = "layers/0/up/kernel: the kernel is quantised, and this needs the dense one"
+    for make in (lj.initializers.pissa, lj.initializers.olora, lj.initializers.milora, lj.initializers.loftq):
+        with pytest.raises(ValueError, match=message):
+            make(quantized, adapters)
+    with pytest.raises(ValueError, match=message):
+        lj.initializers.gradients(lambda p, x: fn(p, x).sum(), quantized, adapters, [x])
+    moments = lj.moments(fn, quantized, adapters, x)
+    with pytest.raises(ValueError, match=message):
+        lj.initializers.corda(quantized, adapters, moments, mode="ipm")
+    base, found = lj.initializers.eva(quantized, adapters, moments, rho=1)
+    assert base is quantized
+    np.testing.assert_allclose(found["layers/0/up/kernel"].a.T @ found["layers/0/up/kernel"].a, np.eye(2), atol=1e-5)
 
 
 def test_moments_and_rows_of_a_quantised_base():

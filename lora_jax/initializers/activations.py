@@ -48,7 +48,7 @@ def eva(
     The base is returned as it is, and a trained adapter belongs to it as it is: `convert` is not needed.
 
     Args:
-      variables: the base tree.
+      variables: the base tree, quantised or not.
       adapters: what `init` made.
       moments: `{path: Moments}` of some batches.
       rho: how far ranks may move; 1 leaves them where they are.
@@ -58,7 +58,7 @@ def eva(
     """
     if not rho >= 1:
         raise ValueError(f"rho must be at least 1, not {rho!r}")
-    pairs = {path: pair for path, (_, pair) in with_kernels(variables, adapters).items()}
+    pairs = {path: pair for path, (_, pair) in with_kernels(variables, adapters, quantized=True).items()}
     found = {path: _components(*_moments_of(path, pair, moments)) for path, pair in pairs.items()}
     ranks = _redistributed(pairs, {path: np.asarray(share) for path, (share, _) in found.items()}, rho)
     fresh = {path: _with_components(pair, found[path][1], ranks[path]) for path, pair in pairs.items() if any(ranks[path])}

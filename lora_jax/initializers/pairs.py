@@ -10,16 +10,23 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapter import Adapter, Layout, LowRank, attach, is_adapted
-from lora_jax.algebra import matrices, scales, unmerge
+from lora_jax.algebra import matrices, scales
+from lora_jax.merging import unmerge
 
 Adapters = Mapping[str, Adapter]
 
 
-def with_kernels(variables: Any, adapters: Adapters) -> dict[str, tuple[Any, LowRank]]:
+def with_kernels(variables: Any, adapters: Adapters, *, quantized: bool = False) -> dict[str, tuple[Any, LowRank]]:
     """`{path: (kernel, pair)}` of the low-rank pairs; adapters of other kinds are left out.
 
+    Args:
+      variables: the base tree.
+      adapters: what `init` made.
+      quantized: whether a kernel may be quantised.
+
     Raises:
-      ValueError: there is no pair; a pair is more than `scale A B`, its scale is not positive, or it does not fit the tree.
+      ValueError: there is no pair; a pair is more than `scale A B`, its scale is not positive, or it does not fit the tree; or
+        its kernel is not at hand as floats.
     """
     pairs = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, LowRank)}
     if not pairs:
@@ -31,6 +38,8 @@ def with_kernels(variables: Any, adapters: Adapters) -> dict[str, tuple[Any, Low
     for path, (kernel, _) in found.items():
         if isinstance(kernel, jax.ShapeDtypeStruct):
             raise ValueError(f"{path}: an initialiser needs the kernel itself, not its shape alone")
+        if paths.is_quantized(kernel) and not quantized:
+            raise ValueError(f"{path}: the kernel is quantised, and this needs the dense one: quantise after it")
         if not jnp.issubdtype(kernel.dtype, jnp.floating):
             raise ValueError(f"{path}: a kernel of the dtype {kernel.dtype} can't be split; give the one before quantisation")
     return found

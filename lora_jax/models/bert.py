@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.models import checkpoint_files
+from lora_jax.models.reading import Reader
 from lora_jax.names import HFName
 from lora_jax.sharding import model_shardings
 
@@ -224,7 +225,15 @@ def shardings(mesh: jax.sharding.Mesh, variables: Any) -> Any:
     return model_shardings(mesh, variables, columns=("query", "key", "value", "up"), rows=("out", "down"))
 
 
-def load(directory: str | pathlib.Path, *, dtype: Any = jnp.float32, num_labels: int | None = None, seed: int = 0) -> Loaded:
+def load(
+    directory: str | pathlib.Path,
+    *,
+    dtype: Any = jnp.float32,
+    num_labels: int | None = None,
+    seed: int = 0,
+    quantize: str | None = None,
+    block: int | None = None,
+) -> Loaded:
     """Read a Hugging Face directory: `config.json` and `model.safetensors`, or an index of several files.
 
     The head reads BERT's pooler, or what a sentence model (a directory with a `modules.json`) pools itself. A
@@ -235,11 +244,15 @@ def load(directory: str | pathlib.Path, *, dtype: Any = jnp.float32, num_labels:
       dtype: the dtype of the parameters.
       num_labels: the number of classes; `None`: as many as the checkpoint says.
       seed: the seed of a new head.
+      quantize: `"nf4"`, `"int4"`, `"int8"` or `"fp8"`: the kernels of the layers are quantised as they are read, as
+        `lora_jax.quantize` does; embeddings, pooler, head, norms and biases are not. Such a model is for `lora(loaded.apply)`.
+      block: how many values share a scale (64 by default); only with `quantize`.
 
     Raises:
       FileNotFoundError: the directory or one of the two files is missing.
       ValueError: another architecture, a file that is truncated or not what its name says, tensors that are missing,
-        unexpected or of the wrong shape.
+        unexpected or of the wrong shape, or kernels that can't be quantised so.
+      ImportError: qwix is not installed.
     """
     directory = pathlib.Path(directory)
     fields = checkpoint_files.read_json(directory, "config.json")
@@ -256,7 +269,8 @@ def load(directory: str | pathlib.Path, *, dtype: Any = jnp.float32, num_labels:
     spare = lambda name: _is_spare(name, config.pooling) or (replaced and name.startswith("classifier."))
     checkpoint_files.check(tensors, {stored[path]: leaf.shape for path, leaf in wanted.items() if path not in new}, spare)
     head = _new_head(config, seed)
-    read = lambda path, shape: checkpoint_files.put(checkpoint_files.fill(tensors, stored[path], shape, dtype), None)
+    reader = Reader(tensors, dtype, quantize=quantize, block=block)
+    read = lambda path, shape: reader.read(path, stored[path], shape)
     leaves = [jnp.asarray(head[path], dtype) if path in new else read(path, leaf.shape) for path, leaf in wanted.items()]
     variables = jax.tree.unflatten(treedef, leaves)
     return Loaded(model.apply, variables, hf_names(config), config, _labels(fields, config.num_labels, has_head), new)

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 import safetensors
 
@@ -26,8 +25,8 @@ class Tensors(Protocol):
     file: pathlib.Path
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, as it is stored."""
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Some rows of a tensor, or all."""
         ...
 
 
@@ -47,7 +46,7 @@ class SafeTensors:
         sharded = (directory / INDEX).is_file() and not (directory / SINGLE).is_file()
         self.file = directory / (INDEX if sharded else SINGLE)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._stored: dict[str, tuple[Any, str, str]] = {}
+        self._stored: dict[str, tuple[pathlib.Path, str, str]] = {}
         placed = _shards(directory) if sharded else {existing(directory, SINGLE): None}
         for file, names in placed.items():
             try:
@@ -63,18 +62,20 @@ class SafeTensors:
             part, new = opened.get_slice(name), rename(name)
             if new in self.shapes:
                 raise ValueError(f"{file} has two tensors for {new}, {self._stored[new][1]} and {name}")
-            self.shapes[new], self._stored[new] = tuple(part.get_shape()), (opened, name, str(part.get_dtype()))
+            self.shapes[new], self._stored[new] = tuple(part.get_shape()), (file, name, str(part.get_dtype()))
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, as it is stored.
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Some rows of a tensor, or all, as it is stored.
 
         Raises:
           ValueError: it does not hold floats.
         """
-        opened, stored, dtype = self._stored[name]
+        file, stored, dtype = self._stored[name]
         if dtype not in _FLOATS:
             raise ValueError(f"{self.file}: {stored} is stored as {dtype}; {', '.join(_FLOATS)} can be read")
-        return opened.get_tensor(stored)
+        # Opened each time: what was read of a file stays in this process's memory for as long as it is open.
+        opened: Any = safetensors.safe_open(file, framework="numpy")
+        return opened.get_slice(stored)[rows]
 
 
 def _shards(directory: pathlib.Path) -> dict[pathlib.Path, list[str]]:
@@ -132,24 +133,6 @@ def check(
     for name, want in shapes.items():
         if tensors.shapes[name] != want:
             raise ValueError(f"{tensors.file}: {name} has the shape {tensors.shapes[name]}; the configuration asks for {want}")
-
-
-def fill(tensors: Tensors, name: HFName, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """A parameter in the chosen dtype, from its tensors, of which one is held at a time."""
-    out = np.empty(shape, dtype)
-    for index, tensor in name.tensors(shape).items():
-        place: list[Any] = [slice(None)] * len(shape)
-        for axis, i in zip(name.indexed, index):
-            place[axis] = i
-        out[tuple(place)] = name.restore(tensors.read(tensor), shape)
-    return out
-
-
-def put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """An array on its devices; the transfer has ended on return, so that the host's copy can go."""
-    if sharding is None:
-        return jax.block_until_ready(jax.device_put(array))
-    return jax.block_until_ready(jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]))
 
 
 def complain(problem: str, names: Iterable[str], tail: str = "") -> None:

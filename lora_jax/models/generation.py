@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax import paths
 from lora_jax.adapter import is_adapted
 from lora_jax.alora import active_from
 from lora_jax.models.decoder import Llama, init_cache
@@ -108,8 +109,9 @@ def _generate(model, variables, prompt_ids, real, key, temperature, *, count, eo
 
 def _applies(model: Llama, variables: Any, prompt_ids: jax.Array) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The model for the prompt, and for one token after it: adapters with an invocation sequence act from it on."""
-    adapters: list[Any] = [node.adapter for node in jax.tree.leaves(variables, is_leaf=is_adapted) if is_adapted(node)]
-    if not adapters:
+    nodes = paths.flatten(variables, is_leaf=is_adapted)[0].values()
+    adapters: list[Any] = [node.adapter for node in nodes if is_adapted(node)]
+    if not adapters and not any(map(paths.is_quantized, nodes)):
         return model.apply, model.apply
     sequences = {tuple(adapter.invocation) for adapter in adapters if getattr(adapter, "invocation", None) is not None}
     if not sequences:

@@ -84,22 +84,26 @@ class GgufFile:
         self.file = pathlib.Path(file)
         if not self.file.is_file():
             raise FileNotFoundError(f"there is no file {self.file}")
+        self.metadata: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[str, int, int]] = {}
         with self.file.open("rb") as opened:
-            empty = not opened.seek(0, 2)
-            self._data: Any = b"" if empty else mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        header = _Header(self.file, self._data)
-        if self._data[:4] != b"GGUF":
+            self._size = opened.seek(0, 2)
+            if not self._size:
+                raise ValueError(f"{self.file} is no GGUF file: it is empty")
+            with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                self._read_header(_Header(self.file, data))
+
+    def _read_header(self, header: _Header) -> None:
+        if header.data[:4] != b"GGUF":
             raise ValueError(f"{self.file} is no GGUF file")
         header.take(4)
         version, count, entries = header.scalar("I"), header.scalar("Q"), header.scalar("Q")
         if version not in (2, 3):
             raise ValueError(f"{self.file} has the GGUF version {version}; 2 and 3 can be read, little-endian")
-        self.metadata: dict[str, Any] = {}
         for _ in range(entries):
             name = header.text()
             self.metadata[name] = header.value(header.scalar("I"))
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, tuple[str, int, int]] = {}
         for _ in range(count):
             self._note_tensor(header)
         alignment = self.number("general.alignment", 32)
@@ -126,8 +130,8 @@ class GgufFile:
             raise ValueError(f"{self.file}: {name} must be a positive whole number, not {value!r}")
         return value
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in float32.
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Some rows of a tensor, or all, in float32.
 
         Raises:
           ValueError: it lies outside of the file, or is quantised in a way that the `gguf` package does not undo.
@@ -143,28 +147,36 @@ class GgufFile:
         if not shape or shape[-1] % block:
             raise ValueError(f"{self.file}: {stored} has the shape {shape}, but is quantised in blocks of {block}")
         begin, length = self._start + offset, math.prod(shape) // block * size
-        if begin + length > len(self._data):
-            raise ValueError(f"{self.file} is truncated: {stored} ends at byte {begin + length} of {len(self._data)}")
-        raw = np.frombuffer(self._data, np.uint8, length, begin).reshape(*shape[:-1], -1)
+        if begin + length > self._size:
+            raise ValueError(f"{self.file} is truncated: {stored} ends at byte {begin + length} of {self._size}")
+        order = self._order(stored, shape[0])[rows]
         try:
-            return self._unpermute(stored, gguf.quants.dequantize(raw, kind).reshape(shape))
+            if len(shape) == 1:
+                return gguf.quants.dequantize(self._bytes(begin, length), kind)[order]
+            row, first, last = length // shape[0], order.min(), order.max()
+            raw = self._bytes(begin + row * first, row * (last + 1 - first)).reshape(-1, row)
+            return gguf.quants.dequantize(raw[order - first], kind).reshape(-1, *shape[1:])
         except NotImplementedError as error:
             raise ValueError(f"{self.file}: {stored} can't be read: {error}") from None
 
-    def _unpermute(self, stored: str, tensor: np.ndarray) -> np.ndarray:
-        """Rows of queries and keys as Hugging Face has them: llama.cpp puts the two halves of a rotated pair side by side.
+    def _bytes(self, begin: int, length: int) -> np.ndarray:
+        """Not through a mapping, of which each page that was read counts as this process's memory."""
+        return np.fromfile(self.file, np.uint8, length, offset=begin)
 
-        Only for its `llama` architecture; the others rotate as Hugging Face does.
+    def _order(self, stored: str, count: int) -> np.ndarray:
+        """Where each row stands in the file: llama.cpp puts the two halves of a rotated pair side by side.
+
+        Only for queries and keys of its `llama` architecture; the others rotate as Hugging Face does.
         """
+        order = np.arange(count)
         match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)", stored)
         if self.metadata.get("general.architecture") != "llama" or match is None:
-            return tensor
-        count = self.number("llama.attention.head_count")
-        heads = count if match[1] == "q" else self.number("llama.attention.head_count_kv", count)
-        if tensor.shape[0] % (2 * heads):
-            raise ValueError(f"{self.file}: {stored} has {tensor.shape[0]} rows, which {heads} heads can't share")
-        pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(tensor.shape)
+            return order
+        queries = self.number("llama.attention.head_count")
+        heads = queries if match[1] == "q" else self.number("llama.attention.head_count_kv", queries)
+        if count % (2 * heads):
+            raise ValueError(f"{self.file}: {stored} has {count} rows, which {heads} heads can't share")
+        return order.reshape(heads, -1, 2).swapaxes(1, 2).reshape(count)
 
 
 def _hf_name(name: str) -> str:
@@ -185,5 +197,5 @@ def _package() -> Any:
         import gguf
         import gguf.quants
     except ImportError:
-        raise ImportError("GGUF files need the package gguf: pip install 'lora-jax[gguf]'") from None
+        raise ModuleNotFoundError("GGUF files need the package gguf: pip install 'lora-jax[gguf]'", name="gguf") from None
     return gguf

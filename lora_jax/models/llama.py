@@ -22,6 +22,7 @@ from lora_jax.models.gguf_reader import GgufFile
 from lora_jax.models.llama_config import LlamaConfig as LlamaConfig
 from lora_jax.models.llama_config import hf_config as hf_config
 from lora_jax.models.llama_config import read_config
+from lora_jax.models.reading import Reader, parts
 from lora_jax.names import HFName
 from lora_jax.sharding import batch_sharding, model_shardings
 
@@ -193,10 +194,13 @@ def load(
     attention_block: int | None = None,
     tie: bool | None = None,
     sharding: Sharding = None,
+    quantize: str | None = None,
+    block: int | None = None,
 ) -> Loaded:
     """Read a Hugging Face directory (`config.json`, and `model.safetensors` or an index of several) or a GGUF file.
 
-    Each parameter is read, cast and put on its devices before the next, so that no second copy of the model is ever held.
+    Each parameter is read, cast, quantised and put on its devices before the next, so that no second copy of the model is ever
+    held, nor a dense one of a quantised model; stacked kernels layer by layer.
 
     Args:
       source: the directory, or a file that ends in `.gguf`.
@@ -208,11 +212,16 @@ def load(
         no scores of all tokens are held then.
       tie: whether the head is the embedding; `None`: as in the checkpoint. `False` gives a tied checkpoint a head of its own.
       sharding: where the parameters go: one sharding for all, or a function of (path, shape).
+      quantize: `"nf4"`, `"int4"`, `"int8"` or `"fp8"`: the kernels of the layers are quantised, as `lora_jax.quantize` does;
+        embedding, head, norms and biases are not. Such a model is for `lora(loaded.apply)`.
+      block: how many values share a scale (64 by default); only with `quantize`.
 
     Raises:
       FileNotFoundError: the source, or one of its files, is missing.
       ValueError: another architecture, a file that is truncated or not what its name says, tensors that are missing,
-        unexpected or of the wrong shape, a head that can't be tied, or a dtype that is no float.
+        unexpected or of the wrong shape, a head that can't be tied, a dtype that is no float, or kernels that can't be
+        quantised so.
+      ImportError: a package for GGUF files or quantised kernels is missing.
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a float dtype, not {jnp.dtype(dtype).name}")
@@ -235,10 +244,8 @@ def load(
         stored["params/lm_head/kernel"] = HFName("model.embed_tokens.weight", "i o -> o i")
     checkpoint_files.check(tensors, {stored[path]: shape for path, (shape, _) in table.items()}, _is_spare)
     place = sharding if callable(sharding) else lambda path, shape: sharding
-    leaves = {
-        path: checkpoint_files.put(checkpoint_files.fill(tensors, stored[path], shape, jnp.dtype(dtype)), place(path, shape))
-        for path, (shape, _) in table.items()
-    }
+    reader = Reader(tensors, jnp.dtype(dtype), place, quantize, block)
+    leaves = {path: reader.read(path, stored[path], shape) for path, (shape, _) in table.items()}
     return _loaded(config, dtype, scan_layers, remat, attention_block, leaves)
 
 
@@ -328,8 +335,10 @@ def _check_tied(tensors: Any, tied: bool) -> None:
     """A head that is stored although it is tied, or is to be tied, must be the embedding."""
     if "lm_head.weight" not in tensors.shapes or "model.embed_tokens.weight" not in tensors.shapes:
         return
-    shapes = [tensors.shapes[name] for name in ("lm_head.weight", "model.embed_tokens.weight")]
-    if shapes[0] == shapes[1] and np.array_equal(tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")):
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    head, table = (parts(tensors, name) for name in names)
+    same = tensors.shapes[names[0]] == tensors.shapes[names[1]]
+    if same and all(np.array_equal(a, b) for (_, a), (_, b) in zip(head, table)):
         return
     reason = "tie_word_embeddings is true" if tied else "tie=True asks for one matrix"
     advice = "correct the configuration" if tied else "leave tie out"
