@@ -8,8 +8,8 @@ def temporary_bytes(name: str, setup: steps.Setup) -> int:
     """About the bytes on a chip beside the arguments: layer inputs, gradients, and the dearest place of the backward pass.
 
     Layers are kept as their inputs in bfloat16. Beside that, a layer's backward pass holds some five arrays of the size of the
-    MLP's, some four blocks of attention scores in float32, and the layer's dense kernels where they are quantised or gathered;
-    the loss holds some three chunks of logits in float32, and the head where that is gathered.
+    MLP's, two blocks of attention scores in float32, and the layer's dense kernels where they are quantised or gathered; the
+    loss holds some three chunks of logits in float32, and the head where that is gathered.
 
     Args:
       name: of the step, one of `steps.STEPS`.
@@ -24,14 +24,10 @@ def temporary_bytes(name: str, setup: steps.Setup) -> int:
     layer = 2 * tokens * (5 * config.intermediate_size // cut + 4 * width) + 2 * scores
     quantized = any(map(paths.is_quantized, paths.flatten(setup.variables)[0].values()))
     if gathered or (quantized and name != "full"):
-        layer += 2 * _kernels(setup) // cut // config.num_hidden_layers
+        tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * width
+        layer += 2 * (setup.summary.parameters - tables) // cut // config.num_hidden_layers
     logits = 3 * 4 * min(LOGITS_AT_ONCE // cut, tokens * vocabulary) + gathered * 2 * width * vocabulary
     return inputs + _gradients(name, setup) + max(layer, logits)
-
-
-def _kernels(setup: steps.Setup) -> int:
-    """How many numbers there are in all adapted kernels."""
-    return sum(row.parameters for row in setup.summary.rows)
 
 
 def _gradients(name: str, setup: steps.Setup) -> int:
@@ -41,4 +37,5 @@ def _gradients(name: str, setup: steps.Setup) -> int:
     if name == "lora":
         return adapters
     # The naive step's gradients of whole kernels, beside the kernels themselves.
-    return adapters + 2 * 2 * _kernels(setup) // (setup.mesh.shape.get("fsdp", 1) * setup.mesh.shape.get("model", 1))
+    kernels = sum(row.parameters for row in setup.summary.rows)
+    return adapters + 2 * 2 * kernels // (setup.mesh.shape.get("fsdp", 1) * setup.mesh.shape.get("model", 1))

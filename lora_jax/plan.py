@@ -215,11 +215,11 @@ _COMPILED = (
     "count the layers, which are a scan, once."
 )
 _NOTES = {
-    COMPILER: "Bytes are those of the compiler; a TPU's counts what replaces arguments (adapters, moments) among temporaries, "
-    f"not in the peak. {_COMPILED}",
+    COMPILER: "Bytes are those of the compiler: temporaries are what it reserves, the peak is what is held at once "
+    f"with the arguments. {_COMPILED}",
     ESTIMATE: "ANALYTIC ESTIMATE where it says so: the bytes of the arguments and the FLOPs are exact; the temporaries are "
     "estimated. For TPUs there is a compiler: pip install 'lora-jax[plan]'.",
-    CPU_COMPILER: f"What a compiler makes of the same step for CPUs is beside it; a CPU's holds bfloat16 products in float32. "
+    CPU_COMPILER: "What a compiler makes of the same step for CPUs is beside it, which may hold bfloat16 products in float32. "
     f"{_COMPILED}",
 }
 

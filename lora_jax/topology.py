@@ -36,7 +36,7 @@ _GPUS = {
     "l4": ("NVIDIA L4", 24e9),
     "rtx4090": ("NVIDIA RTX 4090", 24e9),
 }
-_TPU = re.compile(rf"({'|'.join(_TPUS)}):(\d+x\d+(?:x\d+)?)")
+_TPU = re.compile(rf"({'|'.join(_TPUS)}):([1-9]\d*x[1-9]\d*(?:x[1-9]\d*)?)")
 _OTHER = re.compile(rf"({'|'.join(_GPUS)}|cpu)(?::([1-9]\d*))?")
 _TOO_LARGE = re.compile(r"\(?([\d.]+)([KMGT])\)? exceeds available HBM|Used ([\d.]+)([KMGT]) of")
 
@@ -66,7 +66,7 @@ class Compiled:
 
     Args:
       argument_bytes: of the arguments.
-      temporary_bytes: of all else that the compiler reserves; that of TPUs counts the results that replace arguments, too.
+      temporary_bytes: of all else that the compiler reserves, which for TPUs may be more than is held at once.
       peak_bytes: the most that is held at once.
       compiler_flops: as the compiler counts them: the body of a scan once, not once for each layer.
       compiler_seconds: how long a TPU's compiler expects it to take, with the body of a scan once.

@@ -29,6 +29,15 @@ def test_equals_the_loss_of_all_logits(chunk):
     assert distance(got, run(whole)) < 1e-6
 
 
+@pytest.mark.parametrize("chunk", [2, 5, None])
+def test_chunks_of_several_parts(chunk):
+    run = lambda loss: jax.value_and_grad(lambda h, w: jnp.vdot(loss(h, w), NOISE), (0, 1))(HIDDEN, WEIGHTS)
+    got = run(lambda hidden, weights: token_cross_entropy(lambda x: x @ weights, hidden, LABELS, chunk=chunk, parts=3))
+    assert distance(got, run(whole)) < 1e-6
+    with pytest.raises(ValueError, match=r"labels of the shape \(3, 7\) can't be cut into 2 equal parts along the first axis"):
+        token_cross_entropy(lambda x: x @ WEIGHTS, HIDDEN, LABELS, parts=2)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_may_be_adapted(tied):
     """Inside `lora(fn)`, a head of its own or a tied table, quantised or not."""
