@@ -3,6 +3,9 @@
 A checkpoint is `directory/<step>/` with the Orbax items `meta` (JSON: the format version, kinds, layouts, scales,
 roles, the configuration, the data position), `adapters` and, where a training state was given, `state` (arrays as
 `packing` lays them out).
+
+The arrays are stored whole, wherever they were, so a checkpoint says nothing of a mesh and can be restored onto any. Where
+several processes are one program, all of them call what is here, with one directory; the first writes.
 """
 
 import dataclasses
@@ -16,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
-from lora_jax import packing, paths, train
+from lora_jax import packing, paths, sharding, train
 from lora_jax.adapter import Adapter, check
 from lora_jax.config import LoraConfig
 
@@ -95,15 +99,16 @@ class Manager:
         """The newest complete step, or `None`."""
         return max(_steps(self._directory), default=None)
 
-    def restore(self, step: int | None = None, tx: Any = None) -> Checkpoint:
+    def restore(self, step: int | None = None, tx: Any = None, variables: Any = None) -> Checkpoint:
         """Read a checkpoint, the newest by default; see `lora_jax.checkpoint.restore`."""
         self.wait()
-        return restore(self._directory, step=step, tx=tx)
+        return restore(self._directory, step=step, tx=tx, variables=variables)
 
     def wait(self) -> None:
         """Wait until every checkpoint is on disk."""
         if self._orbax is not None:
             self._orbax.wait_until_finished()
+            multihost_utils.sync_global_devices("lora_jax.checkpoint")  # the first process ends its writing last
 
     def close(self) -> None:
         """Wait, and end the background threads."""
@@ -162,42 +167,33 @@ def save(
 
 
 def load(directory: str | os.PathLike[str], *, step: int | None = None, variables: Any = None) -> dict[str, Adapter]:
-    """The adapters of a checkpoint, as arrays on the default device. Needs no base model.
-
-    Args:
-      directory: the run's directory.
-      step: the step; by default the newest complete one.
-      variables: the base's parameters (or their shapes), to check the adapters against.
-
-    Raises:
-      FileNotFoundError: there is no complete checkpoint, or none of this step.
-      ValueError: the checkpoint is damaged or of another format version, or some adapters do not fit `variables`; all
-        their paths are named.
-    """
-    adapters = restore(directory, step=step).adapters
-    if variables is not None:
-        _check_fit(adapters, variables)
-    return adapters
+    """The adapters of a checkpoint. Needs no base model; see `restore` for the arguments and errors."""
+    return restore(directory, step=step, variables=variables).adapters
 
 
-def restore(directory: str | os.PathLike[str], *, step: int | None = None, tx: Any = None) -> Checkpoint:
-    """Everything in a checkpoint.
+def restore(directory: str | os.PathLike[str], *, step: int | None = None, tx: Any = None, variables: Any = None) -> Checkpoint:
+    """Everything in a checkpoint, as arrays on the default device, or on the mesh of `variables`.
 
     Args:
       directory: the run's directory.
       step: the step; by default the newest complete one.
       tx: the optax optimiser of the run, which says how its state is built. Without it the state is left out.
+      variables: the base's parameters (or their shapes), to check the adapters against. Where they have a `NamedSharding`,
+        the adapters go where `sharding.adapter_shardings` says, and the state where `sharding.state_shardings` does.
 
     Raises:
       FileNotFoundError: there is no complete checkpoint, or none of this step.
-      ValueError: the checkpoint is damaged or of another format version; or `tx` is given and the checkpoint has no
-        training state, or that of another optimiser.
+      ValueError: the checkpoint is damaged or of another format version; some adapters do not fit `variables`, and all their
+        paths are named; or `tx` is given and the checkpoint has no training state, or that of another optimiser.
     """
     folder = _find(_absolute(directory), step)
     meta = _read_meta(folder)
     vectors = {item: _read_vectors(folder / item) for item in meta["items"] if item == "adapters" or tx is not None}
     try:
         adapters = packing.unpack_adapters(meta["adapters"], vectors["adapters"])
+        if variables is not None:
+            _check_fit(adapters, variables)
+            adapters |= _on_mesh(adapters, variables)
         state = None if tx is None else _unpack_state(meta["state"], vectors.get("state", {}), adapters, tx)
     except ValueError as error:
         raise ValueError(f"the checkpoint {folder} can't be used: {error}") from None
@@ -325,22 +321,47 @@ def _json_value(data: Any) -> Any:
 def _check_same(adapters: Mapping[str, Adapter], others: Mapping[str, Adapter]) -> None:
     mine, treedef = jax.tree.flatten(dict(adapters))
     theirs, other = jax.tree.flatten(dict(others))
-    if treedef != other or any(x is not y and np.any(np.asarray(x) != np.asarray(y)) for x, y in zip(mine, theirs)):
+    if treedef != other or any(x is not y and _differ(x, y) for x, y in zip(mine, theirs)):
         raise ValueError("the adapters to save are not those of the state: pass state.adapters, or leave the state out")
+
+
+def _differ(one: Any, other: Any) -> bool:
+    one, other = sharding.gather((one, other))
+    return bool(np.any(np.asarray(one) != np.asarray(other)))
 
 
 def _unpack_state(leaves: Any, vectors: Mapping[str, np.ndarray], adapters: dict[str, Adapter], tx: Any) -> train.TrainState:
     """The training state: its structure is that of a new one, its arrays are the saved ones."""
     if leaves is None:
         raise ValueError("it was saved without a training state, so there is none to restore with `tx`")
-    new = jax.eval_shape(lambda: train.init_state(adapters, tx, key=jax.random.key(0)))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), adapters)
+    new = train.init_state(shapes, tx, key=jax.random.key(0))
     wanted, treedef = paths.flatten(dataclasses.replace(new, adapters=None))
     values = dict(zip(leaves, packing.unpack(list(leaves.values()), vectors)))
     odd = [path for path in dict.fromkeys([*wanted, *values]) if not _alike(wanted.get(path), values.get(path))]
     if odd:
         lines = [f"\n  {path}: {_text(values.get(path))}, `tx` has {_text(wanted.get(path))}" for path in odd[:10]]
         raise ValueError("its training state is that of another optimiser than `tx`. It has" + "".join(lines))
-    return dataclasses.replace(jax.tree.unflatten(treedef, [values[path] for path in wanted]), adapters=adapters)
+    leaves = [_like(leaf, values[path]) for path, leaf in wanted.items()]
+    return dataclasses.replace(jax.tree.unflatten(treedef, leaves), adapters=adapters)
+
+
+def _on_mesh(adapters: dict[str, Adapter], variables: Any) -> dict[str, Adapter]:
+    """Those of the adapters whose parameters are on a mesh, on it, too."""
+    leaves, _ = paths.flatten(variables)
+    some = {path: adapter for path, adapter in adapters.items() if sharding.on_mesh(leaves[path])}
+    places = sharding.adapter_shardings(variables, some)
+    return jax.tree.map(lambda leaf, place: sharding.put(np.asarray(leaf), place), some, places)
+
+
+def _like(wanted: Any, value: Any) -> Any:
+    """The value where the wanted one is to be."""
+    if not sharding.on_mesh(wanted):
+        return value
+    if packing.is_key(value):
+        data = sharding.put(np.asarray(jax.random.key_data(value)), wanted.sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+    return sharding.put(np.asarray(value), wanted.sharding)
 
 
 def _alike(wanted: Any, value: Any) -> bool:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tokenizers
+from jax.sharding import Mesh
 
-from lora_jax import data, fetch, run, text_tokenizer
+from lora_jax import data, fetch, run, sharding, text_tokenizer
 from lora_jax.adapter import Adapter
 from lora_jax.init import init
 from lora_jax.metrics import ACCURACY
@@ -48,15 +49,16 @@ def base_directory(config: run.RunConfig) -> pathlib.Path:
         return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
 
 
-def load_base(directory: pathlib.Path, config: run.RunConfig) -> Base:
-    """The base model with a head for the run's labels.
+def load_base(directory: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = None) -> Base:
+    """The base model with a head for the run's labels, on the mesh if there is one.
 
     Raises:
       UserError: the directory does not hold a BERT and its tokenizer, or another one than the run was made with.
     """
     with user_errors():
-        rounded: Any = {"quantize": config.quantize, "block": config.block}
-        model = bert.load(directory, num_labels=len(config.labels) or None, seed=config.seed, **rounded)
+        place = None if mesh is None else sharding.by_path(functools.partial(bert.shardings, mesh))
+        options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
+        model = bert.load(directory, num_labels=len(config.labels) or None, seed=config.seed, **options)
         weights = digest(directory)
     check_weights(config, directory, weights)
     positions = model.config.max_position_embeddings
@@ -94,20 +96,20 @@ def load_texts(config: run.RunConfig) -> data.Texts:
     return texts
 
 
-def prepare(config: run.RunConfig) -> Session:
-    """Check everything and bring it into memory.
+def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
+    """Check everything and bring it into memory, on the mesh if there is one.
 
     Raises:
       UserError: any of it can't be used.
     """
     texts = load_texts(config)
     config = dataclasses.replace(config, labels=config.labels or texts.classes(), data_sha256=texts.digest())
-    base = load_base(base_directory(config), config)
+    base = load_base(base_directory(config), config, mesh)
     config = dataclasses.replace(config, labels=_order(config.labels, base.model), model_sha256=base.sha256)
     with user_errors():
         parts = data.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
     training, test = (data.encode(base.tokenizer, part, config.labels, config.max_length) for part in parts)
-    return Session(config, _task(config, base.model, training, test), functools.partial(_init, base.model))
+    return Session(config, _task(config, base.model, training, test, mesh), functools.partial(_init, base.model))
 
 
 def _init(model: bert.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
@@ -117,18 +119,19 @@ def _init(model: bert.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
     return init(jax.random.key(config.seed), config.lora, model.apply, variables, ids, ids)
 
 
-def _task(config: run.RunConfig, model: bert.Loaded, training: data.Examples, test: data.Examples) -> Task:
+def _task(config: run.RunConfig, model: bert.Loaded, training: data.Examples, test: data.Examples, mesh: Mesh | None) -> Task:
     lengths = data.pad_lengths(np.concatenate([training.lengths, test.lengths]))
     counts = np.unique(test.labels, return_counts=True)[1]
     head = "a new head" if model.new else "the checkpoint's head"
     base = pathlib.Path(config.model).name if config.model else "MiniLM"
+    test_size = sharding.round_up(mesh, _TEST_BATCH)
     return Task(
         variables=model.variables,
         loss=functools.partial(_loss, model.apply),
-        train_batches=lambda seed: data.train_batches(training, lengths, config.batch_size, seed),
+        train_batches=lambda seed: data.train_batches(training, lengths, config.batch_size, seed, mesh),
         measure=functools.partial(_correct, model.apply),
-        test_batches=lambda: data.eval_batches(test, lengths, _TEST_BATCH),
-        test_count=-(-len(test) // _TEST_BATCH),
+        test_batches=lambda: data.eval_batches(test, lengths, test_size, mesh),
+        test_count=-(-len(test) // test_size),
         score=lambda correct: int(correct) / len(test),
         metric=ACCURACY,
         per_step=config.batch_size,

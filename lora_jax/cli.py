@@ -80,6 +80,12 @@ def _add_finetune(tune: argparse.ArgumentParser) -> None:
     _add_options(tune)
     tune.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")
     tune.add_argument("--resume", type=pathlib.Path, metavar="RUN", help="go on with a run that was stopped")
+    axes = "axes among data, fsdp and model, and their sizes, as data=2,model=4 (default: one device)"
+    tune.add_argument("--mesh", metavar="AXES", help=f"train on all devices: {axes}; also with --resume, whatever it was")
+    together = "with the next two, to train in several processes, each started by a command of its own"
+    tune.add_argument("--coordinator", metavar="HOST:PORT", help=f"a free port of the first process's host; {together}")
+    tune.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
+    tune.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0; the first writes and prints")
     tune.set_defaults(command=_finetune)
 
 
@@ -171,26 +177,39 @@ def _refuse(reason: Any) -> int:
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    import rich.console
-
-    from lora_jax import finetune
+    from lora_jax import hosts
     from lora_jax.task import UserError, user_errors
 
     given = _given(options)
-    console = rich.console.Console()
-    directory = options.resume
+    if options.resume is not None and (given or options.out is not None):
+        raise UserError("--resume goes on with the run's own options: leave all others out but those of the mesh")
+    with user_errors():
+        config = None if options.resume is not None else run.options(given.pop("task", "classify"), given)
+        where = hosts.Hosts(**{field.name: getattr(options, field.name) for field in dataclasses.fields(hosts.Hosts)})
+    with where.connected():
+        return _train(config, options.resume or options.out, where)
+
+
+def _train(config: RunConfig | None, directory: pathlib.Path | None, where: Any) -> int:
+    """A new run, or without a configuration the one in the directory."""
+    import rich.console
+
+    from lora_jax import finetune, hosts
+    from lora_jax.task import user_errors
+
+    with hosts.all_or_none(), user_errors():
+        mesh = where.make_mesh()
+    console = rich.console.Console(quiet=not hosts.is_first())
+    free = hosts.from_first(str(run.free_directory(pathlib.Path("runs"))))
+    directory = directory or pathlib.Path(free)
     try:
-        if options.resume is not None:
-            if given or options.out is not None:
-                raise UserError("--resume goes on with the run's own options: leave all others out")
-            finetune.resume(directory, console)
+        if config is None:
+            finetune.resume(directory, console, mesh)
         else:
-            with user_errors():
-                config = run.options(given.pop("task", "classify"), given)
-            directory = options.out or run.free_directory(pathlib.Path("runs"))
-            finetune.start(config, directory, console)
+            finetune.start(config, directory, console, mesh)
     except finetune.Interrupted as error:
-        print(f"lora-jax: stopped by {error}; go on with: lora-jax finetune --resume {directory}", file=sys.stderr)
+        if hosts.is_first():
+            print(f"lora-jax: stopped by {error}; go on with: lora-jax finetune --resume {directory}", file=sys.stderr)
         return 128 + error.signum
     return 0
 
@@ -289,12 +308,13 @@ def _plan(options: argparse.Namespace) -> int:
     if jax.config.jax_platforms is None:
         jax.config.update("jax_platforms", "cpu")  # to plan takes no chip, not even where there is one
     from lora_jax import plan, plan_table
+    from lora_jax.sharding import read_axes
     from lora_jax.task import user_errors
 
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(plan.Request)}
     with user_errors():
         if options.mesh is not None:
-            given["mesh"] = plan.read_mesh(options.mesh)
+            given["mesh"] = read_axes(options.mesh)
         request = plan.Request(**{name: value for name, value in given.items() if value is not None})
         if options.plot is not None:
             from lora_jax import plan_plot

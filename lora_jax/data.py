@@ -11,12 +11,14 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 import tokenizers
+from jax.sharding import Mesh
 
-from lora_jax import tables
+from lora_jax import sharding, tables
 
 _WINDOW = 16  # batches whose examples are sorted by length together
 _PAD_MULTIPLE = 8
@@ -139,32 +141,46 @@ def pad_lengths(lengths: np.ndarray, count: int = 4) -> tuple[int, ...]:
     return tuple(sorted({int(-(-q // _PAD_MULTIPLE) * _PAD_MULTIPLE) for q in quantiles}))
 
 
-def pad(examples: Examples, rows: np.ndarray, lengths: Sequence[int], batch_size: int) -> dict[str, np.ndarray]:
+def pad(
+    examples: Examples, rows: np.ndarray, lengths: Sequence[int], batch_size: int, places: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """One batch: `input_ids` and `attention_mask` `(batch_size, length)`, and `labels` `(batch_size,)`.
 
     The length is the shortest of `lengths` that holds every row. Rows that fill up the batch have the label -1.
+
+    Args:
+      examples: the texts.
+      rows: which of them are in the batch, at most `batch_size`.
+      lengths: what may be padded to.
+      batch_size: the rows of the whole batch.
+      places: make these rows of it alone, `(places,)`, padded as in the whole one.
     """
     needed = max(len(examples.tokens[row]) for row in rows)
     length = min(length for length in lengths if length >= needed)
-    ids = np.zeros((batch_size, length), np.int32)
-    mask = np.zeros((batch_size, length), np.int32)
-    labels = np.full(batch_size, -1, np.int32)
-    for i, row in enumerate(rows):
+    places = np.arange(batch_size) if places is None else places
+    ids = np.zeros((len(places), length), np.int32)
+    mask = np.zeros((len(places), length), np.int32)
+    labels = np.full(len(places), -1, np.int32)
+    held = places < len(rows)
+    for i, row in zip(np.flatnonzero(held), rows[places[held]]):
         tokens = examples.tokens[row]
         ids[i, : len(tokens)], mask[i, : len(tokens)], labels[i] = tokens, 1, examples.labels[row]
-    mask[len(rows) :, 0] = 1  # a row of padding alone would have nothing to attend to
+    mask[~held, 0] = 1  # a row of padding alone would have nothing to attend to
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def train_batches(
-    examples: Examples, lengths: Sequence[int], batch_size: int, seed: int
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    examples: Examples, lengths: Sequence[int], batch_size: int, seed: int, mesh: Mesh | None = None
+) -> grain.DatasetIterator[dict[str, Any]]:
     """Endless training batches: every epoch shuffled, examples of similar length together.
 
     A window of a shuffled epoch is sorted by length and cut into batches, whose order is shuffled again. The last rows
     of an epoch that fill no batch are left out of it. The iterator's `get_state()` is JSON-able, and `set_state` goes
     on from it.
+
+    On a mesh the batches are the same, and each process makes its own rows alone.
     """
+    places = sharding.batch_rows(mesh, batch_size)
     stream = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
     per_epoch = max(1, len(examples) // batch_size)
     order = examples.lengths
@@ -178,17 +194,20 @@ def train_batches(
         rows = rows[np.argsort(order[rows], kind="stable")].reshape(count, batch_size)
         return np.random.default_rng((seed, epoch, first)).permutation(rows)
 
-    def batch(index: int) -> dict[str, np.ndarray]:
+    def batch(index: int) -> dict[str, Any]:
         epoch, place = divmod(int(index), per_epoch)
         rows = window(epoch, place - place % _WINDOW)[place % _WINDOW]
-        return pad(examples, rows, lengths, batch_size)
+        return sharding.place_batch(mesh, pad(examples, rows, lengths, batch_size, places), batch_size)
 
     batches = grain.MapDataset.range(sys.maxsize).map(batch)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0)))
 
 
-def eval_batches(examples: Examples, lengths: Sequence[int], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in the order of length, in batches of one size."""
-    rows = np.argsort(examples.lengths, kind="stable")
+def eval_batches(
+    examples: Examples, lengths: Sequence[int], batch_size: int, mesh: Mesh | None = None
+) -> Iterator[dict[str, Any]]:
+    """Every example once, in the order of length, in batches of one size; on a mesh as for `train_batches`."""
+    rows, places = np.argsort(examples.lengths, kind="stable"), sharding.batch_rows(mesh, batch_size)
     for start in range(0, len(rows), batch_size):
-        yield pad(examples, rows[start : start + batch_size], lengths, batch_size)
+        part = pad(examples, rows[start : start + batch_size], lengths, batch_size, places)
+        yield sharding.place_batch(mesh, part, batch_size)

@@ -1,7 +1,8 @@
 """Fine-tuning a base model with adapters: what `lora-jax finetune` does, whatever the task.
 
 A run can be stopped at any moment and resumed: checkpoints hold the adapters, the optimiser's state, the random key and
-the position of the data, and a step is a function of those, so a resumed run ends as one that was never stopped.
+the position of the data, and a step is a function of those, so a resumed run ends as one that was never stopped. It may go
+on with another mesh or number of processes: the batches are the same, and so are all sums but for rounding.
 """
 
 import dataclasses
@@ -14,8 +15,9 @@ import jax
 import numpy as np
 import optax
 import rich.console
+from jax.sharding import Mesh
 
-from lora_jax import checkpoint, curve, files, initializers, merging, metrics, optim, run, train
+from lora_jax import checkpoint, curve, files, hosts, initializers, merging, metrics, optim, run, sharding, train
 from lora_jax.adapter import Adapter, LowRank
 from lora_jax.progress import Progress
 from lora_jax.report import summary
@@ -53,35 +55,56 @@ def optimizer(config: run.RunConfig, learning_rate: Any = None) -> optax.Gradien
     return optim.lora_fa(adamw(rate)) if config.method == "lora_fa" else adamw(rate)
 
 
-def start(config: run.RunConfig, directory: pathlib.Path, console: rich.console.Console) -> None:
-    """Make a run in `directory` and train it.
+def start(config: run.RunConfig, directory: pathlib.Path, console: rich.console.Console, mesh: Mesh | None = None) -> None:
+    """Make a run in `directory` and train it, on the mesh if there is one.
 
     Raises:
       UserError: bad input, found before any training.
       Interrupted: the run was stopped; it can be resumed.
     """
-    with user_errors():
-        run.check_free(directory)
-    session = prepare(config)
+    session = _prepare(config, directory, mesh)
     with user_errors():
         adapters = session.init(session.config)
-        run.create(directory, session.config)
+        hosts.first(lambda: run.create(directory, session.config))
     _train(*_begin(session, adapters, directory), directory, console)
 
 
-def resume(directory: pathlib.Path, console: rich.console.Console) -> None:
-    """Go on with a run that was stopped.
+def resume(directory: pathlib.Path, console: rich.console.Console, mesh: Mesh | None = None) -> None:
+    """Go on with a run that was stopped, on the mesh if there is one, whatever it was on before.
 
     Raises:
       UserError: there is no run, or its data or base model is gone or changed.
       Interrupted: the run was stopped again.
     """
-    with user_errors():
-        config = run.read_config(directory)
-    if config.imported is not None:
-        raise UserError(f"{directory} was imported from {config.imported}: there is no training to go on with")
-    session = prepare(config)
+    session = _prepare(None, directory, mesh)
     _train(*_begin(session, session.init(session.config), directory), directory, console)
+
+
+def _read(directory: pathlib.Path) -> run.RunConfig:
+    config = run.read_config(directory)
+    if config.imported is not None:
+        raise ValueError(f"{directory} was imported from {config.imported}: there is no training to go on with")
+    return config
+
+
+def _prepare(config: run.RunConfig | None, directory: pathlib.Path, mesh: Mesh | None) -> Session:
+    """What a new run needs, or without a configuration the one in the directory: the same in all processes."""
+    resume = config is None
+    with hosts.all_or_none():
+        with user_errors():
+            if config is None:
+                config = _read(directory)
+            elif hosts.is_first():
+                run.check_free(directory)
+            sharding.check_batch(mesh, config.batch_size)
+        session = prepare(config, mesh)
+    axes = "" if mesh is None else ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    mine = dataclasses.asdict(session.config) | {"resume": resume, "directory": str(directory.absolute()), "mesh": axes}
+    first = hosts.from_first(mine)
+    with hosts.all_or_none():
+        if odd := [f"{name} ({value!r}, not {first[name]!r})" for name, value in mine.items() if value != first[name]]:
+            raise UserError(f"this process differs from the first in {', '.join(odd)}: start all with the same options")
+    return session
 
 
 def _begin(session: Session, adapters: Adapters, directory: pathlib.Path) -> tuple[Session, Adapters]:
@@ -93,7 +116,7 @@ def _begin(session: Session, adapters: Adapters, directory: pathlib.Path) -> tup
         return session, adapters
     folder, variables = directory / "initial", session.task.variables
     with user_errors():
-        if not folder.exists():
+        if not hosts.from_first(folder.exists()):
             _, adapters = getattr(initializers, session.config.init)(variables, adapters)
             checkpoint.save(folder, adapters, config=session.config.lora)
         initial = checkpoint.load(folder, variables=variables)
@@ -103,10 +126,10 @@ def _begin(session: Session, adapters: Adapters, directory: pathlib.Path) -> tup
 
 
 class Signals:
-    """Turns the first SIGINT or SIGTERM into a flag that `check` raises; a second one acts at once."""
+    """Turns the first SIGINT or SIGTERM into a flag that `check` raises, in all processes; a second one acts at once."""
 
     def __init__(self):
-        self._seen: int | None = None
+        self._seen = 0
 
     def __enter__(self) -> "Signals":
         self._old: dict[int, Any] = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -121,8 +144,8 @@ class Signals:
         signal.signal(number, self._old[number])
 
     def check(self) -> None:
-        if self._seen is not None:
-            raise Interrupted(self._seen)
+        if seen := hosts.largest(self._seen):
+            raise Interrupted(seen)
 
 
 class _Trainer:
@@ -135,10 +158,10 @@ class _Trainer:
         self.batches = task.train_batches(config.seed)
         self.step, self.loss = 0, None
         self.state = train.init_state(adapters, tx, key=jax.random.key(config.seed))
-        self._saved = manager.latest_step()
+        self._saved = _latest_step(manager)
         if self._saved is not None:
             with user_errors():
-                found = manager.restore(tx=tx)
+                found = manager.restore(tx=tx, variables=task.variables)
             assert found.state is not None
             self.state, self.step, self.loss = found.state, found.step, found.data["loss"]
             self.batches.set_state(found.data["position"])
@@ -159,7 +182,8 @@ class _Trainer:
         for i, batch in enumerate(task.test_batches()):
             self.signals.check()
             progress.testing(i, task.test_count)
-            sums = sums + np.asarray(self._measure(self.state.adapters, task.variables, batch), np.float64)
+            found = sharding.gather(self._measure(self.state.adapters, task.variables, batch))
+            sums = sums + np.asarray(found, np.float64)
         progress.testing(task.test_count, task.test_count)
         score = task.score(sums)
         return score if math.isfinite(score) else None
@@ -173,16 +197,28 @@ class _Trainer:
             self._saved = self.step
 
 
+def _latest_step(manager: checkpoint.Manager) -> int | None:
+    """The newest step, which all processes must see."""
+    mine = manager.latest_step()
+    first = hosts.from_first(mine)
+    with hosts.all_or_none():
+        if mine != first:
+            places = f"this process finds the checkpoint of step {mine}, the first that of step {first}"
+            raise UserError(f"{places}: the run's directory must be on a file system that all of them share")
+    return mine
+
+
 def _train(session: Session, adapters: Adapters, directory: pathlib.Path, console: rich.console.Console) -> None:
     config, task = session.config, session.task
     console.out(summary(task.variables, adapters), highlight=False)
     console.out("\n".join([*task.description, f"run: {directory}"]), highlight=False)
     with checkpoint.Manager(directory / "adapters", keep=2) as manager, Signals() as signals:
         trainer = _Trainer(session, adapters, manager, signals)
-        with metrics.Log(directory, trainer.step, task.metric) as log:
+        with metrics.Log(directory, trainer.step, task.metric, write=hosts.is_first()) as log:
             with Progress(console, config.steps, trainer.step, task.per_step, task.unit, task.metric) as progress:
                 _loop(trainer, log, progress)
-            _finish(trainer, directory, log, console)
+            if hosts.is_first():
+                _finish(trainer, directory, log, console)
 
 
 def _loop(trainer: _Trainer, log: metrics.Log, progress: Progress) -> None:
@@ -196,7 +232,7 @@ def _loop(trainer: _Trainer, log: metrics.Log, progress: Progress) -> None:
         log.append(trainer.step, trainer.loss, score)
 
     try:
-        if not log.lines or log.lines[-1]["step"] != trainer.step:
+        if hosts.from_first(not log.lines or log.lines[-1]["step"] != trainer.step):
             record()  # of step 0, or of a checkpoint whose line was not written any more
         while trainer.step < config.steps:
             signals.check()

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from lora_jax import data, fetch, lm_data, rows, run, text_tokenizer
+from lora_jax import data, fetch, lm_data, rows, run, sharding, text_tokenizer
 from lora_jax.adapter import Adapter
 from lora_jax.init import init
 from lora_jax.metrics import PERPLEXITY
@@ -50,14 +51,16 @@ def base_directory(config: run.RunConfig) -> pathlib.Path:
         return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
 
 
-def load_base(source: pathlib.Path, config: run.RunConfig) -> Base:
-    """The base model and its tokenizer.
+def load_base(source: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = None) -> Base:
+    """The base model, on the mesh if there is one, and its tokenizer.
 
     Raises:
       UserError: there is no Llama and its tokenizer, or another one than the run was made with.
     """
     with user_errors():
-        model = llama.load(source, dtype=jnp.dtype(config.dtype), quantize=config.quantize, block=config.block)
+        place = None if mesh is None else sharding.by_path(functools.partial(llama.shardings, mesh))
+        options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
+        model = llama.load(source, dtype=jnp.dtype(config.dtype), **options)
         tokenizer = text_tokenizer.load(source, model.config.vocab_size)
         weights = digest(source)
     check_weights(config, source, weights)
@@ -89,15 +92,15 @@ def load_corpus(config: run.RunConfig) -> lm_data.Corpus:
     return corpus
 
 
-def prepare(config: run.RunConfig) -> Session:
-    """Check everything and bring it into memory.
+def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
+    """Check everything and bring it into memory, on the mesh if there is one.
 
     Raises:
       UserError: any of it can't be used.
     """
     corpus = load_corpus(config)
     date = config.date or datetime.date.today().isoformat()
-    base = load_base(base_directory(config), config)
+    base = load_base(base_directory(config), config, mesh)
     config = dataclasses.replace(config, data_sha256=corpus.digest(), model_sha256=base.sha256, date=date)
     positions = base.model.config.max_position_embeddings
     if config.max_length > positions:
@@ -109,7 +112,7 @@ def prepare(config: run.RunConfig) -> Session:
         held_out = [without_end(document, base.tokenizer.end) for document in held_out]
     train_rows, test_rows = (rows.pack(part, config.max_length) for part in (training, held_out))
     description = _describe(corpus, (training, train_rows), (held_out, test_rows), counts)
-    task = _task(config, base.model, train_rows, test_rows, description)
+    task = _task(config, base.model, (train_rows, test_rows), description, mesh)
     return Session(config, task, functools.partial(_init, base.model))
 
 
@@ -153,16 +156,22 @@ def _describe(corpus: lm_data.Corpus, training: _Part, held_out: _Part, counts: 
 
 
 def _task(
-    config: run.RunConfig, model: llama.Loaded, training: rows.Rows, held_out: rows.Rows, description: tuple[str, ...]
+    config: run.RunConfig,
+    model: llama.Loaded,
+    parts: tuple[rows.Rows, rows.Rows],
+    description: tuple[str, ...],
+    mesh: Mesh | None,
 ) -> Task:
+    training, held_out = parts
+    test_size = sharding.round_up(mesh, _TEST_ROWS)
     base = pathlib.Path(config.model).stem if config.model else "SmolLM2"
     return Task(
         variables=model.variables,
         loss=functools.partial(_loss, model.apply),
-        train_batches=lambda seed: rows.train_batches(training, config.batch_size, seed),
+        train_batches=lambda seed: rows.train_batches(training, config.batch_size, seed, mesh),
         measure=functools.partial(_measure, model.apply),
-        test_batches=lambda: rows.eval_batches(held_out, _TEST_ROWS),
-        test_count=-(-len(held_out) // _TEST_ROWS),
+        test_batches=lambda: rows.eval_batches(held_out, test_size, mesh),
+        test_count=-(-len(held_out) // test_size),
         score=_perplexity,
         metric=PERPLEXITY,
         per_step=config.batch_size * config.max_length,

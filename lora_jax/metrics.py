@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,13 +55,15 @@ class Log:
       directory: the run.
       step: the step at which the run goes on.
       metric: what is measured on held-out texts.
+      write: whether it is this process that writes; if not, `lines` alone is kept, from `step` on.
     """
 
-    def __init__(self, directory: pathlib.Path, step: int, metric: Metric):
-        file = directory / "metrics.jsonl"
+    def __init__(self, directory: pathlib.Path, step: int, metric: Metric, write: bool = True):
+        file = directory / "metrics.jsonl" if write else pathlib.Path(os.devnull)
         self.metric = metric
-        self.lines = [line for line in read(directory) if line["step"] <= step]
-        files.write(file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        self.lines = [line for line in read(directory) if line["step"] <= step] if write else []
+        if write:
+            files.write(file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self._stream = file.open("a", encoding="utf-8")
 
     def __enter__(self) -> "Log":

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
+from lora_jax import sharding
 from lora_jax.adapter import Adapter, Full, LowRank, Rows, from_json, static_fields, to_json
 
 KINDS: dict[str, Any] = {"LowRank": LowRank, "Full": Full, "Rows": Rows}
@@ -28,7 +28,7 @@ def pack(named: Mapping[str, Any]) -> tuple[Sequence[Spec], dict[str, np.ndarray
     """Arrays as vectors on the host.
 
     Args:
-      named: arrays of any dtype, sharded or not, and typed random keys.
+      named: arrays of any dtype, sharded or not, and typed random keys; those spread over several hosts are gathered.
 
     Returns:
       For each array (dtype, shape), and for random keys their generator's name as a third; and the vectors by dtype,
@@ -46,19 +46,12 @@ def pack(named: Mapping[str, Any]) -> tuple[Sequence[Spec], dict[str, np.ndarray
         raise ValueError(f"only arrays can be saved, but these are abstract: {', '.join(abstract)}")
     leaves = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in named.values()]
     generators = [[str(jax.random.key_impl(leaf))] if is_key(leaf) else [] for leaf in leaves]
-    arrays = jax.device_get([_addressable(jax.random.key_data(leaf) if is_key(leaf) else leaf) for leaf in leaves])
+    arrays = jax.device_get(sharding.gather([jax.random.key_data(leaf) if is_key(leaf) else leaf for leaf in leaves]))
     vectors: dict[str, list[np.ndarray]] = {}
     for array in arrays:
         vectors.setdefault(array.dtype.name, []).append(np.ravel(array))
     specs = [[array.dtype.name, list(array.shape), *generator] for array, generator in zip(arrays, generators)]
     return specs, {name: np.concatenate(parts) for name, parts in vectors.items()}
-
-
-def _addressable(leaf: Any) -> Any:
-    """An array that this process can read: one that is sharded over several hosts is gathered."""
-    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-        return multihost_utils.process_allgather(leaf, tiled=True)
-    return leaf
 
 
 def unpack(specs: Sequence[Spec], vectors: Mapping[str, np.ndarray]) -> list[jax.Array]:

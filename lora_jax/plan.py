@@ -96,19 +96,6 @@ class Request:
         return axes.get("data", 1) * axes.get("fsdp", 1)
 
 
-def read_mesh(text: str) -> dict[str, int]:
-    """The axes of a mesh.
-
-    >>> read_mesh("data=2,model=4")
-    {'data': 2, 'model': 4}
-    """
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    names = [name for name, _, _ in pairs]
-    if any(not size.isdecimal() for _, _, size in pairs) or len(set(names)) < len(names):
-        raise ValueError(f"mesh must be axes with sizes, such as data=2,model=4, not {text!r}")
-    return {name: int(size) for name, _, size in pairs}
-
-
 def _axes(axes: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in axes.items())
 

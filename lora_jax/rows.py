@@ -5,10 +5,13 @@ Several documents share a row, each with a segment number and positions of its o
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
+from jax.sharding import Mesh
 
+from lora_jax import sharding
 from lora_jax.lm_data import Document
 
 _OPEN = 64  # rows that are looked through for a free place
@@ -33,9 +36,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def batch(self, rows: np.ndarray, size: int) -> dict[str, np.ndarray]:
-        """These rows, and free ones up to the size."""
-        fill = lambda array: np.concatenate([array[rows], np.zeros((size - len(rows), array.shape[1]), array.dtype)])
+    def batch(self, rows: np.ndarray, size: int, places: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """These rows, and free ones up to the size; with places, which grow, those of this batch alone."""
+        places = np.arange(size) if places is None else places
+        held = rows[places[places < len(rows)]]
+        fill = lambda array: np.concatenate([array[held], np.zeros((len(places) - len(held), array.shape[1]), array.dtype)])
         return {field.name: fill(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
@@ -77,17 +82,22 @@ def _fill(places: Sequence[Sequence[Document]], length: int) -> Rows:
     return Rows(ids, segments, positions, targets)
 
 
-def train_batches(rows: Rows, batch_size: int, seed: int) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+def train_batches(rows: Rows, batch_size: int, seed: int, mesh: Mesh | None = None) -> grain.DatasetIterator[dict[str, Any]]:
     """Endless training batches, every epoch shuffled; a batch may begin in one epoch and end in the next.
 
-    The iterator's `get_state()` is JSON-able, and `set_state` goes on from it.
+    The iterator's `get_state()` is JSON-able, and `set_state` goes on from it. On a mesh the batches are the same, and each
+    process makes its own rows alone.
     """
     batches = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat().batch(batch_size)
-    chosen = batches.map(lambda numbers: rows.batch(np.asarray(numbers), batch_size))
+    chosen = batches.map(lambda numbers: _batch(rows, np.asarray(numbers), batch_size, mesh))
     return iter(chosen.to_iter_dataset(grain.ReadOptions(num_threads=0)))
 
 
-def eval_batches(rows: Rows, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Every row once, in batches of one size."""
+def eval_batches(rows: Rows, batch_size: int, mesh: Mesh | None = None) -> Iterator[dict[str, Any]]:
+    """Every row once, in batches of one size; on a mesh as for `train_batches`."""
     for start in range(0, len(rows), batch_size):
-        yield rows.batch(np.arange(start, min(start + batch_size, len(rows))), batch_size)
+        yield _batch(rows, np.arange(start, min(start + batch_size, len(rows))), batch_size, mesh)
+
+
+def _batch(rows: Rows, numbers: np.ndarray, size: int, mesh: Mesh | None) -> dict[str, Any]:
+    return sharding.place_batch(mesh, rows.batch(numbers, size, sharding.batch_rows(mesh, size)), size)

@@ -2,6 +2,8 @@
 
 from types import ModuleType
 
+from jax.sharding import Mesh
+
 from lora_jax import classify, lm, run
 from lora_jax.task import Session, UserError
 
@@ -9,13 +11,13 @@ _TASKS: dict[str, ModuleType] = {"classify": classify, "lm": lm}
 _COMMANDS = {"classify": "predict", "lm": "generate"}
 
 
-def prepare(config: run.RunConfig) -> Session:
-    """Check everything that a run needs and bring it into memory.
+def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
+    """Check everything that a run needs and bring it into memory, on the mesh if there is one.
 
     Raises:
       UserError: any of it can't be used.
     """
-    return _TASKS[config.task].prepare(config)
+    return _TASKS[config.task].prepare(config, mesh)
 
 
 def task_module(config: run.RunConfig) -> ModuleType:

@@ -8,11 +8,13 @@ A kernel W with the sharding `(data, model)` over its in and out axes has an A `
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 
@@ -21,6 +23,22 @@ from lora_jax.adapter import PARTS, Adapter, Full, LowRank
 
 Spec = tuple[tuple[str, ...], ...]  # the mesh axes of each axis of an array
 AXES = ("data", "fsdp", "model")  # what the mesh axes of the models here are called
+
+
+def read_axes(text: str) -> dict[str, int]:
+    """The axes of a mesh, the slowest first.
+
+    >>> read_axes("data=2,model=4")
+    {'data': 2, 'model': 4}
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in AXES or name in axes or not re.fullmatch("[1-9][0-9]*", size):
+            form = f"each of {', '.join(AXES)} at most once and with a size, as in data=2,model=4"
+            raise ValueError(f"--mesh must have {form}; {part!r} in {text!r} can't be used")
+        axes[name] = int(size)
+    return axes
 
 
 def make_mesh(axes: Mapping[str, int], devices: Any = None) -> Mesh:
@@ -113,7 +131,80 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     >>> batch_sharding(make_mesh({"fsdp": 1, "model": 1}, jax.devices()[:1])).spec
     P('fsdp',)
     """
-    return _named(mesh, (tuple(name for name in AXES[:2] if name in mesh.shape),))
+    return _named(mesh, (_batch_axes(mesh),))
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(name for name in AXES[:2] if name in mesh.shape)
+
+
+def batch_parts(mesh: Mesh | None) -> int:
+    """Into how many equal parts a batch is cut; without a mesh it is one.
+
+    >>> batch_parts(make_mesh({"fsdp": 1, "model": 1}, jax.devices()[:1]))
+    1
+    """
+    return 1 if mesh is None else _size(mesh, _batch_axes(mesh))
+
+
+def check_batch(mesh: Mesh | None, size: int) -> None:
+    """Raise a ValueError unless a batch of this size can be cut so."""
+    if mesh is not None and size % batch_parts(mesh):
+        axes = " and ".join(_batch_axes(mesh))
+        raise ValueError(
+            f"batch_size {size} can't be cut into the {batch_parts(mesh)} equal parts that the mesh axes {axes} ask for: "
+            f"take a multiple of {batch_parts(mesh)}"
+        )
+
+
+def round_up(mesh: Mesh | None, size: int) -> int:
+    """The next size of a batch that can be cut so."""
+    return -(-size // batch_parts(mesh)) * batch_parts(mesh)
+
+
+def batch_rows(mesh: Mesh | None, size: int) -> np.ndarray:
+    """Which rows of a batch of this size the devices of this process hold, in growing order; without a mesh, all."""
+    if mesh is None:
+        return np.arange(size)
+    parts = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
+
+
+def place_batch(mesh: Mesh | None, batch: Mapping[str, np.ndarray], size: int) -> dict[str, Any]:
+    """The batch on the mesh, from the rows that `batch_rows` says, of which each process has its own; without a mesh, as it is.
+
+    Args:
+      mesh: its axes are among `AXES`.
+      batch: arrays `(rows, ...)`.
+      size: the rows of all processes together.
+    """
+    if mesh is None:
+        return dict(batch)
+    rows, sharding = batch_rows(mesh, size), batch_sharding(mesh)
+
+    def place(array: np.ndarray) -> jax.Array:
+        part = lambda index: array[np.searchsorted(rows, np.arange(size)[index[0]])]
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, part)
+
+    return {name: place(array) for name, array in batch.items()}
+
+
+def by_path(shardings: Callable[[Any], Any]) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """The sharding of one parameter by its path and shape, as loaders take it, from a function of a tree of parameters.
+
+    >>> mesh = make_mesh({"model": 1}, jax.devices()[:1])
+    >>> columns = lambda tree: model_shardings(mesh, tree, columns=("up",), rows=())
+    >>> by_path(columns)("params/up/kernel", (4, 6)).spec
+    P(None, 'model')
+    """
+
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        tree: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name in reversed(path.split("/")):
+            tree = {name: tree}
+        return jax.tree.leaves(shardings(tree))[0]
+
+    return place
 
 
 def _by_rule(mesh: Mesh, path: str, leaf: Any, rule: jax.P, fsdp: str | None) -> Any:
@@ -259,6 +350,32 @@ def make(fn: Callable[..., Any], shardings: Callable[[Any], Any], *args: Any) ->
     if is_abstract(args):
         return jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, placed)
     return jax.jit(fn, out_shardings=placed)(*args)
+
+
+def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """An array that every process has, copied to where it belongs: each process puts the parts of its own devices there."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index]))
+
+
+def gather(tree: Any) -> Any:
+    """The tree with arrays that this process can read: those that are spread over several hosts are gathered, in one program.
+
+    Every process has to call it.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    spread = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not _is_readable(leaf)}
+    if spread:
+        mesh = next(_sharding(leaf).mesh for leaf in spread.values())
+        spread = jax.jit(_same, out_shardings=NamedSharding(mesh, jax.P()))(spread)
+    return jax.tree.unflatten(treedef, [spread.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+def _is_readable(leaf: jax.Array) -> bool:
+    return leaf.is_fully_addressable or leaf.is_fully_replicated
+
+
+def _same(tree: Any) -> Any:  # a function with a name, so that `gather` compiles once
+    return tree
 
 
 def state_shardings(state: Any, adapters: Mapping[str, Adapter]) -> Any:

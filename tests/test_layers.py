@@ -36,7 +36,7 @@ LAYERS = {
     11: ["models.checkpoint_files", "models.gguf_reader", "models.decoder", "models.shapes"],
     12: ["models.gguf_files", "models.generation", "models.reading", "peft.storage"],
     13: ["models.bert", "models.llama", "text_tokenizer", "task", "peft.reading"],
-    14: ["classify", "lm_data", "hf_directory", "peft.writing", "steps"],
+    14: ["hosts", "classify", "lm_data", "hf_directory", "peft.writing", "steps"],
     15: ["rows", "estimate"],
     16: ["lm", "plan"],
     17: ["session", "plan_table", "plan_plot"],

@@ -153,7 +153,10 @@ def test_json_and_text(config, capsys, monkeypatch):
         (["llama-3-8b", "--topology", "h100:0"], "or one of h200, h100, a100-80, a100-40, l4, rtx4090, cpu"),
         (["llama-3-8b", "--topology", "v5e:2x2", "--mesh", "data=3"], "mesh: data=3 has 3 places, but v5e:2x2 has 4 chips"),
         (["llama-3-8b", "--mesh", "tensor=1"], "mesh takes data, fsdp, model, each with a size of at least 1, not tensor=1"),
-        (["llama-3-8b", "--mesh", "data"], "mesh must be axes with sizes, such as data=2,model=4, not 'data'"),
+        (
+            ["llama-3-8b", "--mesh", "data"],
+            "--mesh must have each of data, fsdp, model at most once and with a size, as in data=2,model=4; 'data' in 'data'",
+        ),
         (["llama-3-8b", "--mesh", "data=1,data=1"], "mesh must be axes with sizes"),
         (["llama-3-8b", "--topology", "v5e:2x2", "--batch", "6"], "batch: the 6 rows are cut along data and fsdp into 4 parts"),
         (["smollm2-135m", "--topology", "cpu:5", "--mesh", "model=5"], "embed_tokens/embedding of the shape (49152, 576)"),
@@ -211,13 +214,10 @@ def test_losses_without_logits(tied):
     np.testing.assert_allclose(model.losses(model.variables, ids, labels), whole(model.variables), atol=1e-5)
 
 
-<<<<<<< ours
-@pytest.mark.parametrize(("options", "window"), [({}, None), ({"scan_layers": True, "remat": "full"}, 3)])
-=======
 @pytest.mark.parametrize("tied", [True, False])
 def test_losses_on_a_mesh(tied):
     """With rows kept apart and the head gathered: the losses and gradients of one device."""
-    options = {"scan_layers": True, "remat": True}
+    options = {"scan_layers": True, "remat": "full"}
     model = llama.init(tiny_lm.sizes(vocab_size=304, tie_word_embeddings=tied), jax.random.key(0), **options)
     mesh = sharding.make_mesh({"fsdp": 2, "data": 2, "model": 2})
     ids, labels = (jnp.concatenate([part, part + 1]) for part in data(model))
@@ -228,8 +228,7 @@ def test_losses_on_a_mesh(tied):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, wanted)
 
 
-@pytest.mark.parametrize(("options", "window"), [({}, None), ({"scan_layers": True, "remat": True}, 3)])
->>>>>>> theirs
+@pytest.mark.parametrize(("options", "window"), [({}, None), ({"scan_layers": True, "remat": "full"}, 3)])
 def test_attention_in_blocks(options, window):
     """The last block is shorter than the others; gradients too; packed rows and padding."""
     sizes = tiny_lm.sizes(sliding_window=window, sliding_layers=() if window is None else (1,))

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax import paths
 from lora_jax.models import checkpoint_files
-from lora_jax.models.reading import Reader
+from lora_jax.models.reading import Reader, Sharding, put
 from lora_jax.names import HFName
-from lora_jax.sharding import model_shardings
+from lora_jax.sharding import model_shardings, on_mesh
 
 Pooling = Literal["mean", "cls", "pooler"]
 
@@ -231,6 +232,7 @@ def load(
     dtype: Any = jnp.float32,
     num_labels: int | None = None,
     seed: int = 0,
+    sharding: Sharding = None,
     quantize: str | None = None,
     block: int | None = None,
 ) -> Loaded:
@@ -244,6 +246,7 @@ def load(
       dtype: the dtype of the parameters.
       num_labels: the number of classes; `None`: as many as the checkpoint says.
       seed: the seed of a new head.
+      sharding: where the parameters go: one sharding for all, or a function of (path, shape).
       quantize: `"nf4"`, `"int4"`, `"int8"` or `"fp8"`: the kernels of the layers are quantised as they are read, as
         `lora_jax.quantize` does; embeddings, pooler, head, norms and biases are not. Such a model is for `lora(loaded.apply)`.
       block: how many values share a scale (64 by default); only with `quantize`.
@@ -269,9 +272,10 @@ def load(
     spare = lambda name: _is_spare(name, config.pooling) or (replaced and name.startswith("classifier."))
     checkpoint_files.check(tensors, {stored[path]: leaf.shape for path, leaf in wanted.items() if path not in new}, spare)
     head = _new_head(config, seed)
-    reader = Reader(tensors, dtype, quantize=quantize, block=block)
-    read = lambda path, shape: reader.read(path, stored[path], shape)
-    leaves = [jnp.asarray(head[path], dtype) if path in new else read(path, leaf.shape) for path, leaf in wanted.items()]
+    reader = Reader(tensors, dtype, sharding, quantize, block)
+    made = lambda path, shape: put(np.asarray(head[path], dtype), reader.place(path, shape))
+    read = lambda path, shape: made(path, shape) if path in new else reader.read(path, stored[path], shape)
+    leaves = [read(path, leaf.shape) for path, leaf in wanted.items()]
     variables = jax.tree.unflatten(treedef, leaves)
     return Loaded(model.apply, variables, hf_names(config), config, _labels(fields, config.num_labels, has_head), new)
 
@@ -280,7 +284,9 @@ def with_new_head(model: Loaded, seed: int) -> Loaded:
     """The model with the new head of another seed; a head of the checkpoint's own stays."""
     leaves, treedef = paths.flatten(model.variables)
     head = _new_head(model.config, seed)
-    leaves |= {path: jnp.asarray(head[path], leaves[path].dtype) for path in model.new}
+    for path in model.new:
+        old = leaves[path]
+        leaves[path] = put(np.asarray(head[path], old.dtype), old.sharding if on_mesh(old) else None)
     return dataclasses.replace(model, variables=jax.tree.unflatten(treedef, list(leaves.values())))
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,11 +21,9 @@ from lora_jax.models.gguf_reader import GgufFile
 from lora_jax.models.llama_config import LlamaConfig as LlamaConfig
 from lora_jax.models.llama_config import hf_config as hf_config
 from lora_jax.models.llama_config import read_config
-from lora_jax.models.reading import Reader, parts
+from lora_jax.models.reading import Reader, Sharding, parts
 from lora_jax.names import HFName
 from lora_jax.sharding import batch_sharding, model_shardings
-
-Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, so that `jax.jit(loaded.apply)` works
@@ -243,8 +240,7 @@ def load(
     if tied and not config.tie_word_embeddings:
         stored["params/lm_head/kernel"] = HFName("model.embed_tokens.weight", "i o -> o i")
     checkpoint_files.check(tensors, {stored[path]: shape for path, (shape, _) in table.items()}, _is_spare)
-    place = sharding if callable(sharding) else lambda path, shape: sharding
-    reader = Reader(tensors, jnp.dtype(dtype), place, quantize, block)
+    reader = Reader(tensors, jnp.dtype(dtype), sharding, quantize, block)
     leaves = {path: reader.read(path, stored[path], shape) for path, (shape, _) in table.items()}
     return _loaded(config, dtype, scan_layers, remat, attention_block, leaves)
 

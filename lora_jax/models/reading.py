@@ -17,6 +17,7 @@ from lora_jax.models.checkpoint_files import Tensors
 from lora_jax.names import HFName
 from lora_jax.sharding import part_shardings
 
+Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
 KERNELS = r"re:.*/layer(s|_\d+)/.*/kernel"  # of the layers, in each of the models here
 _AT_A_TIME = 2**18  # values
 _ALIGNMENT = 64  # bytes
@@ -75,7 +76,7 @@ class Reader:
     Args:
       tensors: the files.
       dtype: of the parameters.
-      place: from a path and a shape to where the parameter goes; `None` for the default device.
+      sharding: where the parameters go: one sharding for all, or a function of (path, shape).
       quantize: the kind of the layers' kernels, as in `quant.quantize`; `None`: they stay dense.
       block: how many values share a scale; `None`: 64.
 
@@ -85,7 +86,7 @@ class Reader:
 
     tensors: Tensors
     dtype: Any
-    place: Callable[[str, tuple[int, ...]], Any] = lambda path, shape: None
+    sharding: Sharding = None
     quantize: str | None = None
     block: int | None = None
 
@@ -94,6 +95,10 @@ class Reader:
             quant.check("quantize", self.quantize, self.block)
         elif self.block is not None:
             raise ValueError("block is for a quantised base: leave it out, or say how to quantise")
+
+    def place(self, path: str, shape: tuple[int, ...]) -> Any:
+        """Where a parameter goes; `None` for the default device."""
+        return self.sharding(path, shape) if callable(self.sharding) else self.sharding
 
     def read(self, path: str, name: HFName, shape: tuple[int, ...]) -> Any:
         """A parameter: of one tensor, or stacked of several along its first axis."""
