@@ -152,7 +152,7 @@ def test_json_and_text(config, capsys, monkeypatch):
         (["llama-3-8b", "--topology", "v5e:0x2"], "topology must be a TPU and its shape, such as v5e:2x2"),
         (["llama-3-8b", "--topology", "h100:0"], "or one of h200, h100, a100-80, a100-40, l4, rtx4090, cpu"),
         (["llama-3-8b", "--topology", "v5e:2x2", "--mesh", "data=3"], "mesh: data=3 has 3 places, but v5e:2x2 has 4 chips"),
-        (["llama-3-8b", "--mesh", "tensor=1"], "mesh takes data, fsdp, model, each with a size of at least 1, not tensor=1"),
+        (["llama-3-8b", "--mesh", "tensor=1"], "at most once and with a size, as in data=2,model=4; 'tensor=1' in 'tensor=1'"),
         (
             ["llama-3-8b", "--mesh", "data"],
             "--mesh must have each of data, fsdp, model at most once and with a size, as in data=2,model=4; 'data' in 'data'",
