@@ -219,11 +219,11 @@ ALL = {"--coordinator": "127.0.0.1:1", "--processes": 2, "--process-id": 1, "--m
 BAD = {
     "unknown axis": ({"--mesh": "tensor=8"}, "--mesh must have each of data, fsdp, model .*; 'tensor=8' in 'tensor=8' can't"),
     "no size": ({"--mesh": "data=2,model"}, "with a size, as in data=2,model=4; 'model' in 'data=2,model' can't be used"),
-    "size 0": ({"--mesh": "data=0"}, "'data=0' can't be used|'data=0' in 'data=0' can't be used"),
+    "size 0": ({"--mesh": "data=0"}, "'data=0' in 'data=0' can't be used"),
     "twice": ({"--mesh": "data=2,data=4"}, "'data=4' in 'data=2,data=4' can't be used"),
     "devices": ({"--mesh": "data=2,model=2"}, r"--mesh data=2,model=2: axes: .* needs 4 devices, and there are 8"),
     "batch": ({"--mesh": "data=2,fsdp=4", "--batch-size": 12}, "batch_size 12 can't be cut into the 8 .* data and fsdp"),
-    "kernel": ({"--mesh": "model=8", "--model": "odd"}, r"params/embed_tokens/embedding of the shape \(300, 32\) .* 8 equal"),
+    "kernel": ({"--mesh": "model=8"}, r"params/embed_tokens/embedding of the shape \(300, 32\) .* 8 equal"),
     "no processes": ({"--coordinator": "a:1", "--mesh": "data=8"}, "belong together: give --processes and --process-id, too"),
     "no coordinator": ({**ALL, "--coordinator": None}, "belong together: give --coordinator, too"),
     "no number": ({**ALL, "--process-id": None}, "belong together: give --process-id, too"),
@@ -239,7 +239,7 @@ BAD = {
 def test_bad_options(home, tmp_path, capsys, monkeypatch, case):
     changes, message = BAD[case]
     monkeypatch.setattr(finetune, "_train", None)
-    added = [str(text) for pair in changes.items() if pair[1] is not None and pair[0] != "--model" for text in pair]
+    added = [str(text) for pair in changes.items() if pair[1] is not None for text in pair]
     assert cli.main([*tiny_lm.options(home, tmp_path / "run", **OPTIONS), *added]) == 2
     printed = capsys.readouterr()
     assert re.search(message, printed.err), printed.err
