@@ -5,13 +5,12 @@ import datetime
 import functools
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from lora_jax import data, fetch, lm_data, rows, run, sharding, text_tokenizer
@@ -64,7 +63,7 @@ def load_base(source: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = N
         tokenizer = text_tokenizer.load(source, model.config.vocab_size)
         weights = digest(source)
     check_weights(config, source, weights)
-    return Base(model, tokenizer, weights)
+    return Base(model if mesh is None else model.on_mesh(mesh), tokenizer, weights)
 
 
 def end_ids(base: Base) -> tuple[int, ...]:
@@ -167,9 +166,9 @@ def _task(
     base = pathlib.Path(config.model).stem if config.model else "SmolLM2"
     return Task(
         variables=model.variables,
-        loss=functools.partial(_loss, model.apply),
+        loss=functools.partial(_loss, model),
         train_batches=lambda seed: rows.train_batches(training, config.batch_size, seed, mesh),
-        measure=functools.partial(_measure, model.apply),
+        measure=functools.partial(_measure, model),
         test_batches=lambda: rows.eval_batches(held_out, test_size, mesh),
         test_count=-(-len(held_out) // test_size),
         score=_perplexity,
@@ -182,31 +181,31 @@ def _task(
     )
 
 
-def token_losses(logits: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """-log p of each learnt token given those before it, 0 elsewhere, and which these are: both `(batch, length - 1)`, float32.
+def token_losses(losses: Callable[..., jax.Array], params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """-log p of each learnt token given those before it, 0 elsewhere, and which these are: both `(batch, length)`, float32.
+
+    Both stand at the place before the token.
 
     Args:
-      logits: `(batch, length, vocab)`; those at a place are for the token at the next.
-      batch: `input_ids` and `targets`, `(batch, length)`.
+      losses: `Loaded.losses`, adapted or not.
+      params: its parameters.
+      batch: `input_ids`, `segment_ids`, `positions` and `targets`, `(batch, length)`.
     """
-    learnt = batch["targets"][:, 1:].astype(jnp.float32)
-    wide = logits[:, :-1].astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(wide, batch["input_ids"][:, 1:]) * learnt, learnt
+    following = lambda array: jnp.pad(array[:, 1:], ((0, 0), (0, 1)))
+    learnt = following(batch["targets"]).astype(jnp.float32)
+    places = {"segment_ids": batch["segment_ids"], "positions": batch["positions"]}
+    return losses(params, batch["input_ids"], following(batch["input_ids"]), **places) * learnt, learnt
 
 
-def _forward(apply: Any, batch: Mapping[str, jax.Array], params: Any) -> jax.Array:
-    return apply(params, batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"])
-
-
-def _loss(apply: Any, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+def _loss(model: llama.Loaded, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
     """The mean over the learnt tokens of the batch."""
-    losses, learnt = token_losses(_forward(lora(apply, key=key), batch, params), batch)
+    losses, learnt = token_losses(lora(model.losses, key=key), params, batch)
     return losses.sum() / jnp.maximum(learnt.sum(), 1.0)
 
 
-def _measure(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+def _measure(model: llama.Loaded, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     """The sum of the losses, and how many tokens these are of."""
-    losses, learnt = token_losses(_forward(lora(apply), batch, params), batch)
+    losses, learnt = token_losses(lora(model.losses), params, batch)
     return jnp.stack([losses.sum(), learnt.sum()])
 
 

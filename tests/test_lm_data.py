@@ -179,8 +179,7 @@ def test_packing_keeps_every_token_and_fills_rows():
 
 def losses(model, packed):
     batch = {name: jnp.asarray(array) for name, array in packed.batch(np.arange(len(packed)), len(packed)).items()}
-    logits = model.apply(model.variables, batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"])
-    return lm.token_losses(logits, batch)[0].sum(1)
+    return lm.token_losses(model.losses, model.variables, batch)[0].sum(1)
 
 
 def test_packed_documents_never_see_each_other():
