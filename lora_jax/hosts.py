@@ -58,8 +58,9 @@ class Hosts:
             raise ValueError(f"{', '.join(together)} belong together: give {' and '.join(missing)}, too, or none of them")
         if self.coordinator is None or self.processes is None or self.process_id is None:
             return
-        if not re.fullmatch(r"\S+:\d{1,5}", self.coordinator):
-            raise ValueError(f"--coordinator must be HOST:PORT, not {self.coordinator!r}")
+        found = re.fullmatch(r"\S+:(\d{1,5})", self.coordinator)
+        if found is None or not 0 < int(found[1]) < 2**16:
+            raise ValueError(f"--coordinator must be HOST:PORT, with a port from 1 to 65535, not {self.coordinator!r}")
         if self.processes < 1:
             raise ValueError(f"--processes must be at least 1, not {self.processes}")
         if not 0 <= self.process_id < self.processes:

@@ -9,17 +9,16 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType
 
-from lora_jax import estimate, steps, topology
+from lora_jax import estimate, quant, steps, topology
 from lora_jax.collectives import Collective
 from lora_jax.config import LoraConfig
 from lora_jax.flops import dot_flops
 from lora_jax.models import shapes
 from lora_jax.models.llama_config import LlamaConfig, read_config
-from lora_jax.quant import DTYPES
 from lora_jax.sharding import AXES, make_mesh
 from lora_jax.task import user_errors
 
-QUANTISATIONS = ("none", *DTYPES)
+QUANTISATIONS = ("none", *quant.DTYPES)
 COMPARISONS = tuple(name for name in steps.STEPS if name != "lora")
 ESTIMATE, COMPILER, CPU_COMPILER = "analytic estimate", "compiler", "compiler, for CPUs"
 
@@ -62,7 +61,9 @@ class Request:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.quantize not in QUANTISATIONS:
             raise ValueError(f"quantize must be one of {', '.join(QUANTISATIONS)}, not {self.quantize!r}")
-        if self.quantize == "none" and self.block is not None:
+        if self.quantize != "none":
+            quant.check("quantize", self.quantize, self.block)
+        elif self.block is not None:
             raise ValueError("block is for a quantised base only: leave it out, or say how to quantise")
         unknown = [name for name in self.compare if name not in COMPARISONS]
         if unknown:

@@ -384,12 +384,12 @@ def state_shardings(state: Any, adapters: Mapping[str, Adapter]) -> Any:
     Args:
       state: a tree of arrays or `jax.ShapeDtypeStruct`s. A leaf whose path ends like an adapter's array, of the same shape,
         goes where that array is; all others are replicated.
-      adapters: `{path: adapter}` on one mesh.
+      adapters: `{path: adapter}`, those that are on a mesh on one; arrays of the others are replicated, too.
 
     Returns:
       The same tree with `NamedSharding`s.
     """
-    arrays = {key_path: leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(dict(adapters))}
+    arrays = {key_path: leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(dict(adapters)) if on_mesh(leaf)}
     whole = NamedSharding(next(iter(arrays.values())).sharding.mesh, jax.P())
 
     def place(key_path: Any, leaf: Any) -> NamedSharding:

@@ -276,3 +276,12 @@ def test_what_has_no_sharding_is_refused():
         sharding.adapter_shardings({"w": uneven}, {"w": pair})
     with pytest.raises(ValueError, match="needs 6 devices, and there are 8"):
         sharding.make_mesh({"x": 6})
+
+
+def test_a_state_beside_adapters_without_a_mesh():
+    pair = lambda: lj.LowRank(jnp.ones((4, 1)), jnp.ones((1, 8)), lj.Layout((), (0,), (1,)))
+    mesh = sharding.make_mesh({"model": 8})
+    wanted = NamedSharding(mesh, P(None, "model"))
+    adapters = {"first": pair(), "w": dataclasses.replace(pair(), b=jax.device_put(jnp.ones((1, 8)), wanted))}
+    made = train.init_state(adapters, TX, key=jax.random.key(0))
+    assert made.adapters["w"].b.sharding == wanted and made.adapters["first"].b.sharding == NamedSharding(mesh, P())
