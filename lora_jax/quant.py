@@ -110,12 +110,15 @@ def _round(array: Any, qtype: Any, blocks: tuple[tuple[int, int], ...], sharding
 
     def make(array: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            dtype = array.dtype
+            if dtype == jnp.float16:
+                array = array.astype(jnp.float32)  # qwix takes its scales below 2^-7 for zero
             found = qwix().quantize(array, qtype, channelwise_axes=others, tiled_axes=tiles)
             if qtype == "nf4":
                 # In float32, or whether the quotient is rounded to bfloat16 would depend on the compiler.
                 wide, scale = (x.astype(jnp.float32) for x in (array, found.scale))
                 found = dataclasses.replace(found, qvalue=_nf4_codes(_by_blocks(jnp.divide, wide, scale)))
-            return found
+            return dataclasses.replace(found, scale=found.scale.astype(dtype))
 
     if sharding is None:
         return make(array)

@@ -212,3 +212,11 @@ def test_what_a_quantised_kernel_can_not_do():
         lj.quantize(quantized, ["up"], "int8", block=16)
     with pytest.raises(ValueError, match="train: layers/up/kernel is quantised, so it can't be trained whole"):
         lj.init(jax.random.key(0), lj.LoraConfig(targets=[], train=["up"]), fn, quantized, x)
+
+
+@pytest.mark.parametrize("dtype", lj.quant.DTYPES)
+def test_small_numbers_of_float16(dtype):
+    kernel = {"w": 0.001 * jax.random.normal(jax.random.key(0), (64, 8), jnp.float16)}
+    found = lj.quantize(kernel, ["w"], dtype)
+    assert found["w"].scale.dtype == jnp.float16
+    assert lj.quant.quantization_error(kernel, found)["w"] < 0.15
