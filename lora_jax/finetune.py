@@ -165,7 +165,7 @@ class _Trainer:
             assert found.state is not None
             self.state, self.step, self.loss = found.state, found.step, found.data["loss"]
             self.batches.set_state(found.data["position"])
-        self._train_step = train.make_train_step(task.loss, tx, max_grad_norm=1.0)
+        self._train_step = train.make_train_step(task.loss, tx, max_grad_norm=1.0, like=self.state)
         self._measure = train.make_eval_step(task.measure)
 
     def advance(self) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -94,6 +95,7 @@ class Hosts:
         if self.coordinator is None:
             yield
             return
+        self._look_up()
         jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself
         jax.distributed.initialize(
             self.coordinator,
@@ -110,6 +112,14 @@ class Hosts:
         except BaseException as error:
             self._end(error)
         jax.distributed.shutdown()
+
+    def _look_up(self) -> None:
+        """Raise a UserError where the coordinator's name is not known: JAX would try for minutes, and then abort."""
+        host, _, port = str(self.coordinator).rpartition(":")
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+        except OSError as error:
+            raise UserError(f"--coordinator {self.coordinator}: the host {host} is not known ({error})") from None
 
     def _end(self, error: BaseException) -> NoReturn:
         if isinstance(error, jax.errors.JaxRuntimeError):

@@ -157,7 +157,7 @@ def _moment_bytes(opt_state: Any) -> int:
 def _adapters_step(setup: Setup, loss: Any) -> Step:
     state = init_state(setup.adapters, OPTIMIZER, key=jax.random.key(0))
     args = state, setup.variables, setup.batch
-    return Step(make_train_step(loss, OPTIMIZER), args, setup.summary.trainable, _moment_bytes(state.opt_state))
+    return Step(make_train_step(loss, OPTIMIZER, like=state), args, setup.summary.trainable, _moment_bytes(state.opt_state))
 
 
 def _mean(losses: Any, variables: Any, batch: Any) -> jax.Array:

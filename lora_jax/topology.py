@@ -20,12 +20,13 @@ _SETTINGS = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# What JAX calls them, and the usable bytes of memory, as the TPU compiler states them where a program is too large.
+# What JAX calls them, the axes of the largest, and the usable bytes of memory, as the TPU compiler states them where a program
+# is too large.
 _TPUS = {
-    "v4": ("TPU v4", 30.75 * 2**30),
-    "v5e": ("TPU v5 lite", 15.75 * 2**30),
-    "v5p": ("TPU v5", 95.73 * 2**30),
-    "v6e": ("TPU v6 lite", 31.24 * 2**30),
+    "v4": ("TPU v4", (16, 16, 16), 30.75 * 2**30),
+    "v5e": ("TPU v5 lite", (16, 16), 15.75 * 2**30),
+    "v5p": ("TPU v5", (16, 20, 28), 95.73 * 2**30),
+    "v6e": ("TPU v6 lite", (16, 16), 31.24 * 2**30),
 }
 # The memory on their makers' data sheets, a GB as 10^9 bytes.
 _GPUS = {
@@ -98,8 +99,12 @@ def read(name: str) -> Topology:
     (8, 'NVIDIA H100', 1)
     """
     if found := _TPU.fullmatch(name):
-        chip, hbm = _TPUS[found[1]]
-        return Topology(name, "tpu", chip, math.prod(map(int, found[2].split("x"))), int(hbm))
+        (chip, largest, hbm), shape = _TPUS[found[1]], [int(size) for size in found[2].split("x")]
+        if len(shape) != len(largest) or any(size > most for size, most in zip(sorted(shape), largest)):
+            raise ValueError(
+                f"topology: {name} is not within {found[1]}:{'x'.join(map(str, largest))}, the largest of its kind"
+            )
+        return Topology(name, "tpu", chip, math.prod(shape), int(hbm))
     if found := _OTHER.fullmatch(name):
         count = int(found[2] or 1)
         if found[1] == "cpu":

@@ -66,6 +66,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     max_grad_norm: float | None = None,
+    like: TrainState | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]:
     """A jitted step `(state, variables, batch) -> (state, metrics)`; the state is donated.
 
@@ -78,6 +79,8 @@ def make_train_step(
       accumulate: the number of equal microbatches that the batch's leading axis is cut into, one after the other; gradient,
         loss and aux are their means.
       max_grad_norm: clip the gradient to this global norm (`optax.clip_by_global_norm`).
+      like: a state on a mesh, or its shapes: the results stay where it is. Left to itself the compiler may cut them further,
+        and the second step is then compiled again.
 
     Returns:
       The step. Its metrics are `loss`, `grad_norm` (before clipping), `skipped` (so far) and, if there is one, `aux`.
@@ -98,7 +101,8 @@ def make_train_step(
     """
     check_options(accumulate, max_grad_norm)
     step = functools.partial(update, loss_fn, tx, accumulate, max_grad_norm, None)
-    return jax.jit(step, donate_argnums=0)
+    where = None if like is None else (jax.tree.map(lambda leaf: leaf.sharding, like), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=where)
 
 
 def make_pmap_train_step(

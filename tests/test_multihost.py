@@ -229,6 +229,7 @@ BAD = {
     "no number": ({**ALL, "--process-id": None}, "belong together: give --process-id, too"),
     "no port": ({**ALL, "--coordinator": "localhost"}, "--coordinator must be HOST:PORT, with a port from 1 to 65535"),
     "no such port": ({**ALL, "--coordinator": "localhost:99999"}, "from 1 to 65535, not 'localhost:99999'"),
+    "no host": ({**ALL, "--coordinator": "nowhere.invalid:1234"}, "the host nowhere.invalid is not known"),
     "no process": ({**ALL, "--processes": 0}, "--processes must be at least 1, not 0"),
     "number": ({**ALL, "--process-id": 2}, "--process-id must be from 0 to 1 with --processes 2, not 2"),
     "negative number": ({**ALL, "--process-id": -1}, "--process-id must be from 0 to 1 with --processes 2, not -1"),

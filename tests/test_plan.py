@@ -164,6 +164,8 @@ def test_json_and_text(config, capsys, monkeypatch):
         (["smollm2-135m", "--topology", "cpu:9"], "topology: 9 CPU devices are needed and JAX has 8"),
         (["smollm2-135m", "--plot", "plan.pdf"], "plot: plan.pdf must be the name of a .png file"),
         (["smollm2-135m", "--plot", "nowhere/plan.png"], "plot: nowhere/plan.png can't be written: is nowhere a directory"),
+        (["llama-3-8b", "--topology", "v5e:1000x1000"], "topology: v5e:1000x1000 is not within v5e:16x16"),
+        (["llama-3-8b", "--topology", "v5e:2x2x2"], "topology: v5e:2x2x2 is not within v5e:16x16"),
         (["llama-3-8b", "--compare", "half"], "compare takes full, naive, not 'half'"),
         (["llama-3-8b", "--rank", "0"], "rank must be a whole number of at least 1"),
         (["smollm2-135m", "--topology", "cpu", "--targets", "nothing"], "nothing"),

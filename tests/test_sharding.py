@@ -116,6 +116,28 @@ def test_training_on_a_mesh(mesh_name, flavour, dora):
     assert alone[-1] < alone[0] - 0.1
 
 
+@pytest.mark.usefixtures("lenient")
+def test_a_state_stays_where_it_is():
+    """Left to itself the compiler cuts B of the heads further."""
+    mesh = sharding.make_mesh({"fsdp": 2, "model": 4})
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 16, 4, 16)) / 4}
+    params = jax.device_put(params, sharding.parameter_shardings(mesh, params, {"w": P(None, None, "model")}, fsdp="fsdp"))
+    x = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("fsdp")))
+
+    def model(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.einsum("bd,dnh->bnh", x, w).sum(1), None), x, params["w"])[0]
+
+    state = train.init_state(
+        lj.init(jax.random.key(1), lj.LoraConfig(rank=2, targets=["w"]), model, params, x), TX, key=jax.random.key(2)
+    )
+    step = train.make_train_step(lambda params, x, key: jnp.mean(lj.lora(model)(params, x) ** 2), TX, like=state)
+    where = [leaf.sharding for leaf in jax.tree.leaves(state)]
+    for _ in range(2):
+        state, _ = step(state, params, x)
+    assert step._cache_size() == 1
+    assert [leaf.sharding for leaf in jax.tree.leaves(state)] == where
+
+
 # --- explicit meshes --------------------------------------------------------------------------------------------------
 
 
