@@ -118,22 +118,29 @@ def test_training_on_a_mesh(mesh_name, flavour, dora):
 
 @pytest.mark.usefixtures("lenient")
 def test_a_state_stays_where_it_is():
-    """Left to itself the compiler cuts B of the heads further."""
+    """Left to itself the compiler cuts the queries' B further."""
     mesh = sharding.make_mesh({"fsdp": 2, "model": 4})
-    params = {"w": jax.random.normal(jax.random.key(0), (3, 16, 4, 16)) / 4}
-    params = jax.device_put(params, sharding.parameter_shardings(mesh, params, {"w": P(None, None, "model")}, fsdp="fsdp"))
-    x = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("fsdp")))
+    shapes = {"query": (4, 16, 4, 8), "bias": (4, 4, 8), "out": (4, 4, 8, 16)}
+    params = {name: jax.random.normal(jax.random.key(len(name)), shape) / 4 for name, shape in shapes.items()}
+    params = {"layers": params, "embedding": jnp.ones((48, 16)), "head": jnp.ones((16, 48))}
+    rules = {"query": P(None, None, "model"), "bias": P(None, "model"), "out": P(None, "model"), "head": P(None, "model")}
+    params = jax.device_put(params, sharding.parameter_shardings(mesh, params, rules, fsdp="fsdp"))
+    tokens = jax.device_put(np.arange(48).reshape(8, 6), sharding.batch_sharding(mesh))
 
-    def model(params, x):
-        return jax.lax.scan(lambda x, w: (jnp.einsum("bd,dnh->bnh", x, w).sum(1), None), x, params["w"])[0]
+    def layer(x, kernels):
+        query = jnp.tanh(jnp.einsum("btd,dnh->btnh", x, kernels["query"]) + kernels["bias"])
+        return x + jnp.einsum("btnh,nhd->btd", query, kernels["out"]), None
 
-    state = train.init_state(
-        lj.init(jax.random.key(1), lj.LoraConfig(rank=2, targets=["w"]), model, params, x), TX, key=jax.random.key(2)
-    )
-    step = train.make_train_step(lambda params, x, key: jnp.mean(lj.lora(model)(params, x) ** 2), TX, like=state)
+    def model(params, tokens):
+        return jax.lax.scan(layer, params["embedding"][tokens], params["layers"])[0] @ params["head"]
+
+    adapters = lj.init(jax.random.key(1), lj.LoraConfig(rank=2, targets=["query"]), model, params, tokens)
+    state = train.init_state(adapters, TX, key=jax.random.key(2))
+    loss = lambda params, tokens, key: decoder.loss(lj.lora(model), params, tokens)
+    step = train.make_train_step(loss, TX, like=state)
     where = [leaf.sharding for leaf in jax.tree.leaves(state)]
     for _ in range(2):
-        state, _ = step(state, params, x)
+        state, _ = step(state, params, tokens)
     assert step._cache_size() == 1
     assert [leaf.sharding for leaf in jax.tree.leaves(state)] == where
 
