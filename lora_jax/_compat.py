@@ -57,8 +57,8 @@ def source_scope(eqn: Equation) -> contextlib.AbstractContextManager[Any]:
 
 
 def call_site(eqn: Equation) -> str:
-    """`file:line (function)` of the user's code that made the equation."""
-    return source_info_util.summarize(eqn.source_info)
+    """`file:line (function)` of the code that made the equation; the file of an installed package begins with its name."""
+    return source_info_util.summarize(eqn.source_info).rpartition("/site-packages/")[2]
 
 
 def bind_with(eqn: Equation, values: Sequence[Any], **params: Any) -> list[Any]:
