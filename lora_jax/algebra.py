@@ -18,9 +18,6 @@ from lora_jax.adapter import PARTS, Adapter, Full, Layout, LowRank, attach, is_a
 Adapters = Mapping[str, Adapter]
 
 
-# --- adapters as changes ----------------------------------------------------------------------------------------------
-
-
 def scale(adapters: Adapters, factor: float) -> dict[str, LowRank]:
     """`factor` times each change.
 

@@ -1,5 +1,7 @@
 """The memory that a train step takes beside its arguments, about, where no compiler says it."""
 
+from typing import Any
+
 from lora_jax import paths, steps
 from lora_jax.losses import LOGITS_AT_ONCE
 
@@ -16,8 +18,8 @@ def temporary_bytes(name: str, setup: steps.Setup) -> int:
       setup: the model on its mesh.
     """
     config, cut, gathered = setup.model.config, setup.mesh.shape.get("model", 1), setup.mesh.shape.get("fsdp", 1) > 1
-    ids = setup.batch["input_ids"]
-    rows, length = ids.sharding.shard_shape(ids.shape)  # type: ignore[union-attr]
+    ids: Any = setup.batch["input_ids"]
+    rows, length = ids.sharding.shard_shape(ids.shape)
     tokens, width, vocabulary = rows * length, config.hidden_size, config.vocab_size // cut
     inputs = 2 * config.num_hidden_layers * tokens * width
     scores = 4 * rows * config.num_attention_heads * min(steps.ATTENTION_BLOCK, length) * length // cut

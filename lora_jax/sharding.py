@@ -337,6 +337,11 @@ def is_abstract(tree: Any) -> bool:
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
+def place_shapes(shapes: Any, shardings: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct`s with a tree of shardings on them."""
+    return jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
+
+
 def make(fn: Callable[..., Any], shardings: Callable[[Any], Any], *args: Any) -> Any:
     """`fn(*args)` in one program that makes each result where it belongs, or only the shapes where an argument is one.
 
@@ -348,7 +353,7 @@ def make(fn: Callable[..., Any], shardings: Callable[[Any], Any], *args: Any) ->
     shapes = jax.eval_shape(fn, *args)
     placed = shardings(shapes)
     if is_abstract(args):
-        return jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, placed)
+        return place_shapes(shapes, placed)
     return jax.jit(fn, out_shardings=placed)(*args)
 
 

@@ -16,7 +16,7 @@ from lora_jax.merging import merge
 from lora_jax.models import llama
 from lora_jax.quant import quantize
 from lora_jax.report import Summary, summary
-from lora_jax.sharding import batch_sharding, state_shardings
+from lora_jax.sharding import batch_sharding, place_shapes, state_shardings
 from lora_jax.train import init_state, make_train_step
 from lora_jax.transform import lora
 
@@ -92,15 +92,11 @@ def prepare(
     if quantized is not None:
         kernels = [f"{name}/kernel" for name in PROJECTIONS]  # and not the biases of Qwen2
         variables = jax.eval_shape(lambda v: quantize(v, kernels, quantized, block=block), variables)
-    model = dataclasses.replace(model, variables=_place(model.variables, llama.shardings(mesh, model.variables)))
-    variables = _place(variables, llama.shardings(mesh, variables))
+    model = dataclasses.replace(model, variables=place_shapes(model.variables, llama.shardings(mesh, model.variables)))
+    variables = place_shapes(variables, llama.shardings(mesh, variables))
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=batch_sharding(mesh))
     adapters = init(jax.random.key(0), lora_config, model.apply, variables, ids)
     return Setup(mesh, model, variables, adapters, {"input_ids": ids, "labels": ids}, summary(variables, adapters))
-
-
-def _place(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), tree, shardings)
 
 
 def low_rank(setup: Setup) -> Step:
@@ -130,7 +126,7 @@ def full(setup: Setup) -> Step:
     variables = setup.model.variables
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
     state = jax.eval_shape(OPTIMIZER.init, variables)
-    state = _place(state, state_shardings(state, variables))
+    state = place_shapes(state, state_shardings(state, variables))
     return Step(step, (variables, state, setup.batch), count, _moment_bytes(state))
 
 

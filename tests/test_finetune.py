@@ -27,10 +27,7 @@ KILL_STEPS = int(os.environ.get("LORA_JAX_KILL_STEPS", str(STEPS)))
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A directory with the model and the texts."""
-    directory = tmp_path_factory.mktemp("home")
-    tiny.model(directory / "model")
-    tiny.reviews(directory / "reviews.csv")
-    return directory
+    return tiny.home(tmp_path_factory.mktemp("home"))
 
 
 def uninterrupted(home, directory, steps):

@@ -19,10 +19,7 @@ pytestmark = pytest.mark.usefixtures("usual_promotion")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("home")
-    tiny.model(directory / "model")
-    tiny.reviews(directory / "reviews.csv")
-    return directory
+    return tiny.home(tmp_path_factory.mktemp("home"))
 
 
 def train(home, out, *options):

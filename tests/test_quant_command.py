@@ -28,10 +28,7 @@ def call(arguments, capsys, code=0):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("home")
-    tiny_lm.model(directory / "model")
-    tiny_lm.texts(directory / "texts.jsonl")
-    return directory
+    return tiny_lm.home(tmp_path_factory.mktemp("home"))
 
 
 def options(home, out):

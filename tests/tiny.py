@@ -69,3 +69,10 @@ def finish(*arguments):
     process = start(*arguments)
     output, _ = process.communicate()
     return process.returncode, output
+
+
+def home(directory):
+    """A directory with the model and the data, as `options` takes it."""
+    model(directory / "model")
+    reviews(directory / "reviews.csv")
+    return directory

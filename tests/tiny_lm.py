@@ -82,3 +82,10 @@ def options(directory, out, **changes):
     } | changes  # fmt: skip
     pairs = ((f"--{name.replace('_', '-')}", value) for name, value in given.items() if value is not None)
     return ["finetune", *(str(x) for pair in pairs for x in pair)]
+
+
+def home(directory):
+    """A directory with the model and the data, as `options` takes it."""
+    model(directory / "model")
+    texts(directory / "texts.jsonl")
+    return directory

@@ -56,7 +56,7 @@ def step(form: str, kernels: Any, pairs: Any, x: jax.Array) -> Any:
         outputs = [
             x @ kernel + 2.0 * term for group, own in zip(kernels, pairs) for kernel, term in zip(group, terms(form, x, own))
         ]
-        return sum(jnp.mean(jnp.square(y.astype(jnp.float32))) for y in outputs)  # type: ignore[return-value]
+        return sum(jnp.mean(jnp.square(y.astype(jnp.float32))) for y in outputs)
 
     return jax.value_and_grad(loss, argnums=(0, 1))(pairs, x)
 
