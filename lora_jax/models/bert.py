@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import paths
-from lora_jax.models import checkpoint_files
-from lora_jax.models.reading import Reader, Sharding, put
-from lora_jax.names import HFName
+from lora_jax.core import paths
+from lora_jax.huggingface import checkpoint_files
+from lora_jax.huggingface.names import HFName
+from lora_jax.models.weights import Reader, Sharding, put
 from lora_jax.sharding import model_shardings, on_mesh
 
 Pooling = Literal["mean", "cls", "pooler"]

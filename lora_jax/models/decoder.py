@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.decoder_config import LlamaConfig
 
 Remat = Literal["full", "products"]
 # What a layer keeps for its backward pass, where that is not everything; the rest is computed again.

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import paths
-from lora_jax.adapter import is_adapted
-from lora_jax.alora import active_from
+from lora_jax.core import paths
+from lora_jax.core.adapter import is_adapted
+from lora_jax.core.methods.alora import active_from
+from lora_jax.core.transform import lora
 from lora_jax.models.decoder import Llama, init_cache
-from lora_jax.transform import lora
 
 
 class Generated(NamedTuple):

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.models.gguf_reader import GgufFile
-from lora_jax.models.llama_config import LinearRope, Llama3Rope, LlamaConfig
+from lora_jax.huggingface.gguf_reader import GgufFile
+from lora_jax.models.decoder_config import LinearRope, Llama3Rope, LlamaConfig
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -9,21 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import paths
-from lora_jax.losses import token_cross_entropy
-from lora_jax.models import checkpoint_files, gguf_files
+from lora_jax.core import paths
+from lora_jax.huggingface import checkpoint_files
+from lora_jax.huggingface.gguf_reader import GgufFile
+from lora_jax.huggingface.names import HFName
+from lora_jax.models import gguf_files
 from lora_jax.models.decoder import REMAT, Remat, init_cache
 from lora_jax.models.decoder import Cache as Cache
 from lora_jax.models.decoder import Llama as Llama
+from lora_jax.models.decoder_config import LlamaConfig as LlamaConfig
+from lora_jax.models.decoder_config import hf_config as hf_config
+from lora_jax.models.decoder_config import read_config
 from lora_jax.models.generation import Generated as Generated
 from lora_jax.models.generation import generate as generate
-from lora_jax.models.gguf_reader import GgufFile
-from lora_jax.models.llama_config import LlamaConfig as LlamaConfig
-from lora_jax.models.llama_config import hf_config as hf_config
-from lora_jax.models.llama_config import read_config
-from lora_jax.models.reading import Reader, Sharding, parts
-from lora_jax.names import HFName
+from lora_jax.models.weights import Reader, Sharding, parts
 from lora_jax.sharding import batch_sharding, model_shardings
+from lora_jax.training.losses import token_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, so that `jax.jit(loaded.apply)` works

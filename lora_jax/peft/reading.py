@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import paths
-from lora_jax.adapter import Adapter, Full, LowRank, Rows, check
-from lora_jax.names import HFName, listing
-from lora_jax.peft import replay, storage, tokens, vera
-from lora_jax.peft.settings import Settings
+from lora_jax.core import paths
+from lora_jax.core.adapter import Adapter, Full, LowRank, Rows, check
+from lora_jax.huggingface.names import HFName, listing
+from lora_jax.peft import changed_bases, files, token_rows, vera
+from lora_jax.peft.config import Settings
 from lora_jax.peft.slots import Slot, aligned, decode, nested, place, slots, stored_shape, tensor_names
-from lora_jax.peft.stacking import Found, bias_path, stacked
+from lora_jax.peft.stack_layers import Found, bias_path, stacked
 
 _COPY = re.compile(r"(.*?)\.(modules_to_save|original_module)\.(.*)")
 _PAIR = re.compile(r"(\.base_layer)*\.(lora_(A\.weight|embedding_A)|vera_lambda_b)$")
@@ -62,10 +62,10 @@ def load(
     >>> loaded["dense/kernel"].scale, loaded["dense/kernel"].b.shape
     (0.5, (2, 4))
     """
-    where = storage.locate(directory, adapter)
-    fields, tensors = storage.read(where)
+    where = files.locate(directory, adapter)
+    fields, tensors = files.read(where)
     is_vera = fields.get("peft_type") == vera.KIND
-    settings = Settings.from_fields(vera.as_lora(fields, where / storage.CONFIG) if is_vera else fields, where / storage.CONFIG)
+    settings = Settings.from_fields(vera.as_lora(fields, where / files.CONFIG) if is_vera else fields, where / files.CONFIG)
     leaves, _ = paths.flatten(variables)
     unknown = [path for path in names if path not in leaves]
     if unknown:
@@ -85,7 +85,7 @@ class _Reader:
     def __init__(self, directory: pathlib.Path, settings: Settings, tensors: Any, leaves: Any, names: Any, is_vera: bool):
         self.is_vera, self.mark = is_vera, "lambda_b" if is_vera else "a"  # what tells a pair
         self.directory, self.settings, self.tensors, self.leaves = directory, settings, dict(tensors), leaves
-        self.left, self.file = dict.fromkeys(tensors), directory / storage.WEIGHTS
+        self.left, self.file = dict.fromkeys(tensors), directory / files.WEIGHTS
         adapted = {_PAIR.sub("", name) for name in tensors if _PAIR.search(name)}
         self.slots = aligned(slots(names, {path: jnp.shape(leaves[path]) for path in names}), adapted)
         self.missing: list[str] = []
@@ -95,7 +95,7 @@ class _Reader:
         pairs, whole, rows = self._pairs(), self._whole(), self._rows()
         if self.missing:
             raise ValueError(
-                f"{self.directory}: {storage.CONFIG} asks for tensors that {storage.WEIGHTS} lacks: {listing(self.missing)}"
+                f"{self.directory}: {files.CONFIG} asks for tensors that {files.WEIGHTS} lacks: {listing(self.missing)}"
             )
         both = sorted(set(pairs) & set(whole))
         if both:
@@ -119,7 +119,7 @@ class _Reader:
             return
         problem = (
             f"{self.file} has {len(self.left)} tensors that no parameter takes: "
-            f"{listing(sorted(map(storage.full_name, self.left)))}"
+            f"{listing(sorted(map(files.full_name, self.left)))}"
         )
         if strict:
             raise ValueError(
@@ -203,18 +203,18 @@ class _Reader:
     def _take(self, name: str, shape: tuple[int, ...], path: str) -> np.ndarray | None:
         """A tensor of the file, which no other parameter may take then."""
         if name not in self.tensors:
-            self.missing.append(storage.PREFIX + name)
+            self.missing.append(files.PREFIX + name)
             return None
         tensor = self.tensors[name]
         self.left.pop(name, None)
         if tensor.ndim == len(shape) > 2 and tensor.shape[1] > shape[1] and tensor.shape[1] % shape[1] == 0:
             raise ValueError(
                 f"{path}: in a grouped convolution PEFT's adapter takes all channels to each group, which is no change of the "
-                f"kernel ({storage.PREFIX + name} has the shape {tensor.shape}, the kernel's own would be {shape})"
+                f"kernel ({files.PREFIX + name} has the shape {tensor.shape}, the kernel's own would be {shape})"
             )
         if tensor.shape != shape:
             raise ValueError(
-                f"{self.file}: {storage.PREFIX + name} has the shape {tensor.shape}; {path} of the shape "
+                f"{self.file}: {files.PREFIX + name} has the shape {tensor.shape}; {path} of the shape "
                 f"{jnp.shape(self.leaves[path])} and the configuration's rank need {shape}"
             )
         return tensor
@@ -225,7 +225,8 @@ class _Reader:
             raise ValueError(
                 f"{found.slot.path}: init_lora_weights={self.settings.replays!r} needs the base's values, not shapes"
             )
-        a, b = replay.on_original_base(self.settings.replays, found.slot, self._base(found.slot), found.parts, found.scale)
+        changed = changed_bases.on_original_base
+        a, b = changed(self.settings.replays, found.slot, self._base(found.slot), found.parts, found.scale)
         return dataclasses.replace(found, rank=2 * found.rank, parts={**found.parts, "a": a, "b": b})
 
     def _low_rank(self, listed: list[Found]) -> LowRank:
@@ -243,26 +244,26 @@ class _Reader:
     # --- rows of tables ---
 
     def _rows(self) -> dict[str, Rows]:
-        tables = {slot: self.settings.rows(slot.module) or () for slot in self.slots.values() if tokens.is_table(slot)}
-        found = [slot for slot, indices in tables.items() if indices and tokens.key(slot) in self.tensors]
+        tables = {slot: self.settings.rows(slot.module) or () for slot in self.slots.values() if token_rows.is_table(slot)}
+        found = [slot for slot, indices in tables.items() if indices and token_rows.key(slot) in self.tensors]
         asked = self.settings.trainable_token_indices
         wanted = [slot for slot, indices in tables.items() if indices]
         if isinstance(asked, Mapping):
             self._check_tables(asked, tables)
         else:  # of the input embedding, whatever it is called
             found = wanted = found[:1]
-            self.missing += [f"*.{tokens.DELTA}"] if asked and not found else []
+            self.missing += [f"*.{token_rows.DELTA}"] if asked and not found else []
         made: dict[str, Rows] = {}
         for slot in found:
-            tensor = self._take(tokens.key(slot), (len(tables[slot]), slot.name.shape(slot.shape)[1]), slot.path)
+            tensor = self._take(token_rows.key(slot), (len(tables[slot]), slot.name.shape(slot.shape)[1]), slot.path)
             twins = [twin for twin in tables if twin not in found and self._is_copy(twin, slot)]
             if tensor is None:
                 continue
             for table in (slot, *twins):
-                rows = Rows(self._array(tokens.decode(table, tensor)), tables[slot], tokens.layout(table, self.slots))
+                rows = Rows(self._array(token_rows.decode(table, tensor)), tables[slot], token_rows.layout(table, self.slots))
                 check(table.path, rows, table.shape)
                 made[table.path] = rows
-        self.missing += [storage.PREFIX + tokens.key(slot) for slot in wanted if slot not in found and slot.path not in made]
+        self.missing += [files.PREFIX + token_rows.key(slot) for slot in wanted if slot not in found and slot.path not in made]
         return made
 
     def _check_tables(self, asked: Iterable[str], tables: Iterable[Slot]) -> None:
@@ -350,7 +351,7 @@ class _Reader:
                 continue
             if not self._is_base(slot, self.tensors[copy]):
                 raise ValueError(
-                    f"{self.file}: {storage.PREFIX + copy} of the shape {self.tensors[copy].shape} replaces "
+                    f"{self.file}: {files.PREFIX + copy} of the shape {self.tensors[copy].shape} replaces "
                     f"the base's weight, but is not equal to {slot.path} of the shape {slot.shape}: give the base this weight"
                 )
             del self.left[copy]

@@ -1,11 +1,11 @@
-"""Ready rules for `lora_jax.names.match`: where other libraries' models keep what Hugging Face checkpoints have.
+"""Ready rules for `lora_jax.huggingface.names.match`: where other libraries' models keep what Hugging Face checkpoints have.
 
 Each table takes a model with or without the collection `params/` on top, and with its layers one by one or stacked: then the
 path has no layer number, and the arrays have the layers as their first axis. Paths don't show whether an embedding is also the
 head, so models that leave it open have a second table `..._TIED`; by the first one, what is adapted is the look-up alone.
 
 >>> import numpy as np
->>> from lora_jax.names import match
+>>> from lora_jax.huggingface.names import match
 >>> name = match({"layers": {"0": {"attn": {"q_proj": {"w": np.ones((6, 2, 3))}}}}}, TUNIX_LLAMA3)["layers/0/attn/q_proj/w"]
 >>> name.tensors((6, 2, 3)), name.shape((6, 2, 3))
 ({(): 'model.layers.0.self_attn.q_proj.weight'}, (6, 6))
@@ -18,7 +18,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from lora_jax.names import HFName, Kind
+from lora_jax.huggingface.names import HFName, Kind
 
 Rules = dict[str, HFName | None]
 Entries = dict[str, HFName]  # "#", in a path and in its name, is the layer's number

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.adapter import Layout
-from lora_jax.names import HFName
+from lora_jax.core.adapter import Layout
+from lora_jax.huggingface.names import HFName
 
 RANK = -1
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.peft.settings import NO_EFFECT, check_known
+from lora_jax.peft.config import NO_EFFECT, check_known
 from lora_jax.peft.slots import Slot, decode, stored_shape
 
 KIND = "VERA"

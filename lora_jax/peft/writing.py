@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import paths
-from lora_jax.adapter import Adapter, Full, LowRank, Rows
-from lora_jax.config import LoraConfig
-from lora_jax.names import HFName, listing
-from lora_jax.peft import storage, tokens, vera
-from lora_jax.peft.cutting import Cut
+from lora_jax.adapters.config import LoraConfig
+from lora_jax.core import paths
+from lora_jax.core.adapter import Adapter, Full, LowRank, Rows
+from lora_jax.huggingface.names import HFName, listing
+from lora_jax.peft import files, token_rows, vera
 from lora_jax.peft.slots import RANK, Slot, nested, slots, tensor_names
+from lora_jax.peft.split_layers import Cut
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT stores the base of these two beside their adapters
 # PEFT saves these modules by itself, and looks for them when it loads.
@@ -70,7 +70,7 @@ def save(
     leaves = {} if variables is None else paths.flatten(variables)[0]
     writer = _Writer(adapters, names, config, leaves, task_type)
     fields = writer.fields() | {"base_model_name_or_path": base_model, "task_type": task_type}
-    storage.write(storage.locate(directory, adapter), fields, writer.tensors)
+    files.write(files.locate(directory, adapter), fields, writer.tensors)
 
 
 @dataclasses.dataclass
@@ -189,12 +189,12 @@ class _Writer:
         shapes = {path: _rows_shape(rows) for path, rows in self.rows.items()}
         for slot in slots(self.names, shapes).values():
             rows = self.rows[slot.path]
-            if not tokens.is_table(slot) or tokens.layout(slot, known) != rows.layout:
+            if not token_rows.is_table(slot) or token_rows.layout(slot, known) != rows.layout:
                 raise ValueError(f"{slot.path}: PEFT trains rows of tables, and {slot.tensor} is none with {rows.layout}")
             alike = sorted(other for other in modules - {slot.module} if other.endswith(slot.module))
             if alike:
                 raise ValueError(f"PEFT would train rows of {listing(alike)} along with {slot.module}, whose name ends alike")
-            self.tensors[tokens.key(slot)] = tokens.encode(slot, rows)
+            self.tensors[token_rows.key(slot)] = token_rows.encode(slot, rows)
             listed[slot.module] = list(rows.indices)
         return listed
 

@@ -22,9 +22,12 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # so that it runs as a script, too
 
-from lora_jax import classify, finetune, initializers, run, train
-from lora_jax.moments import moments
-from lora_jax.task import Session
+from lora_jax.adapters import initializers
+from lora_jax.adapters.initializers.moments import moments
+from lora_jax.command import finetune, run
+from lora_jax.command.tasks import classify
+from lora_jax.command.tasks.base import Session
+from lora_jax.training import train
 
 POINTS = 6
 MOMENT_BATCHES = 4

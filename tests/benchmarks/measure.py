@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.flops import dot_flops
+from lora_jax.planning.flops import dot_flops
 
 
 @dataclasses.dataclass

@@ -42,9 +42,9 @@ def measure(source: str, kind: str, dtype: str, form: str) -> dict[str, object]:
     import jax.numpy as jnp
     import qwix  # noqa: F401
 
-    from lora_jax import paths
+    from lora_jax.adapters.summary import summary
+    from lora_jax.core import paths
     from lora_jax.models import llama
-    from lora_jax.report import summary
 
     imports = resident("VmRSS")
     jax.block_until_ready(jnp.ones(3) + 1)
@@ -75,7 +75,8 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         print(json.dumps(measure(*arguments)))
         return
-    from lora_jax import lm, run
+    from lora_jax.command import run
+    from lora_jax.command.tasks import lm
 
     source = arguments[0] if arguments else str(lm.base_directory(run.RunConfig(task="lm")))
     print("  ".join(f"{name:>12}" for name in COLUMNS))

@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # so that it runs as a script, too
 
-from lora_jax import flops, topology
+from lora_jax.planning import flops, topology
 from tests.benchmarks import measure
 
 FORMS = ("separate", "shared in", "shared both", "none")

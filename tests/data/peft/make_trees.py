@@ -100,7 +100,7 @@ def fill(shapes, names, tensors):
     """The parameter tree with a checkpoint's tensors."""
     import jax
 
-    from lora_jax import paths
+    from lora_jax.core import paths
 
     leaves, treedef = paths.flatten(shapes)
     for path, leaf in leaves.items():
@@ -119,7 +119,8 @@ def make_jax(work, out):
     from tunix.models.llama3 import model as llama3
     from tunix.models.qwen3 import model as qwen3
 
-    from lora_jax import names, paths
+    from lora_jax.core import paths
+    from lora_jax.huggingface import names
     from lora_jax.peft import rules
 
     models = {

@@ -1,0 +1,96 @@
+"""What the initialisers share: the pairs of a set with their kernels, as stacks of matrices."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.algebra import matrices, scales
+from lora_jax.adapters.merging import unmerge
+from lora_jax.core import paths
+from lora_jax.core.adapter import Adapter, Layout, LowRank, attach, is_adapted
+
+Adapters = Mapping[str, Adapter]
+
+
+def with_kernels(variables: Any, adapters: Adapters, *, quantized: bool = False) -> dict[str, tuple[Any, LowRank]]:
+    """`{path: (kernel, pair)}` of the low-rank pairs; adapters of other kinds are left out.
+
+    Args:
+      variables: the base tree.
+      adapters: what `init` made.
+      quantized: whether a kernel may be quantised.
+
+    Raises:
+      ValueError: there is no pair; a pair is more than `scale A B`, its scale is not positive, or it does not fit the tree; or
+        its kernel is not at hand as floats.
+    """
+    pairs = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, LowRank)}
+    if not pairs:
+        raise ValueError("the adapters have no low-rank pair, so there is nothing to initialise")
+    for path, pair in pairs.items():
+        _check(path, pair)
+    nodes, _ = paths.flatten(attach(variables, pairs), is_leaf=is_adapted)
+    found = {path: (nodes[path].base, pair) for path, pair in pairs.items()}
+    for path, (kernel, _) in found.items():
+        if isinstance(kernel, jax.ShapeDtypeStruct):
+            raise ValueError(f"{path}: an initialiser needs the kernel itself, not its shape alone")
+        if paths.is_quantized(kernel) and not quantized:
+            raise ValueError(f"{path}: the kernel is quantised, and this needs the dense one: quantise after it")
+        if not jnp.issubdtype(kernel.dtype, jnp.floating):
+            raise ValueError(f"{path}: a kernel of the dtype {kernel.dtype} can't be split; give the one before quantisation")
+    return found
+
+
+def _check(path: str, pair: LowRank) -> None:
+    if pair.more:
+        raise ValueError(
+            f"{path}: the adapter's {pair.more[0]} is set, so it is more than the change scale A B that an initialiser makes: "
+            "its start is that of LoraConfig(init=...)"
+        )
+    if isinstance(pair.scale, float) and pair.scale <= 0:
+        raise ValueError(f"{path}: the adapter's scale is {pair.scale}; an initialiser needs a positive one")
+
+
+def split_off(
+    variables: Any, adapters: Adapters, make: Callable[[str, Any, LowRank], LowRank]
+) -> tuple[Any, dict[str, Adapter]]:
+    """The pairs that `make(path, kernel, pair)` gives, and the base `W - s A B` that goes with them."""
+    fresh = {path: make(path, kernel, pair) for path, (kernel, pair) in with_kernels(variables, adapters).items()}
+    return unmerge(variables, fresh), {**adapters, **fresh}
+
+
+def sides(pair: LowRank) -> tuple[int, int]:
+    """How many values lie along the kernel's in axes, and along its out axes."""
+    batch = len(pair.layout.batch)
+    return math.prod(pair.a.shape[batch:-1]), math.prod(pair.b.shape[batch + 1 :])
+
+
+# --- inside jit -------------------------------------------------------------------------------------------------------
+
+
+def as_kernel(flat: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
+    """The inverse of `algebra.kernel_matrices`, in the kernel's shape and dtype."""
+    order = (*layout.batch, *layout.inputs, *layout.outputs)
+    shape = [like.shape[axis] for axis in order]
+    return flat.reshape(shape).transpose(np.argsort(order)).astype(like.dtype)
+
+
+def change(pair: LowRank) -> jax.Array:
+    """`scale A B` of each matrix, `(count, in, out)`."""
+    a, b = matrices(pair)
+    return jnp.matmul(a, b, precision="highest") * scales(pair, a.dtype)[..., None]
+
+
+def svd(flat: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U `(count, in, k)`, the singular values `(count, k)`, largest first, and V^T `(count, k, out)`."""
+    u, s, vt = jnp.linalg.svd(flat, full_matrices=False)
+    return u, s, vt
+
+
+def smallest_first(u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A singular value decomposition in the other order."""
+    return u[..., ::-1], s[..., ::-1], vt[..., ::-1, :]

@@ -1,0 +1,158 @@
+"""Initialisers from the gradient of the kernels."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.algebra import kernel_matrices, scales, true_ranks, within_ranks
+from lora_jax.adapters.initializers.common import Adapters, sides, split_off, svd, with_kernels
+from lora_jax.core import paths
+from lora_jax.core.adapter import Adapter, LowRank, wide_dtype
+
+DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
+SCALES = ("stable", "weight_svd", "gd_scale", "unit")
+
+
+def gradients(
+    loss_fn: Callable[[Any, Any], jax.Array], variables: Any, adapters: Adapters, batches: Iterable[Any]
+) -> dict[str, jax.Array]:
+    """The mean gradient of a loss with respect to the kernels that have a pair, and to no other parameter.
+
+    Args:
+      loss_fn: `(variables, batch) -> loss`, of the plain parameters: the function itself, not `lora(fn)`, which stops the
+        gradient at the base.
+      variables: the base tree.
+      adapters: what `init` made.
+      batches: at least one; batches of one shape share one compiled program.
+
+    Returns:
+      `{path: gradient}`, each of its kernel's shape.
+
+    Raises:
+      ValueError: there is no batch, or no pair.
+
+    >>> import lora_jax as lj
+    >>> base, fn = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, lambda p, x: x @ p["w"] + p["b"]
+    >>> adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=1), fn, base, jnp.ones((4, 3)))
+    >>> gradients(lambda p, x: fn(p, x).mean(), base, adapters, [jnp.ones((4, 3))])["w"].tolist()
+    [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
+    """
+    leaves, treedef = paths.flatten(variables)
+    kernels = {path: kernel for path, (kernel, _) in with_kernels(variables, adapters).items()}
+    others = {path: leaf for path, leaf in leaves.items() if path not in kernels}
+
+    @jax.jit
+    def add(total: Any, kernels: Any, others: Any, batch: Any) -> Any:
+        whole = lambda kernels: jax.tree.unflatten(treedef, [(kernels | others)[path] for path in leaves])
+        grads = jax.grad(lambda kernels: loss_fn(whole(kernels), batch))(kernels)
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
+
+    count, total = 0, {path: jnp.zeros(kernel.shape, wide_dtype(kernel)) for path, kernel in kernels.items()}
+    for batch in batches:
+        count, total = count + 1, add(total, kernels, others, batch)
+    if not count:
+        raise ValueError("batches: there is none, so there is no gradient")
+    return {path: grad / count for path, grad in total.items()}
+
+
+def lora_ga(
+    variables: Any,
+    adapters: Adapters,
+    gradients: Mapping[str, jax.Array],
+    *,
+    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r",
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable",
+    gamma: float | None = None,
+    key: jax.Array | None = None,
+) -> tuple[Any, dict[str, Adapter]]:
+    """Pairs whose first steps follow the gradient of the whole kernel (LoRA-GA, https://arxiv.org/abs/2407.05000).
+
+    Of the gradient `G = U diag(s) V^T`, A gets r columns of U and B r rows of `diag(s) V^T` among the first 2r, chosen and
+    scaled as in PEFT (whose B has the factor s, which the paper's has not); base `W - scale A B`.
+
+    Args:
+      variables: the base tree.
+      adapters: what `init` made.
+      gradients: `{path: gradient}`, as the function `gradients` makes them.
+      direction: which of the first 2r A and B get: `"ArB2r"` (A the first r, B the second), `"A2rBr"` (the other way round),
+        `"ArBr"` (B the 1st, 3rd, ..., A the 2nd, 4th, ...) or `"random"` (the same r of them).
+      scale: `"stable"` (B times `out^(1/4) / sqrt(gamma)`), `"weight_svd"` (B times W's largest singular value over the first
+        of s in B), `"gd_scale"` (A and B over the pair's scale) or `"unit"`.
+      gamma: of `"stable"`; 16 if it is not given.
+      key: a PRNG key, for `"random"`.
+
+    Raises:
+      ValueError: an adapter can't be initialised so; a gradient is missing, is of another shape or is zero; 2r is above the
+        kernel's smaller side; an option is unknown, missing, or given where it is not used.
+    """
+    _check_options(direction, scale, gamma, key)
+
+    def make(path: str, kernel: Any, pair: LowRank) -> LowRank:
+        _check_gradient(path, kernel, pair, gradients.get(path))
+        chosen = _places(direction, pair, None if key is None else paths.fold_in(key, path))
+        return _lora_ga(kernel, pair, gradients[path], *chosen, scale, 16.0 if gamma is None else gamma)
+
+    return split_off(variables, adapters, make)
+
+
+def _check_options(direction: str, scale: str, gamma: float | None, key: jax.Array | None) -> None:
+    for name, value, choices in (("direction", direction, DIRECTIONS), ("scale", scale, SCALES)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+    if (direction == "random") != (key is not None):
+        raise ValueError("direction='random' and key belong together: give both or neither")
+    if gamma is not None and (scale != "stable" or not gamma > 0):
+        raise ValueError(f"gamma is a positive number for scale='stable'; it is {gamma!r} with scale={scale!r}")
+
+
+def _check_gradient(path: str, kernel: jax.Array, pair: LowRank, gradient: jax.Array | None) -> None:
+    if gradient is None:
+        raise ValueError(
+            f"{path}: there is no gradient for it: make them with gradients(loss_fn, variables, adapters, batches)"
+        )
+    if gradient.shape != kernel.shape:
+        raise ValueError(f"{path}: the gradient has the shape {gradient.shape}, the kernel {kernel.shape}")
+    side = min(sides(pair))
+    if 2 * pair.rank > side:
+        raise ValueError(
+            f"{path}: LoRA-GA takes 2 x {pair.rank} directions, and the kernel's smaller side is {side}: lower the rank"
+        )
+    if not bool(jnp.any(gradient)):
+        raise ValueError(f"{path}: the gradient is zero; lora(fn) stops it at the base, so differentiate the function itself")
+
+
+def _places(direction: str, pair: LowRank, key: jax.Array | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which singular vectors A and B get in each matrix, `(count, r)`; what lies beyond a true rank is not used."""
+    ranks = true_ranks(pair)
+    if key is not None:
+        keys = jax.random.split(key, len(ranks))
+        drawn = np.stack([np.resize(jax.random.permutation(k, max(1, 2 * r)), pair.rank) for k, r in zip(keys, ranks)])
+        return drawn, drawn
+    place = np.tile(np.arange(pair.rank), (len(ranks), 1))
+    after = place + ranks[:, None]
+    return {"ArB2r": (place, after), "A2rBr": (after, place), "ArBr": (2 * place + 1, 2 * place)}[direction]
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _lora_ga(
+    kernel: jax.Array, pair: LowRank, gradient: jax.Array, of_a: jax.Array, of_b: jax.Array, scale: str, gamma: float
+) -> LowRank:
+    u, s, vt = svd(kernel_matrices(gradient, pair.layout))
+    s_b = jnp.take_along_axis(s, of_b, 1)
+    a = jnp.take_along_axis(u, of_a[:, None], 2)
+    b = jnp.take_along_axis(vt, of_b[..., None], 1) * s_b[..., None]
+    flat = kernel_matrices(kernel, pair.layout)
+    if scale == "stable":
+        b = b * (flat.shape[2] ** 0.25 / math.sqrt(gamma))
+    elif scale == "weight_svd":
+        first = s_b[:, :1]
+        factor = jnp.linalg.norm(flat, 2, axis=(1, 2))[:, None] / jnp.where(first > 0, first, 1)
+        b = b * jnp.where(first > 0, factor, 1)[..., None]
+    elif scale == "gd_scale":
+        a, b = (x / scales(pair, x.dtype)[..., None] for x in (a, b))
+    return within_ranks(pair, a, b)

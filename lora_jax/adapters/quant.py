@@ -1,0 +1,217 @@
+"""Quantised base kernels: `qwix.QArray`s (int8, int4, nf4, fp8), made dense where they are used and never kept.
+
+QLoRA (https://arxiv.org/abs/2305.14314) trains pairs beside such kernels. qwix is an optional extra
+(`pip install lora-jax[quant]`), imported when a kernel is quantised or used.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from lora_jax.core import paths
+from lora_jax.core.weight import Deferred, Weight
+
+DTYPES = {"nf4": "nf4", "int4": "int4", "int8": "int8", "fp8": "float8_e4m3fn"}
+
+
+def quantize(variables: Any, targets: Sequence[Any], dtype: str = "nf4", *, block: int | None = 64) -> Any:
+    """The tree with some kernels quantised, for `lora(fn)` with or without adapters.
+
+    Each value is rounded to one of 16 or 256 levels times a scale that a block of values along one axis shares: the last axis
+    but one if its size is a multiple of the block, or else the longest whose size is. A kernel keeps its sharding.
+
+    Args:
+      variables: the parameters.
+      targets: patterns, as in `LoraConfig`.
+      dtype: `"nf4"`, `"int4"`, `"int8"` or `"fp8"` (float8 e4m3).
+      block: how many values share a scale; `None`: a whole axis.
+
+    Returns:
+      The tree, with a `qwix.QArray` in the place of each target.
+
+    Raises:
+      ValueError: a pattern matches nothing, a target is no float array of two axes or more or is quantised already, no axis of
+        it can be cut into blocks, or an option is out of range.
+      ImportError: qwix is not installed.
+
+    >>> import lora_jax as lj
+    >>> params = quantize({"w": jnp.linspace(-1.0, 1.0, 64 * 32).reshape(64, 32), "b": jnp.ones(32)}, ["w"], "int8", block=32)
+    >>> params["w"].qvalue.dtype.name, params["w"].scale.shape
+    ('int8', (2, 32))
+    """
+    check("dtype", dtype, block)
+    leaves, treedef = paths.flatten(variables)
+    chosen = paths.select(leaves, [paths.normalize(pattern) for pattern in targets], "targets")
+    axes = {path: block_axis(path, leaves[path], block) for path in chosen}
+    found = {path: rounded(leaves[path], dtype, axis, block) for path, axis in axes.items()}
+    return jax.tree.unflatten(treedef, list((leaves | found).values()))
+
+
+def check(option: str, dtype: Any, block: Any) -> None:
+    """Raise a ValueError unless there is such a kind and such a block; `option` is what the kind is called."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, DTYPES))}, not {dtype!r}")
+    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
+        raise ValueError(f"block must be None or a whole number of at least 1, not {block!r}")
+
+
+def block_axis(path: str, leaf: Any, block: int | None) -> int:
+    """The axis along which values share a scale."""
+    if paths.is_quantized(leaf):
+        raise ValueError(f"targets: {path} is quantised already")
+    shape = getattr(leaf, "shape", ())
+    if len(shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"targets: {path} of the shape {shape} is no float kernel of two axes or more, so it stays dense")
+    whole = [axis for axis, size in enumerate(shape) if block is None or size % block == 0]
+    if not whole:
+        raise ValueError(f"block: no axis of {path} of the shape {shape} can be cut into blocks of {block}: give a divisor")
+    # Blocks along the last axis cut through a TPU's lanes: its compiler copies the kernels of all layers to avoid that.
+    last_but_one = len(shape) - 2
+    return last_but_one if block is not None and last_but_one in whole else max(whole, key=lambda axis: shape[axis])
+
+
+def rounded(array: Any, dtype: str, axis: int, block: int | None) -> Any:
+    """An array with one scale for each block along an axis, and for each place on the others.
+
+    Each shard rounds its own blocks; an axis whose blocks the mesh cuts through is gathered first.
+    """
+    return _rounded(array, DTYPES[dtype], ((axis, block or array.shape[axis]),))
+
+
+def rounded_like(array: Any, quantized: Any) -> Any:
+    """An array rounded to the kind and in the blocks of a quantised one."""
+    blocks = tuple((axis, size // count) for axis, (size, count) in enumerate(zip(array.shape, quantized.scale.shape)))
+    return _rounded(array, quantized.qtype, tuple((axis, block) for axis, block in blocks if block > 1))
+
+
+def _rounded(array: Any, qtype: Any, blocks: tuple[tuple[int, int], ...]) -> Any:
+    sharding = None if isinstance(array, Tracer) else getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return _round(array, qtype, blocks, None)
+    shard = sharding.shard_shape(array.shape)
+    cut = {axis for axis, block in blocks if shard[axis] % block}
+    entries = (None if axis in cut else entry for axis, entry in enumerate(sharding.spec))
+    whole = NamedSharding(sharding.mesh, jax.P(*entries)) if cut else sharding
+    found = _round(jax.device_put(array, whole), qtype, blocks, whole)
+    return dataclasses.replace(found, qvalue=jax.device_put(found.qvalue, sharding))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _round(array: Any, qtype: Any, blocks: tuple[tuple[int, int], ...], sharding: Any) -> Any:
+    tiles = dict(blocks)
+    others = tuple(i for i in range(array.ndim) if i not in tiles)
+
+    def make(array: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            dtype = array.dtype
+            if dtype == jnp.float16:
+                array = array.astype(jnp.float32)  # qwix takes its scales below 2^-7 for zero
+            found = qwix().quantize(array, qtype, channelwise_axes=others, tiled_axes=tiles)
+            if qtype == "nf4":
+                # In float32, or whether the quotient is rounded to bfloat16 would depend on the compiler.
+                wide, scale = (x.astype(jnp.float32) for x in (array, found.scale))
+                found = dataclasses.replace(found, qvalue=_nf4_codes(_by_blocks(jnp.divide, wide, scale)))
+            return dataclasses.replace(found, scale=found.scale.astype(dtype))
+
+    if sharding is None:
+        return make(array)
+    # As local arrays: of sharded ones some of qwix's reshapes are refused on a mesh of explicit axes.
+    return jax.shard_map(make, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)(array)
+
+
+def quantization_error(variables: Any, quantized: Any) -> dict[str, float]:
+    """`||W - Q|| / ||W||` (Frobenius) of each quantised kernel.
+
+    Args:
+      variables: the dense parameters.
+      quantized: the same tree after `quantize`.
+
+    >>> params = {"w": jax.random.normal(jax.random.key(0), (64, 32))}
+    >>> {path: round(error, 3) for path, error in quantization_error(params, quantize(params, ["w"])).items()}
+    {'w': 0.094}
+    """
+    before, after = (paths.flatten(tree)[0] for tree in (variables, quantized))
+    norm = lambda x: math.sqrt(float(jnp.sum(jnp.square(x.astype(jnp.float32)))))
+    difference = lambda path: before[path].astype(jnp.float32) - dense(after[path]).astype(jnp.float32)
+    return {path: norm(difference(path)) / norm(before[path]) for path, leaf in after.items() if paths.is_quantized(leaf)}
+
+
+# --- in use -----------------------------------------------------------------------------------------------------------
+
+
+def qwix() -> Any:
+    """The library, or an error that says how to get it."""
+    try:
+        import qwix as library
+    except ModuleNotFoundError:
+        reason = "quantised kernels need qwix, which is not installed: pip install 'lora-jax[quant]'"
+        raise ModuleNotFoundError(reason, name="qwix") from None
+    return library
+
+
+def dense_shape(leaf: Any) -> Any:
+    """A quantised array as the shape and dtype of what it stands for; any other leaf as it is."""
+    return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.scale.dtype) if paths.is_quantized(leaf) else leaf
+
+
+def dense(leaf: Any) -> Any:
+    """A quantised array multiplied out; any other leaf as it is."""
+    if not paths.is_quantized(leaf):
+        return leaf
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        if leaf.qtype == "nf4":
+            return _by_blocks(jnp.multiply, _nf4_values(leaf.qvalue, leaf.scale.dtype), leaf.scale)
+        return qwix().dequantize(leaf)
+
+
+def _nf4_levels() -> Any:
+    every = qwix().QArray(jnp.arange(16, dtype=jnp.uint4), jnp.ones(1, jnp.float32), qtype="nf4")
+    return qwix().dequantize(every)
+
+
+def _nf4_codes(values: Any) -> Any:
+    """The number of the nearest level, level by level: qwix holds the distances of a whole kernel for it."""
+    nearest, code = jnp.full(values.shape, jnp.inf, jnp.float32), jnp.zeros(values.shape, jnp.int32)
+    for number, level in enumerate(_nf4_levels()):
+        distance = jnp.abs(level - values)
+        nearest, code = jnp.minimum(nearest, distance), jnp.where(distance < nearest, number, code)
+    return code.astype(jnp.uint4)
+
+
+def _nf4_values(codes: Any, dtype: Any) -> Any:
+    """The level of each code, by selects: for a look-up a TPU would hold a whole kernel in 32 bits."""
+    levels = list(_nf4_levels().astype(dtype))
+    for bit in range(4):
+        odd = (codes.astype(jnp.int32) >> bit) & 1 == 1
+        levels = [jnp.where(odd, high, low) for low, high in zip(levels[::2], levels[1::2])]
+    return levels[0]
+
+
+def _by_blocks(fn: Callable[[Any, Any], Any], values: Any, scale: Any) -> Any:
+    """`fn(values, scale)` with the scale of each value's block."""
+    split, along = [], []
+    for size, count in zip(values.shape, scale.shape):
+        whole = count in (1, size)
+        split += [size] if whole else [count, size // count]
+        along += [count] if whole else [count, 1]
+    return fn(values.reshape(split), scale.reshape(along)).reshape(values.shape)
+
+
+def base(leaf: Any) -> Any:
+    """A parameter as the base of a weight: a quantised one is made dense at each use."""
+    if not paths.is_quantized(leaf):
+        return leaf
+    spec = dense_shape(leaf)
+    return Deferred(leaf, spec.shape, spec.dtype, dense, slices=True)
+
+
+def frozen(leaf: Any) -> Any:
+    """A parameter without an adapter: a quantised one is a weight without terms."""
+    return Weight(base(leaf), ()) if paths.is_quantized(leaf) else leaf

@@ -1,0 +1,191 @@
+"""Runs as files of other tools, and back: what `lora-jax export` and `lora-jax import` do."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from lora_jax import peft
+from lora_jax.command import hf_export, run
+from lora_jax.command.inspect import load_adapters
+from lora_jax.command.tasks import classify, lm
+from lora_jax.command.tasks.base import user_errors
+from lora_jax.command.tasks.registry import task_module
+from lora_jax.core import files
+from lora_jax.core.adapter import Adapter
+from lora_jax.huggingface.names import HFName
+from lora_jax.models import bert
+from lora_jax.training import checkpoint
+
+FORMATS = ("peft", "merged")
+# What the pinned models are called on the Hugging Face hub.
+_ORIGINALS = {"classify": "sentence-transformers/all-MiniLM-L6-v2", "lm": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_GGUF = (
+    "the adapters were trained on the weights of a GGUF file, which PEFT can't apply them to; on the model that the file was "
+    "made from, the outputs differ as its weights do (--format merged has the file's own)"
+)
+_QUANTIZED = {
+    "peft": "the adapters were trained beside kernels quantised to {}; with the base as it is stored, or quantised by another "
+    "library, the outputs differ by what the quantisation changes",
+    "merged": "the adapters were trained beside kernels quantised to {} and are folded into the base as it is stored, so that "
+    "the outputs differ by what the quantisation changes",
+}
+_TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM"}
+
+
+def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, ...]:
+    """Write a run's adapters as a PEFT directory, or the base with the adapters folded in as a Hugging Face directory.
+
+    Args:
+      directory: the run.
+      form: `"peft"` or `"merged"`, which is the base as it is stored also where the run quantised it.
+      out: a directory that is not there yet, or empty.
+
+    Returns:
+      What the user should know about the files.
+
+    Raises:
+      UserError: there is no such run, its base is gone or changed, `out` has files, or the model can't be written so.
+    """
+    with user_errors():
+        config = run.read_config(directory)
+        files.check_empty(out)
+    task = task_module(config)
+    source = task.base_directory(config)
+    # The sum of kernel and adapter is made in float32 and rounded once, to the base's own dtype.
+    base = task.load_base(source, dataclasses.replace(config, dtype="float32", quantize=None, block=None))
+    adapters = load_adapters(directory, base.model.variables)
+    if form == "peft":
+        _export_peft(config, base, adapters, source, out)
+    else:
+        _export_merged(config, base, adapters, source, out)
+    stored = (_GGUF,) if form == "peft" and source.is_file() else ()
+    rounded = () if config.quantize is None else (_QUANTIZED[form].format(config.quantize),)
+    return (*_notes(base), *stored, *rounded)
+
+
+def _export_peft(
+    config: run.RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
+) -> None:
+    with user_errors(), files.fresh_directory(out) as directory:
+        peft.save(
+            directory,
+            adapters,
+            config=None if config.imported else config.lora,
+            names=_names(base),
+            base_model=_ORIGINALS[config.task] if config.model is None else str(source),
+            task_type=_TASK_TYPES[config.task],
+            variables=base.model.variables,
+        )
+
+
+def _export_merged(
+    config: run.RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
+) -> None:
+    with user_errors():
+        _check_pooling(base)
+        if isinstance(base, lm.Base):
+            fields = hf_export.llama_fields(source, base.model.config)
+        else:
+            fields = hf_export.bert_fields(source, config.labels)
+        dtypes = hf_export.stored_dtypes(source)
+        with files.fresh_directory(out) as directory:
+            hf_export.write(directory, base.model.variables, adapters, _names(base), fields, dtypes)
+            hf_export.write_tokenizer(directory, source, base.tokenizer)
+
+
+def _names(base: Any) -> dict[str, HFName]:
+    """The names in the model class that the files are for: a checkpoint of the encoder alone has shorter ones."""
+    return base.model.names if isinstance(base, lm.Base) else bert.hf_names(base.model.config)
+
+
+def _pools_otherwise(base: Any) -> str | None:
+    """How a BERT pools that transformers' BertForSequenceClassification does not; `None` for all other models."""
+    pooling = base.model.config.pooling if isinstance(base, classify.Base) else "pooler"
+    return {"mean": "the mean of the tokens", "cls": "the first token", "pooler": None}[pooling]
+
+
+def _check_pooling(base: Any) -> None:
+    read = _pools_otherwise(base)
+    if read:
+        raise ValueError(
+            f"the head of this model reads {read}, but transformers' BertForSequenceClassification reads BERT's pooler and "
+            "would give other logits: export the adapters with --format peft and apply them to a model that pools alike"
+        )
+
+
+def _notes(base: Any) -> tuple[str, ...]:
+    read = _pools_otherwise(base)
+    if not read:
+        return ()
+    return (
+        f"the head of this model reads {read}; BertForSequenceClassification reads BERT's pooler and would give other logits, "
+        "so these adapters are for a model that pools alike",
+    )
+
+
+# --- import -----------------------------------------------------------------------------------------------------------
+
+
+def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path) -> tuple[str, ...]:
+    """Make a run of a PEFT directory.
+
+    Args:
+      source: the PEFT directory.
+      model: the adapters' base: a Hugging Face directory, or a `.gguf` file.
+      out: the run's directory.
+
+    Returns:
+      What the user should know about the run.
+
+    Raises:
+      UserError: there is no such base, the adapters do not fit it or can't be read, or `out` has files.
+    """
+    with user_errors():
+        files.check_empty(out)
+        task = _task_of(model)
+    source, model = source.absolute(), model.absolute()
+    options: dict[str, Any] = {"task": task, "model": str(model), "imported": str(source), "max_length": 3}
+    if task == "classify":
+        options["labels"] = [f"LABEL_{i}" for i in range(_head_size(source))]
+    config = run.RunConfig(**options)
+    base = task_module(config).load_base(model, config)
+    options |= {"max_length": base.model.config.max_position_embeddings, "model_sha256": base.sha256}
+    if task == "classify":
+        options["labels"] = base.model.labels
+    with user_errors():
+        adapters = peft.load(source, base.model.variables, names=_names(base))
+        with files.fresh_directory(out) as directory:
+            run.create(directory, run.RunConfig(**options))
+            checkpoint.save(directory / "adapters", adapters, step=0)
+    return _notes(base)
+
+
+def _task_of(model: pathlib.Path) -> str:
+    """`classify` for a BERT, else `lm`, whose loader says what it can't read."""
+    file = model / "config.json"
+    if not file.is_file():
+        return "lm"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    return "classify" if isinstance(fields, dict) and fields.get("model_type") == "bert" else "lm"
+
+
+def _head_size(source: pathlib.Path) -> int:
+    """The outputs of the head in an adapter file; 0 if there is none, so that the base's own is kept.
+
+    What is wrong with the file `peft.load` says.
+    """
+    try:
+        with safetensors.safe_open(source / "adapter_model.safetensors", framework="numpy") as opened:
+            heads = [name for name in opened.keys() if name.endswith("classifier.weight")]  # noqa: SIM118  not a dict
+            shapes: Sequence[Sequence[int]] = [opened.get_slice(name).get_shape() for name in heads]
+    except (OSError, safetensors.SafetensorError):
+        return 0
+    return int(np.prod(shapes[0][:1])) if shapes and len(shapes[0]) == 2 and shapes[0][0] < 100_000 else 0

@@ -1,0 +1,143 @@
+"""Hugging Face model directories, written so that they are there in full or not at all."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+import tokenizers
+
+from lora_jax.adapters.merging import merge
+from lora_jax.core import paths
+from lora_jax.core.adapter import Adapter
+from lora_jax.data.tokenizer import TextTokenizer
+from lora_jax.huggingface import checkpoint_files
+from lora_jax.huggingface.names import HFName
+from lora_jax.models import gguf_files, llama
+from lora_jax.models.decoder_config import LlamaConfig
+
+_DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+SHARD_BYTES = 5_000_000_000
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def llama_fields(source: pathlib.Path, config: LlamaConfig) -> dict[str, Any]:
+    """The `config.json` of a decoder: the base's own, or for a `.gguf` file what says the same."""
+    return llama.hf_config(config) if source.is_file() else checkpoint_files.read_json(source, "config.json")
+
+
+def bert_fields(source: pathlib.Path, labels: Sequence[str]) -> dict[str, Any]:
+    """The `config.json` of a BERT classifier: the base's own with these labels."""
+    fields = checkpoint_files.read_json(source, "config.json")
+    fields.pop("num_labels", None)  # `id2label` says it
+    return fields | {
+        "architectures": ["BertForSequenceClassification"],
+        "problem_type": "single_label_classification",
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+
+
+def stored_dtypes(source: pathlib.Path) -> dict[str, Any]:
+    """The dtype of each tensor of a directory, by its name without a leading `bert.`; of a `.gguf` file's none."""
+    if source.is_file():
+        return {}
+    found = {}
+    for file in source.glob("*.safetensors"):
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118  not a dict
+                found[name.removeprefix("bert.")] = _DTYPES[opened.get_slice(name).get_dtype()]
+    return found
+
+
+def write(
+    directory: pathlib.Path,
+    variables: Any,
+    adapters: Mapping[str, Adapter],
+    names: Mapping[str, HFName],
+    fields: Mapping[str, Any],
+    dtypes: Mapping[str, Any],
+) -> None:
+    """`config.json` and the weights with the adapters folded in, in several files if there is more than `SHARD_BYTES`.
+
+    Args:
+      directory: an empty directory.
+      variables: the base's parameters.
+      adapters: `{path: adapter}`.
+      names: `{path: HFName}`.
+      fields: of `config.json`.
+      dtypes: by tensor, without a leading `bert.`; float32 where there is none.
+    """
+    config = directory / "config.json"
+    config.write_text(json.dumps(dict(fields), indent=2) + "\n", encoding="utf-8")
+    shards: list[tuple[list[str], int]] = []
+    held: dict[str, np.ndarray] = {}
+
+    def close() -> None:
+        file = directory / f"{len(shards)}.safetensors"
+        safetensors.numpy.save_file(held, file, metadata={"format": "pt"})
+        shutil.copymode(config, file)  # safetensors makes files that only their owner can read
+        shards.append((list(held), sum(tensor.nbytes for tensor in held.values())))
+        held.clear()
+
+    for name, tensor in _tensors(variables, adapters, names):
+        tensor = np.ascontiguousarray(tensor.astype(dtypes.get(name.removeprefix("bert."), np.float32)))
+        if held and tensor.nbytes + sum(other.nbytes for other in held.values()) > SHARD_BYTES:
+            close()
+        held[name] = tensor
+    close()
+    _name_shards(directory, shards)
+
+
+def _tensors(variables: Any, adapters: Mapping[str, Adapter], names: Mapping[str, HFName]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor in turn; a parameter at a time is folded."""
+    leaves, _ = paths.flatten(merge(variables, adapters))
+    for path, leaf in leaves.items():
+        array = np.asarray(jax.device_get(leaf))
+        for index, tensor in names[path].tensors(array.shape).items():
+            yield tensor, names[path].export(array, index)
+
+
+def _name_shards(directory: pathlib.Path, shards: Sequence[tuple[Sequence[str], int]]) -> None:
+    if len(shards) == 1:
+        (directory / "0.safetensors").rename(directory / checkpoint_files.SINGLE)
+        return
+    places = {}
+    for i, (tensors, _) in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"{i}.safetensors").rename(directory / file)
+        places |= dict.fromkeys(tensors, file)
+    index = {"metadata": {"total_size": sum(size for _, size in shards)}, "weight_map": places}
+    (directory / checkpoint_files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(directory: pathlib.Path, source: pathlib.Path, tokenizer: TextTokenizer | tokenizers.Tokenizer) -> None:
+    """The base's tokenizer files; for a `.gguf` file ones that say the same."""
+    if source.is_dir():
+        for name in _TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
+        return
+    assert isinstance(tokenizer, TextTokenizer)
+    tokenizer.tokenizer.save(str(directory / "tokenizer.json"))
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
+    template = gguf_files.chat_template(source)
+    if template is not None:
+        config["chat_template"] = template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

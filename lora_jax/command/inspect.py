@@ -1,0 +1,124 @@
+"""Using and examining a finished run: what `lora-jax predict` and `lora-jax inspect` do."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters import algebra, initializers, merging, quant
+from lora_jax.command import run
+from lora_jax.command.tasks import classify
+from lora_jax.command.tasks.base import user_errors
+from lora_jax.command.tasks.registry import check_task, task_module
+from lora_jax.core import paths
+from lora_jax.core.adapter import Adapter, LowRank, attach
+from lora_jax.core.transform import lora
+from lora_jax.data import labelled
+from lora_jax.training import checkpoint
+
+
+def load_adapters(directory: pathlib.Path, variables: Any = None) -> dict[str, Adapter]:
+    """The newest adapters of a run, for its base; those trained on a changed one are converted.
+
+    Raises:
+      UserError: the run has no complete checkpoint, or it does not fit the base.
+    """
+    with user_errors():
+        adapters = checkpoint.load(directory / "adapters", variables=variables)
+        initial = directory / "initial"
+        return initializers.convert(adapters, checkpoint.load(initial)) if initial.exists() else adapters
+
+
+def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, float]]:
+    """The probability of each label for each text, by the base model with the run's adapters.
+
+    Raises:
+      UserError: there is no such run, it has no checkpoint yet, its base model is gone or changed, or a text is empty.
+    """
+    with user_errors():
+        if not all(text.strip() for text in texts):
+            raise ValueError("a text is empty: there is nothing to classify")
+        config = run.read_config(directory)
+    check_task(config, "classify")
+    base = classify.load_base(classify.base_directory(config), config)
+    model, adapters = base.model, load_adapters(directory, base.model.variables)
+    tokens = labelled.token_ids(base.tokenizer, texts, config.max_length)
+    examples = labelled.Examples(tokens, np.zeros(len(texts), np.int32))
+    batch = labelled.pad(examples, np.arange(len(texts)), labelled.pad_lengths(examples.lengths), len(texts))
+    params = attach(model.variables, adapters)
+    logits = jax.jit(lora(model.apply))(params, batch["input_ids"], batch["attention_mask"])
+    return [dict(zip(config.labels, map(float, row))) for row in jax.nn.softmax(logits)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One adapted parameter of a run.
+
+    Args:
+      path: the parameter.
+      shape: its shape.
+      rank: r of its pair; `None` if it is trained whole.
+      scale: the factor of the pair; `None` if it is trained whole.
+      change: ||dW|| / ||W||, Frobenius; `None` where the base is not at hand, or zero.
+      effective_rank: exp of the entropy of dW's normalised singular values; `None` if dW is not known.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rank: int | None
+    scale: float | None
+    change: float | None
+    effective_rank: float | None
+
+
+def inspect(directory: pathlib.Path) -> list[Row]:
+    """What a run changed, per adapted parameter. Downloads nothing.
+
+    Raises:
+      UserError: there is no such run, it has no checkpoint yet, or its base model has changed.
+    """
+    with user_errors():
+        config = run.read_config(directory)
+    base = _base_at_hand(config)
+    adapters = load_adapters(directory, base.model.variables if base else None)
+    weights = paths.flatten(base.model.variables)[0] if base else {}
+    return [_row(path, adapter, quant.dense(weights.get(path))) for path, adapter in adapters.items()]
+
+
+def _base_at_hand(config: run.RunConfig) -> Any:
+    task = task_module(config)
+    source = task.location(config)
+    return task.load_base(source, config) if source.exists() else None
+
+
+def _row(path: str, adapter: Adapter, weight: Any) -> Row:
+    weight = None if weight is None else np.asarray(weight, np.float64)
+    if isinstance(adapter, LowRank):
+        sizes = dict(zip(adapter.layout.inputs, adapter.a.shape)) | dict(zip(adapter.layout.outputs, adapter.b.shape[1:]))
+        shape, rank, scale = tuple(sizes[axis] for axis in sorted(sizes)), adapter.rank, float(adapter.scale)
+    else:
+        [value] = jax.tree.leaves(adapter)
+        shape, rank, scale = value.shape, None, None
+    if isinstance(adapter, LowRank) and adapter.magnitude is None:
+        values = np.asarray(algebra.singular_values({path: adapter})[path])
+    else:
+        values = None if weight is None else _values(_folded(weight, adapter) - weight)
+    size = 0.0 if weight is None else float(np.linalg.norm(weight))
+    change = None if values is None or not size else float(np.linalg.norm(values)) / size
+    spread = None if values is None else float(algebra.effective_rank(jnp.asarray(values, jnp.float32)))
+    return Row(path, shape, rank, scale, change, spread)
+
+
+def _folded(weight: np.ndarray, adapter: Adapter) -> np.ndarray:
+    """The parameter with its adapter folded in; a bias of the adapter goes to another parameter."""
+    alone = dataclasses.replace(adapter, bias=None) if isinstance(adapter, LowRank) else adapter
+    return np.asarray(merging.merge({"w": jnp.asarray(weight, jnp.float32)}, {"w": alone})["w"], np.float64)
+
+
+def _values(change: np.ndarray) -> np.ndarray:
+    """The singular values of a change; of a vector, its norm."""
+    return np.linalg.svd(change.reshape(change.shape[0], -1), compute_uv=False)

@@ -1,0 +1,101 @@
+"""What training asks of a task: a loss, a measure on held-out texts, and batches of both."""
+
+import contextlib
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+
+from lora_jax.command import run
+from lora_jax.command.metrics import Metric
+from lora_jax.core.adapter import Adapter
+from lora_jax.data import fetch
+
+
+class UserError(Exception):
+    """What was asked for can't be done, in one sentence for the user."""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Report the errors that checks of the user's input raise as a UserError. For those checks alone."""
+    try:
+        yield
+    except (ValueError, OSError, fetch.FetchError) as error:
+        raise UserError(str(error)) from error
+
+
+def digest(source: pathlib.Path) -> str:
+    """The SHA-256 of a file or of a directory's `model.safetensors`; of several files, that of their names and digests."""
+    single = source if source.is_file() else source / "model.safetensors"
+    if single.is_file():
+        return fetch.sha256(single)
+    lines = [f"{fetch.sha256(file)} {file.name}\n" for file in sorted(source.glob("*.safetensors"))]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_data(config: run.RunConfig, found: str) -> None:
+    """Raise a UserError unless the data has the digest that the run was made with; a new run has none yet."""
+    if config.data_sha256 not in ("", found):
+        raise UserError(f"{config.data} has changed since the run began, so the run can't go on: start a new one")
+
+
+def check_weights(config: run.RunConfig, source: pathlib.Path, found: str) -> None:
+    """Raise a UserError unless the base has the digest that the run was made with; a new run has none yet."""
+    if config.model_sha256 not in ("", found):
+        raise UserError(f"{source} is not the model that the run was trained on: its weights have changed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A base model, what is learnt and how it is measured.
+
+    Args:
+      variables: the base's parameters.
+      loss: `(params, batch, key) -> loss`, with the attached parameters.
+      train_batches: makes the endless iterator over the training batches of a seed, whose `get_state()` is JSON-able.
+      measure: `(params, batch) -> numbers`, which are summed over the held-out batches.
+      test_batches: makes the held-out batches, all of one size.
+      test_count: how many these are.
+      score: the score, from the sums.
+      metric: what the score is.
+      per_step: how many `unit`s a training step takes.
+      unit: `"examples"` or `"tokens"`.
+      description: lines to print before training.
+      held_out: the held-out data in words, for the summary.
+      title: of the picture.
+      baseline: the name and score of what the score compares with.
+    """
+
+    variables: Any
+    loss: Callable[[Any, Any, jax.Array], jax.Array]
+    train_batches: Callable[[int], Any]
+    measure: Callable[[Any, Any], Any]
+    test_batches: Callable[[], Iterable[Any]]
+    test_count: int
+    score: Callable[[Any], float]
+    metric: Metric
+    per_step: int
+    unit: str
+    description: tuple[str, ...]
+    held_out: str
+    title: str
+    baseline: tuple[str, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """All that a run needs, checked and in memory.
+
+    Args:
+      config: its options.
+      task: what is learnt.
+      init: the adapters that a run begins with, by its options, of which base and data are those of `config`.
+    """
+
+    config: run.RunConfig
+    task: Task
+    init: Callable[[run.RunConfig], dict[str, Adapter]]

@@ -1,0 +1,166 @@
+"""The task `classify`: a BERT with a head, on labelled texts."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+from jax.sharding import Mesh
+
+from lora_jax import sharding
+from lora_jax.adapters.init import init
+from lora_jax.command import run
+from lora_jax.command.metrics import ACCURACY
+from lora_jax.command.tasks.base import Session, Task, UserError, check_data, check_weights, digest, user_errors
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.transform import lora
+from lora_jax.data import fetch, labelled
+from lora_jax.data import tokenizer as text_tokenizer
+from lora_jax.models import bert
+
+_HELD_OUT = 3000
+_TEST_BATCH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model and its tokenizer."""
+
+    model: bert.Loaded
+    tokenizer: tokenizers.Tokenizer
+    sha256: str
+
+
+def location(config: run.RunConfig) -> pathlib.Path:
+    """Where the run's base model is, or will be once it is fetched."""
+    return fetch.location(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
+
+
+def base_directory(config: run.RunConfig) -> pathlib.Path:
+    """Where the run's base model is, fetched if it is the pinned one.
+
+    Raises:
+      UserError: it could not be fetched.
+    """
+    with user_errors():
+        return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
+
+
+def load_base(directory: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = None) -> Base:
+    """The base model with a head for the run's labels, on the mesh if there is one.
+
+    Raises:
+      UserError: the directory does not hold a BERT and its tokenizer, or another one than the run was made with.
+    """
+    with user_errors():
+        place = None if mesh is None else sharding.by_path(functools.partial(bert.shardings, mesh))
+        options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
+        model = bert.load(directory, num_labels=len(config.labels) or None, seed=config.seed, **options)
+        weights = digest(directory)
+    check_weights(config, directory, weights)
+    positions = model.config.max_position_embeddings
+    if config.max_length > positions:
+        raise UserError(f"max_length {config.max_length} is above the {positions} positions of the model {directory}")
+    return Base(model, load_tokenizer(directory, model.config.vocab_size), weights)
+
+
+def load_tokenizer(directory: pathlib.Path, vocab_size: int) -> tokenizers.Tokenizer:
+    """The `tokenizer.json` of a directory.
+
+    Raises:
+      UserError: there is none, it is damaged, or its ids do not fit the model's vocabulary.
+    """
+    with user_errors():
+        tokenizer = text_tokenizer.read_tokenizer(directory)
+    tokens = tokenizer.get_vocab_size()
+    if tokens > vocab_size:
+        raise UserError(f"{directory / 'tokenizer.json'} has {tokens} tokens, but the model's vocabulary has {vocab_size} only")
+    return tokenizer
+
+
+def load_texts(config: run.RunConfig) -> labelled.Texts:
+    """The run's data.
+
+    Raises:
+      UserError: it can't be read, or is not what the run was made with.
+    """
+    with user_errors():
+        if config.data is None:
+            texts = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300))
+        else:
+            texts = labelled.read(config.data, config.text_field, config.label_field)
+    check_data(config, texts.digest())
+    return texts
+
+
+def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
+    """Check everything and bring it into memory, on the mesh if there is one.
+
+    Raises:
+      UserError: any of it can't be used.
+    """
+    texts = load_texts(config)
+    config = dataclasses.replace(config, labels=config.labels or texts.classes(), data_sha256=texts.digest())
+    base = load_base(base_directory(config), config, mesh)
+    config = dataclasses.replace(config, labels=_order(config.labels, base.model), model_sha256=base.sha256)
+    with user_errors():
+        parts = labelled.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
+    training, test = (labelled.encode(base.tokenizer, part, config.labels, config.max_length) for part in parts)
+    return Session(config, _task(config, base.model, training, test, mesh), functools.partial(_init, base.model))
+
+
+def _init(model: bert.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
+    """The adapters that a run begins with; where the head is new, its seed is the run's."""
+    ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
+    variables = bert.with_new_head(model, config.seed).variables
+    return init(jax.random.key(config.seed), config.lora, model.apply, variables, ids, ids)
+
+
+def _task(
+    config: run.RunConfig, model: bert.Loaded, training: labelled.Examples, test: labelled.Examples, mesh: Mesh | None
+) -> Task:
+    lengths = labelled.pad_lengths(np.concatenate([training.lengths, test.lengths]))
+    counts = np.unique(test.labels, return_counts=True)[1]
+    head = "a new head" if model.new else "the checkpoint's head"
+    base = pathlib.Path(config.model).name if config.model else "MiniLM"
+    test_size = sharding.round_up(mesh, _TEST_BATCH)
+    return Task(
+        variables=model.variables,
+        loss=functools.partial(_loss, model.apply),
+        train_batches=lambda seed: labelled.train_batches(training, lengths, config.batch_size, seed, mesh),
+        measure=functools.partial(_correct, model.apply),
+        test_batches=lambda: labelled.eval_batches(test, lengths, test_size, mesh),
+        test_count=-(-len(test) // test_size),
+        score=lambda correct: int(correct) / len(test),
+        metric=ACCURACY,
+        per_step=config.batch_size,
+        unit="examples",
+        description=(
+            f"{len(training)} texts to train on, {len(test)} to test on",
+            f"{head} for the labels {', '.join(config.labels)}",
+        ),
+        held_out=f"{len(test)} texts",
+        title=f"{base} on {pathlib.Path(config.data).name if config.data else 'movie reviews'}",
+        baseline=("most frequent class", float(counts.max() / counts.sum())),
+    )
+
+
+def _order(labels: Any, model: bert.Loaded) -> tuple[str, ...]:
+    """The labels in the order of the checkpoint's head where it knows them, else sorted."""
+    return model.labels if sorted(model.labels) == sorted(labels) else tuple(labels)
+
+
+def _loss(apply: Any, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+    logits = lora(apply, key=key)(params, batch["input_ids"], batch["attention_mask"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
+
+
+def _correct(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    logits = lora(apply)(params, batch["input_ids"], batch["attention_mask"])
+    return (logits.argmax(-1) == batch["labels"]).sum()

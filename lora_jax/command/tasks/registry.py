@@ -1,0 +1,33 @@
+"""The tasks by name: what a run is prepared with, and the base model of a run."""
+
+from types import ModuleType
+
+from jax.sharding import Mesh
+
+from lora_jax.command import run
+from lora_jax.command.tasks import classify, lm
+from lora_jax.command.tasks.base import Session, UserError
+
+_TASKS: dict[str, ModuleType] = {"classify": classify, "lm": lm}
+_COMMANDS = {"classify": "predict", "lm": "generate"}
+
+
+def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
+    """Check everything that a run needs and bring it into memory, on the mesh if there is one.
+
+    Raises:
+      UserError: any of it can't be used.
+    """
+    return _TASKS[config.task].prepare(config, mesh)
+
+
+def task_module(config: run.RunConfig) -> ModuleType:
+    """The module of the run's task: `base_directory`, `location` and `load_base` are there for each."""
+    return _TASKS[config.task]
+
+
+def check_task(config: run.RunConfig, task: str) -> None:
+    """Raise a UserError unless the run is of this task."""
+    if config.task != task:
+        known = _COMMANDS[config.task]
+        raise UserError(f"the run is of the task {config.task!r}: use `lora-jax {known}` with it, not `{_COMMANDS[task]}`")

@@ -1,0 +1,50 @@
+"""DoRA: a trained magnitude for each output of a kernel (https://arxiv.org/abs/2402.09353), as PEFT computes it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core.adapter import LowRank, wide_dtype
+from lora_jax.core.weight import contract, use
+
+
+def gain(base: Any, adapter: LowRank) -> jax.Array:
+    """`g = m / ||W + s A B||`, `(*batch, *out)`: the factor of each output; 1 where the norm is 0 (PEFT has NaN there), and
+    where a stack's matrix has rank 0.
+
+    The norm is a constant for the gradient (section 4.3 of the paper). Neither A B nor anything of W's shape is made:
+    `||w_j + s A b_j||^2 = ||w_j||^2 + 2 s (W^T A)_j b_j + s^2 b_j^T (A^T A) b_j`.
+
+    Args:
+      base: W.
+      adapter: a pair with a `magnitude`.
+
+    >>> from lora_jax.core.adapter import Layout
+    >>> pair = LowRank(jnp.ones((2, 1)), jnp.ones((1, 1)), Layout((), (0,), (1,)), scale=2.0, magnitude=jnp.array([10.0]))
+    >>> gain(jnp.array([[1.0], [2.0]]), pair)
+    Array([2.], dtype=float32)
+    """
+    norm = lax.stop_gradient(use(lambda base: column_norm(base, adapter), base))
+    ratio = jnp.asarray(adapter.magnitude, norm.dtype) / jnp.where(norm > 0, norm, 1)
+    return adapter.where_adapted(jnp.where(norm > 0, ratio, 1), 1.0)
+
+
+def column_norm(base: Any, adapter: LowRank) -> jax.Array:
+    """`||W + s A B||` over the in axes, `(*batch, *out)`, in float32 or wider where W or the adapter is."""
+    base, layout, (a_axes, b_axes) = jnp.asarray(base), adapter.layout, adapter.axes()
+    wide = wide_dtype(base, jnp.asarray(adapter.a))
+    a, b = jnp.asarray(adapter.a, wide), adapter.scaled(jnp.asarray(adapter.b, wide))
+    rank, other = -1, -2
+    w_axes, kept = tuple(range(base.ndim)), (*layout.batch, *layout.outputs)
+    precise: Any = {"precision": "highest", "preferred_element_type": wide}
+    squares = contract(base, w_axes, base, w_axes, kept, **precise)
+    across = contract(a, a_axes, base, w_axes, b_axes, **precise)
+    mixed = contract(across, b_axes, b, b_axes, kept, **precise)
+    renamed = lambda axes: tuple(other if axis == rank else axis for axis in axes)
+    gram_axes = (*layout.batch, rank, other)
+    gram = contract(a, a_axes, a, renamed(a_axes), gram_axes, **precise)
+    twice = contract(gram, gram_axes, b, renamed(b_axes), b_axes, **precise)
+    pair = contract(twice, b_axes, b, b_axes, kept, **precise)
+    return jnp.sqrt(jnp.maximum(squares + 2 * mixed + pair, 0))

@@ -1,0 +1,1 @@
+"""What each JAX primitive does with a `Weight`."""

@@ -1,0 +1,355 @@
+"""What each JAX primitive that moves a `Weight` does with it: one function per primitive.
+
+A rule takes the equation and its operands, of which at least one is a `Weight`, and returns the results: the same weight with
+its axes elsewhere. It raises `NotLowRank` where the terms cannot stay factors.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core import jax_compat
+from lora_jax.core.weight import RANK, Factor, NotLowRank, Term, Weight, contract, is_weight, on_bases
+
+Equation = jax_compat.Equation
+Rule = Callable[..., list[Any]]
+
+
+def _on_base(eqn: Equation, *operands: Any) -> list[Any]:
+    bases = [v.base if is_weight(v) else v for v in operands]
+    return on_bases(lambda *arrays: jax_compat.bind(eqn, arrays), *bases)
+
+
+def _pass(eqn: Equation, *operands: Any) -> list[Any]:
+    """The equation acts on the base alone, results one to one: name, copy, pvary, constraints, barriers."""
+    results = _on_base(eqn, *operands)
+    return [v.move(r, lambda f: f) if is_weight(v) else r for v, r in zip(operands, results)]
+
+
+def _cast(eqn: Equation, weight: Weight) -> list[Any]:
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+        raise NotLowRank(f"a cast to {eqn.params['new_dtype']} is not linear")
+    return _pass(eqn, weight)
+
+
+def _stop_gradient(eqn: Equation, weight: Weight) -> list[Any]:
+    hold = lambda factor: dataclasses.replace(factor, array=lax.stop_gradient(factor.array))
+    return [weight.move(_on_base(eqn, weight)[0], hold)]
+
+
+def _transpose(eqn: Equation, weight: Weight) -> list[Any]:
+    new = {old: position for position, old in enumerate(eqn.params["permutation"])}
+    return [weight.move(_on_base(eqn, weight)[0], lambda factor: factor.relabel(new))]
+
+
+def _broadcast_in_dim(eqn: Equation, weight: Weight, *dynamic: Any) -> list[Any]:
+    shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    new = {old: dim for old, dim in enumerate(dims) if weight.shape[old] == shape[dim]}
+    return [weight.move(_on_base(eqn, weight, *dynamic)[0], lambda factor: factor.relabel(new))]
+
+
+def _squeeze(eqn: Equation, weight: Weight) -> list[Any]:
+    kept = [axis for axis in range(len(weight.shape)) if axis not in eqn.params["dimensions"]]
+    new = {old: position for position, old in enumerate(kept)}
+    return [weight.move(_on_base(eqn, weight)[0], lambda factor: factor.relabel(new))]
+
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Which axes of a reshape become which: the finest groups of equal product, size-1 axes left out."""
+    old_axes, new_axes = ([axis for axis, size in enumerate(shape) if size != 1] for shape in (old, new))
+    volume = lambda shape, axes: math.prod(shape[axis] for axis in axes)
+    groups = []
+    while old_axes:
+        olds, news = [old_axes.pop(0)], [new_axes.pop(0)]
+        while volume(old, olds) != volume(new, news):
+            if volume(old, olds) < volume(new, news):
+                olds.append(old_axes.pop(0))
+            else:
+                news.append(new_axes.pop(0))
+        groups.append((olds, news))
+    return groups
+
+
+def _reshape(eqn: Equation, weight: Weight, *dynamic: Any) -> list[Any]:
+    """In-axes may be merged with in-axes and split again, out-axes with out-axes; not one with the other."""
+    new_shape, order = eqn.params["new_sizes"], eqn.params["dimensions"]
+    base = _on_base(eqn, weight, *dynamic)[0]
+    if order is not None:  # the axes are permuted first
+        new = {old: position for position, old in enumerate(order)}
+        (ordered,) = on_bases(lambda base: [lax.transpose(base, order)], weight.base)
+        weight = weight.move(ordered, lambda factor: factor.relabel(new))
+    groups = _groups(weight.shape, new_shape)
+    if weight.probing:
+        weight = _join_probes(weight, [set(olds) for olds, news in groups if len(olds) > 1])
+
+    def reshape(factor: Factor) -> Factor:
+        held = [(olds, news) for olds, news in groups if set(olds) & set(factor.axes)]
+        for olds, _ in held:
+            if not set(olds) <= set(factor.axes):
+                raise NotLowRank(f"a reshape from {weight.shape} to {new_shape} merges in and out axes")
+        axes = ([RANK] if RANK in factor.axes else []) + [axis for olds, _ in held for axis in olds]
+        dims = [factor.dim(axis) for axis in axes]
+        dims += [d for d in range(len(factor.axes)) if d not in dims]  # of size 1
+        sizes = [factor.array.shape[factor.dim(RANK)]] if RANK in factor.axes else []
+        labels = ([RANK] if RANK in factor.axes else []) + [axis for _, news in held for axis in news]
+        sizes += [new_shape[axis] for _, news in held for axis in news]
+        array = factor.array if dims == sorted(dims) else lax.transpose(factor.array, dims)
+        return dataclasses.replace(factor, array=lax.reshape(array, sizes), axes=tuple(labels))
+
+    return [weight.move(base, reshape)]
+
+
+def _join_probes(weight: Weight, merged: Sequence[set[int]]) -> Weight:
+    """Make one probe factor of those whose axes a reshape merges: from here on they share a role."""
+
+    def join(term: Term) -> Term:
+        factors = list(term.factors)
+        for axes in merged:
+            together = [factor for factor in factors if axes & set(factor.axes)]
+            apart = [factor for factor in factors if not axes & set(factor.axes)]
+            factors = [*apart, functools.reduce(_outer, together)] if together else factors
+        return dataclasses.replace(term, factors=tuple(factors))
+
+    return Weight(weight.base, tuple(map(join, weight.terms)))
+
+
+def _outer(f: Factor, g: Factor) -> Factor:
+    labels = tuple(dict.fromkeys((*f.axes, *g.axes)))  # both may have been picked by one index
+    array = contract(f.array, f.axes, g.array, g.axes, labels)
+    return Factor(array, labels, f.origin + g.origin, f.indexed or g.indexed)
+
+
+def _rev(eqn: Equation, weight: Weight) -> list[Any]:
+    def reverse(factor: Factor) -> Factor:
+        for axis in eqn.params["dimensions"]:
+            factor = factor.along(axis, lambda array, dim: lax.rev(array, (dim,)))
+        return factor
+
+    return [weight.move(_on_base(eqn, weight)[0], reverse)]
+
+
+def _slice(eqn: Equation, weight: Weight) -> list[Any]:
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(starts)
+    whole = zip(starts, limits, strides, weight.shape)
+    weight.divide(axis for axis, (start, limit, stride, size) in enumerate(whole) if (start, limit, stride) != (0, size, 1))
+
+    def cut(factor: Factor) -> Factor:
+        for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides)):
+            if (start, limit, stride) != (0, weight.shape[axis], 1):
+                factor = factor.along(axis, lambda x, d: lax.slice_in_dim(x, start, limit, stride, d))  # noqa: B023
+        return factor
+
+    return [weight.move(_on_base(eqn, weight)[0], cut)]
+
+
+def _split(eqn: Equation, weight: Weight) -> list[Any]:
+    axis, start, parts = eqn.params["axis"], 0, []
+    weight.divide([axis])
+    for base, size in zip(_on_base(eqn, weight), eqn.params["sizes"]):
+        cut = lambda x, d, start=start, stop=start + size: lax.slice_in_dim(x, start, stop, axis=d)
+        parts.append(weight.move(base, lambda factor, cut=cut: factor.along(axis, cut)))
+        start += size
+    return parts
+
+
+def _index(weight: Weight, axes: Sequence[int], factor: Factor, how: str) -> Factor:
+    """Mark a factor that an index into these axes picks from: a lookup does so from one factor of a term only, an index into
+    a stack of pairs from both."""
+    holders = [f for term in weight.terms for f in term.factors if set(axes) & set(f.axes)]
+    alone = weight.probing or len(holders) == len(weight.terms)
+    return dataclasses.replace(factor, indexed=how) if alone and set(axes) & set(factor.axes) else factor
+
+
+def _dynamic_slice(eqn: Equation, weight: Weight, *starts: Any) -> list[Any]:
+    sizes = eqn.params["slice_sizes"]
+    cut_axes = [axis for axis, size in enumerate(sizes) if size != weight.shape[axis]]
+    weight.divide(cut_axes)
+
+    def cut(factor: Factor) -> Factor:
+        factor = _index(weight, cut_axes, factor, "slice")
+        for axis in cut_axes:
+            slice_one = lambda x, d, axis=axis: lax.dynamic_slice_in_dim(x, starts[axis], sizes[axis], d)
+            factor = factor.along(axis, slice_one)
+        return factor
+
+    return [weight.move(_on_base(eqn, weight, *starts)[0], cut)]
+
+
+def _gather(eqn: Equation, weight: Weight, indices: Any) -> list[Any]:
+    """`w[indices]`: each factor is gathered along the axes that it has.
+
+    An index into a batch axis picks matrices of a stack; one into an in or out axis looks rows up, and ends the weight.
+    """
+    if is_weight(indices):
+        raise NotLowRank("it is used as an index")
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    removed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    offsets = dict(zip([axis for axis in range(len(sizes)) if axis not in removed], numbers.offset_dims))
+    picked = {axis for axis, size in enumerate(sizes) if size != weight.shape[axis]} | set(removed)
+    indexed = [axis for axis in numbers.start_index_map if axis in picked]
+    one_row = [axis for axis in indexed if axis in removed]  # `w[i, 2:5]`: rows by i, a window by the slice
+    weight.divide(picked)
+    base = _on_base(eqn, weight, indices)[0]
+    index_labels = [d for d in range(base.ndim) if d not in numbers.offset_dims]
+
+    def pick(factor: Factor) -> Factor:
+        if not picked & set(factor.axes):
+            return factor.relabel(offsets)
+        array, labels = _gather_factor(eqn, factor, indices, index_labels, offsets)
+        factor = _index(weight, one_row or indexed, factor, "rows")
+        return dataclasses.replace(factor, array=array, axes=labels)
+
+    result = weight.move(base, pick)
+    return [result if result.probing or not result.picked else result.value]
+
+
+def _gather_factor(
+    eqn: Equation, factor: Factor, indices: Any, index_labels: Sequence[int], offsets: Mapping[int, int]
+) -> tuple[Any, tuple[int, ...]]:
+    """The gather restricted to a factor's own dimensions; index batch dimensions come first in the result."""
+    numbers, params = eqn.params["dimension_numbers"], eqn.params
+    own = lambda axes: [axis for axis in axes if axis in factor.axes]
+    batched = own(numbers.operand_batching_dims)
+    batch_dims = [d for a, d in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims) if a in batched]
+    columns = [k for k, axis in enumerate(numbers.start_index_map) if axis in factor.axes]
+    kept = [axis for axis in factor.axes if axis == RANK or axis in offsets]
+    count = len(index_labels)
+    sizes = [factor.array.shape[d] if axis == RANK else params["slice_sizes"][axis] for d, axis in enumerate(factor.axes)]
+    dims = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(count, count + len(kept))),
+        collapsed_slice_dims=tuple(sorted(factor.dim(axis) for axis in own(numbers.collapsed_slice_dims))),
+        start_index_map=tuple(factor.dim(axis) for axis in own(numbers.start_index_map)),
+        operand_batching_dims=tuple(factor.dim(axis) for axis in batched),
+        start_indices_batching_dims=tuple(batch_dims),
+    )
+    order = sorted(range(len(batched)), key=lambda i: dims.operand_batching_dims[i])
+    dims = dims._replace(
+        operand_batching_dims=tuple(dims.operand_batching_dims[i] for i in order),
+        start_indices_batching_dims=tuple(batch_dims[i] for i in order),
+    )
+    own_indices = jnp.concatenate([indices[..., k : k + 1] for k in columns], -1) if columns else indices[..., :0]
+    # Out of range the base alone holds the fill value.
+    array = lax.gather(factor.array, own_indices, dims, tuple(sizes), mode=params["mode"], fill_value=0)
+    return array, (*index_labels, *(axis if axis == RANK else offsets[axis] for axis in kept))
+
+
+def _join(eqn: Equation, weights: Sequence[Any], axis: int, base: Any) -> list[Any]:
+    """Terms of weights laid end to end along an axis: each is zero outside its own place."""
+    if any(v.probing for v in weights if is_weight(v)) and not all(map(is_weight, weights)):
+        raise NotLowRank("it is joined to something that is not a parameter")
+    total, start, terms = sum(v.shape[axis] for v in weights), 0, []
+    for v in weights:
+        if is_weight(v):
+            here, size = start, v.shape[axis]
+            terms += [_padded(term, axis, size, (here, total - here - size, 0)) for term in v.terms]
+        start += v.shape[axis]
+    return [Weight(base, tuple(terms))]
+
+
+def _padded(term: Term, axis: int, size: int, config: tuple[int, int, int]) -> Term:
+    """A term of `size` along an axis with zeros around it (and between)."""
+    has_axis = lambda factors: any(axis in factor.axes for factor in factors)
+    if not has_axis(term.factors):
+        term = dataclasses.replace(term, factors=(term.factors[0].explicit(axis, size), *term.factors[1:]))
+    if term.excess and not has_axis(term.excess):
+        ones = Factor(jnp.ones(size, term.excess[0].array.dtype), (axis,))
+        term = dataclasses.replace(term, excess=(*term.excess, ones))
+    if term.bias and not has_axis([term.bias]):
+        term = dataclasses.replace(term, bias=term.bias.explicit(axis, size))
+
+    def pad(x: Any, dim: int) -> Any:
+        return lax.pad(x, jnp.zeros((), x.dtype), [config if d == dim else (0, 0, 0) for d in range(x.ndim)])
+
+    return term.map(lambda part: part.along(axis, pad))
+
+
+def _pad(eqn: Equation, weight: Any, value: Any) -> list[Any]:
+    """The base takes the padding value, the terms take zeros."""
+    if is_weight(value):
+        raise NotLowRank("it is the value that something is padded with")
+    terms = weight.terms
+    for axis, config in enumerate(eqn.params["padding_config"]):
+        if config != (0, 0, 0):
+            terms = tuple(_padded(term, axis, weight.shape[axis], config) for term in terms)
+    return [Weight(_on_base(eqn, weight, value)[0], terms)]
+
+
+def _concatenate(eqn: Equation, *operands: Any) -> list[Any]:
+    return _join(eqn, operands, eqn.params["dimension"], _on_base(eqn, *operands)[0])
+
+
+def _stack(eqn: Equation, *operands: Any) -> list[Any]:
+    axis = eqn.params["axis"]
+
+    def expand(v: Any) -> Any:
+        if not is_weight(v):
+            return jnp.expand_dims(v, axis)
+        new = {old: old + (old >= axis) for old in range(len(v.shape))}
+        (base,) = on_bases(lambda base: [jnp.expand_dims(base, axis)], v.base)
+        return v.move(base, lambda factor: factor.relabel(new))
+
+    return _join(eqn, [expand(v) for v in operands], axis, _on_base(eqn, *operands)[0])
+
+
+def _scale(eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
+    """`w * s`, `s * w` and `w / s` with a scalar s."""
+    weight, other = (lhs, rhs) if is_weight(lhs) else (rhs, lhs)
+    divides = eqn.primitive.name == "div"
+    if is_weight(other) or jnp.ndim(other) > 0 or (divides and weight is rhs):
+        raise NotLowRank("it enters elementwise arithmetic with an array")
+    operation = lax.div if divides else lax.mul
+    return [_scaled(weight, _on_base(eqn, lhs, rhs)[0], lambda x: operation(x, jnp.asarray(other, x.dtype)))]
+
+
+def _scaled(weight: Weight, base: Any, fn: Callable[[Any], Any]) -> Weight:
+    if any(term.bias is not None for term in weight.terms):
+        raise NotLowRank("it is multiplied with a number, and its adapter has a bias")
+
+    def scale(term: Term) -> Term:
+        *others, last = term.factors
+        changed = dataclasses.replace(last, array=fn(last.array))
+        return term if term.tap else dataclasses.replace(term, factors=(*others, changed))
+
+    return Weight(base, tuple(map(scale, weight.terms)))
+
+
+def _neg(eqn: Equation, weight: Weight) -> list[Any]:
+    return [_scaled(weight, _on_base(eqn, weight)[0], lax.neg)]
+
+
+def _all_gather(eqn: Equation, weight: Weight) -> list[Any]:
+    if not eqn.params["tiled"]:
+        raise NotLowRank("an untiled all_gather adds an axis")
+    axis = eqn.params["all_gather_dimension"]
+    gather = lambda x, d: jax_compat.bind_with(eqn, [x], all_gather_dimension=d)[0]
+    return [weight.move(_on_base(eqn, weight)[0], lambda factor: factor.along(axis, gather))]
+
+
+MOVES: dict[str, Rule] = {
+    **dict.fromkeys(("copy", "copy_p", "name", "pvary", "pcast", "sharding_constraint", "mesh_cast", "reshard"), _pass),
+    **dict.fromkeys(("optimization_barrier", "reduce_precision"), _pass),
+    "convert_element_type": _cast,
+    "stop_gradient": _stop_gradient,
+    "transpose": _transpose,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "squeeze": _squeeze,
+    "reshape": _reshape,
+    "rev": _rev,
+    "slice": _slice,
+    "split": _split,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+    "concatenate": _concatenate,
+    "stack": _stack,
+    "pad": _pad,
+    "mul": _scale,
+    "div": _scale,
+    "neg": _neg,
+    "all_gather": _all_gather,
+}

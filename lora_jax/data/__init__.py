@@ -1,0 +1,1 @@
+"""What a run and the notebooks read: tables, chats, packed rows, tokenizers and pinned downloads."""

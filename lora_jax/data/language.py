@@ -1,0 +1,257 @@
+"""Texts for `lora-jax finetune --task lm`: reading, tokens, which of them are learnt, and the held-out part.
+
+Four kinds of data:
+
+    .txt            documents, with two or more blank lines between them; the end of the file is held out
+    text            a row of a .csv or .jsonl file is a document
+    pairs           a prompt and a completion; only the completion is learnt
+    chat            messages (.jsonl only); only what the assistant says is learnt
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax.data import tables
+from lora_jax.data.tokenizer import TextTokenizer
+
+_BLANK = re.compile(r"\n(?:[ \t]*\n){2,}")
+_SUFFIXES = (".txt", *tables.SUFFIXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What was read.
+
+    Args:
+      kind: `"stream"` (documents in their order), `"text"`, `"pairs"` or `"chat"`.
+      items: texts, (prompt, completion) pairs, or lists of messages.
+      lines: the line of each in the file; empty for a stream.
+    """
+
+    kind: str
+    items: tuple[Any, ...]
+    lines: tuple[int, ...] = ()
+
+    def digest(self) -> str:
+        """A SHA-256 of everything, in hexadecimal digits."""
+        return hashlib.sha256(json.dumps([self.kind, self.items]).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Tokens that belong together.
+
+    Args:
+      tokens: int32 ids, `(length,)`.
+      targets: which of them are learnt, `(length,)`; the first never is, since nothing is before it.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What became of documents longer than a row.
+
+    Args:
+      split: texts that were split into several documents.
+      cut: pairs and chats that were cut at their end.
+      left_out: those of them of which nothing was left to learn.
+    """
+
+    split: int = 0
+    cut: int = 0
+    left_out: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(self.split + other.split, self.cut + other.cut, self.left_out + other.left_out)
+
+
+def read(file: str | pathlib.Path, text: str, pair: tuple[str, str], messages: str) -> Corpus:
+    """Read a file; the columns that it has say what kind of data it holds.
+
+    Args:
+      file: a `.txt`, `.csv` or `.jsonl` file.
+      text: the column of a text.
+      pair: the columns of a prompt and of its completion.
+      messages: the column of a chat.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the columns are of no kind or of several, a row is damaged, or there are no rows.
+    """
+    file = tables.existing(file, _SUFFIXES)
+    if file.suffix.lower() == ".txt":
+        return _stream(file)
+    present = tables.columns(file)
+    kinds = {"text": (text,), "pairs": pair, "chat": (messages,)}
+    found = [kind for kind, fields in kinds.items() if set(fields) <= set(present)]
+    if len(found) != 1:
+        wanted = f"{text!r}, {pair[0]!r} and {pair[1]!r}, or {messages!r}"
+        columns = ", ".join(map(repr, present)) or "none"
+        raise ValueError(f"{file} must have the columns of one kind of data, {wanted}; its columns are {columns}")
+    [kind] = found
+    rows = list(tables.rows(file, kinds[kind]))
+    if kind == "chat":
+        items = [_messages(f"{file}, line {line}", row[messages]) for line, row in rows]
+    else:
+        items = [_texts(f"{file}, line {line}", row, kinds[kind]) for line, row in rows]
+        # A completion alone may begin a text, so an empty prompt is no mistake.
+        tables.refuse_empty(file, [line for (line, _), item in zip(rows, items) if not item[-1].strip()], kinds[kind][-1:])
+        items = items if kind == "pairs" else [item for [item] in items]
+    return Corpus(kind, tuple(items), tuple(line for line, _ in rows))
+
+
+def _stream(file: pathlib.Path) -> Corpus:
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+    documents = tuple(part.strip("\n") for part in _BLANK.split(content) if part.strip())
+    if not documents:
+        raise ValueError(f"{file} holds no text")
+    return Corpus("stream", documents)
+
+
+def _texts(where: str, row: dict[str, Any], fields: Iterable[str]) -> tuple[str, ...]:
+    values = tuple("" if row[field] is None else row[field] for field in fields)
+    for field, value in zip(fields, values):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {field!r} must be a text, not {type(value).__name__}")
+    return values
+
+
+def _messages(where: str, messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: the messages must be a list of objects with a role and a content")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+            raise ValueError(f"{where}: each message must be an object whose role and content are texts, not {message!r:.80}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"{where}: no message is the assistant's, so there is nothing to learn")
+    return messages
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def encode(
+    corpus: Corpus, tokenizer: TextTokenizer, max_length: int, today: datetime.date
+) -> tuple[list[list[Document]], Counts]:
+    """The documents of each item, none longer than `max_length`.
+
+    A text ends with the tokenizer's `eos_token`. One that is too long is split, so that each piece begins with the last token
+    of the one before: thus every token but the first is learnt once. Prompt and completion are tokenised each by itself, as
+    they are when the model is used; a pair or chat that is too long is cut at its end.
+
+    Args:
+      today: what the chat template is told.
+
+    Raises:
+      ValueError: no text is left, the tokenizer lacks what is needed, or the chat template can't be used; the line is named.
+    """
+    whole = {"stream": _encode_texts, "text": _encode_texts, "pairs": _encode_pairs, "chat": _encode_chats}[corpus.kind]
+    documents = whole(corpus, tokenizer, today)
+    cut = _split if corpus.kind in ("stream", "text") else _cut
+    results = [cut(document, max_length) for document in documents]
+    counts = sum((count for _, count in results), Counts())
+    if not any(found for found, _ in results):
+        raise ValueError(f"nothing is left to learn: no completion or answer begins within max_length {max_length}; raise it")
+    return [found for found, _ in results], counts
+
+
+def _encode_texts(corpus: Corpus, tokenizer: TextTokenizer, _: datetime.date) -> list[Document]:
+    ids = [np.append(found, np.int32(tokenizer.end)) for found in tokenizer.ids(corpus.items)]
+    return [Document(tokens, np.arange(len(tokens)) > 0) for tokens in ids]
+
+
+def _encode_pairs(corpus: Corpus, tokenizer: TextTokenizer, _: datetime.date) -> list[Document]:
+    prompts = tokenizer.ids([prompt for prompt, _ in corpus.items])
+    completions = tokenizer.ids([completion for _, completion in corpus.items], special=False)
+    documents = []
+    for prompt, completion in zip(prompts, completions):
+        tokens = np.concatenate([prompt, completion, [tokenizer.end]]).astype(np.int32)
+        documents.append(Document(tokens, np.arange(len(tokens)) >= max(1, len(prompt))))
+    return documents
+
+
+def _encode_chats(corpus: Corpus, tokenizer: TextTokenizer, today: datetime.date) -> list[Document]:
+    template = tokenizer.chat(today)
+    texts, turns = [], []
+    for line, messages in zip(corpus.lines, corpus.items):
+        try:
+            text, spans = template.turns(messages)
+        except ValueError as error:
+            raise ValueError(f"line {line}: {error}") from None
+        if not spans:
+            raise ValueError(f"line {line}: the chat template marks nothing as the assistant's, so there is nothing to learn")
+        texts.append(text)
+        turns.append(spans)
+    encoded = tokenizer.ids_and_ends(texts, special=False)
+    return [Document(ids, _inside(places, spans)) for (ids, places), spans in zip(encoded, turns)]
+
+
+def _inside(places: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Which tokens lie within one of the spans as a whole; never the first."""
+    inside = np.zeros(len(places), bool)
+    for start, end in spans:
+        inside |= (places[:, 0] >= start) & (places[:, 1] <= end) & (places[:, 1] > start)
+    inside[:1] = False
+    return inside
+
+
+def _split(document: Document, max_length: int) -> tuple[list[Document], Counts]:
+    """Pieces that share a token with the one before."""
+    starts = range(0, max(1, len(document.tokens) - 1), max_length - 1)
+    pieces = [document.tokens[start : start + max_length] for start in starts]
+    return [Document(piece, np.arange(len(piece)) > 0) for piece in pieces], Counts(split=int(len(pieces) > 1))
+
+
+def _cut(document: Document, max_length: int) -> tuple[list[Document], Counts]:
+    """The first `max_length` tokens; nothing, if none of them is learnt."""
+    kept = Document(document.tokens[:max_length], document.targets[:max_length])
+    cut = len(document.tokens) > max_length
+    left = kept.targets.any()
+    return [kept] if left else [], Counts(cut=int(cut and bool(left)), left_out=int(not left))
+
+
+# --- the held-out part ------------------------------------------------------------------------------------------------
+
+
+def split(corpus: Corpus, documents: Sequence[Sequence[Document]], held_out: int) -> tuple[list[Document], list[Document]]:
+    """Documents to train on and held-out ones: of a stream its end, else whole items by a fixed seed, equal ones together.
+
+    Args:
+      documents: those of each item.
+      held_out: the learnt tokens to hold out, at most a tenth of all.
+
+    Raises:
+      ValueError: there are too few documents.
+    """
+    if corpus.kind == "stream":
+        groups = [[piece] for pieces in reversed(documents) for piece in reversed(pieces)]
+    else:
+        together: dict[str, list[Document]] = {}
+        for item, pieces in zip(corpus.items, documents):
+            together.setdefault(json.dumps(item), []).extend(pieces)
+        filled = [pieces for pieces in together.values() if pieces]
+        groups = [filled[i] for i in np.random.default_rng(0).permutation(len(filled))]
+    sizes = np.array([sum(int(piece.targets.sum()) for piece in group) for group in groups])
+    wanted = min(held_out, int(sizes.sum()) // 10)
+    border = int(np.searchsorted(np.cumsum(sizes), max(1, wanted))) + 1
+    if border >= len(groups):
+        raise ValueError(
+            f"the data is too little: of {len(groups)} pieces of text {min(border, len(groups))} would be held out, which "
+            "leaves nothing to train on; add text, or lower max_length"
+        )
+    train, test = ([piece for group in part for piece in group] for part in (groups[border:], groups[:border]))
+    return (train[::-1], test[::-1]) if corpus.kind == "stream" else (train, test)

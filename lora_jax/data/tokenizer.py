@@ -1,0 +1,161 @@
+"""The tokenizer of a language model: ids of texts, which end a text, and its chat template."""
+
+import dataclasses
+import datetime
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from lora_jax.data.chat import ChatTemplate, Messages
+from lora_jax.models import gguf_files
+
+_CONFIG, _JINJA = "tokenizer_config.json", "chat_template.jinja"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer and what its files say beside it.
+
+    Args:
+      tokenizer: of the `tokenizers` package.
+      special_tokens: the texts of `bos_token`, `eos_token` and so on.
+      template: the source of the chat template, if there is one.
+      source: where it was read, for the errors.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    special_tokens: Mapping[str, str]
+    template: str | None
+    source: pathlib.Path
+
+    def ids(self, texts: Sequence[str], *, special: bool = True) -> list[np.ndarray]:
+        """The token ids of each text, an int32 array; with `special`, what the tokenizer puts before a text (and not after)."""
+        return [ids for ids, _ in self.ids_and_ends(texts, special=special)]
+
+    def ids_and_ends(self, texts: Sequence[str], *, special: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The token ids of each text, and where in the text each token begins and ends, `(tokens, 2)`."""
+        found = []
+        for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=special):
+            ids = np.array(encoding.ids, np.int32)
+            spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            last = len(ids)
+            while special and last and encoding.special_tokens_mask[last - 1] and encoding.sequence_ids[last - 1] is None:
+                last -= 1  # an end that the tokenizer adds by itself: whoever wants one says so
+            found.append((ids[:last], _covering(spans[:last])))
+        return found
+
+    @property
+    def end(self) -> int:
+        """The id that ends a text.
+
+        Raises:
+          ValueError: the files name none.
+        """
+        text = self.special_tokens.get("eos_token")
+        found = None if text is None else self.tokenizer.token_to_id(text)
+        if found is None:
+            raise ValueError(f"{self.source} names no eos_token, so the end of a text can't be learnt: add it to {_CONFIG}")
+        return found
+
+    def chat(self, today: datetime.date) -> ChatTemplate:
+        """The chat template.
+
+        Raises:
+          ValueError: there is none, or it is not Jinja.
+        """
+        if self.template is None:
+            raise ValueError(f"{self.source} has no chat template: add a {_JINJA}, or use text or prompts and completions")
+        return ChatTemplate(self.template, self.special_tokens, today)
+
+    def prompt(self, text: str, *, chat: bool) -> np.ndarray:
+        """The token ids of a prompt; with `chat`, as what a user says.
+
+        Raises:
+          ValueError: the prompt is empty, or there is no chat template.
+        """
+        if not chat:
+            [ids] = self.ids([text])
+            if not len(ids):
+                raise ValueError("the prompt is empty: there is nothing to go on from")
+            return ids
+        messages: Messages = [{"role": "user", "content": text}]
+        return self.ids([self.chat(datetime.date.today()).render(messages, add_generation_prompt=True)], special=False)[0]
+
+
+def _covering(spans: np.ndarray) -> np.ndarray:
+    """The spans without gaps: byte-level tokenizers leave the spaces before a word out of its token's span."""
+    ends = np.maximum.accumulate(spans[:, 1]) if len(spans) else spans[:, 1]
+    starts = np.concatenate([[0], ends[:-1]])[: len(spans)]
+    return np.stack([np.minimum(spans[:, 0], starts), ends], axis=1)
+
+
+def load(source: pathlib.Path, vocab_size: int) -> TextTokenizer:
+    """The tokenizer of a Hugging Face directory or of a `.gguf` file.
+
+    Raises:
+      ValueError: there is none, it is damaged, or its ids do not fit the model's vocabulary.
+    """
+    found = _of_gguf(source) if source.suffix == ".gguf" else _of_directory(source)
+    found.tokenizer.no_padding()
+    found.tokenizer.no_truncation()
+    largest = max(found.tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise ValueError(f"the tokenizer of {source} has the id {largest}, but the model's vocabulary has {vocab_size} only")
+    return found
+
+
+def _of_gguf(file: pathlib.Path) -> TextTokenizer:
+    return TextTokenizer(gguf_files.tokenizer(file), gguf_files.special_tokens(file), gguf_files.chat_template(file), file)
+
+
+def _of_directory(directory: pathlib.Path) -> TextTokenizer:
+    config = _read_config(directory / _CONFIG)
+    special = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+    named = {name: text for name, text in special.items() if isinstance(text, str)}
+    return TextTokenizer(read_tokenizer(directory), named, _template(directory, config), directory)
+
+
+def read_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer:
+    """The `tokenizer.json` of a directory.
+
+    Raises:
+      ValueError: there is none, or it is damaged.
+    """
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{directory} has no tokenizer.json: save the model with its fast tokenizer")
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"{file} can't be read: {error}") from None
+
+
+def _read_config(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(config).__name__}")
+    return config
+
+
+def _content(token: Any) -> Any:
+    """The text of a special token, which may be written as an object with its properties."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _template(directory: pathlib.Path, config: Mapping[str, Any]) -> str | None:
+    if (directory / _JINJA).is_file():
+        return (directory / _JINJA).read_text(encoding="utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several by name
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"{directory / _CONFIG}: chat_template must be a text, or a list with one of the name 'default'")
+    return found

@@ -1,0 +1,161 @@
+"""The files of a Hugging Face model directory, read with errors that name the file."""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors
+
+from lora_jax.huggingface.names import HFName, listing
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Tensors(Protocol):
+    """A file's tensors, each read when it is asked for.
+
+    Args:
+      file: what to call them in errors.
+      shapes: the shape of each by name.
+    """
+
+    file: pathlib.Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Some rows of a tensor, or all."""
+        ...
+
+
+class SafeTensors:
+    """The tensors of `model.safetensors`, or of the files that `model.safetensors.index.json` lists.
+
+    Args:
+      directory: the model's directory.
+      rename: what to call a tensor instead of its name in the file.
+
+    Raises:
+      FileNotFoundError: there is no such directory or file.
+      ValueError: a file is truncated or not safetensors, or the index is wrong.
+    """
+
+    def __init__(self, directory: pathlib.Path, rename: Callable[[str], str] = str):
+        sharded = (directory / INDEX).is_file() and not (directory / SINGLE).is_file()
+        self.file = directory / (INDEX if sharded else SINGLE)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._stored: dict[str, tuple[pathlib.Path, str, str]] = {}
+        placed = _shards(directory) if sharded else {existing(directory, SINGLE): None}
+        for file, names in placed.items():
+            try:
+                self._open(file, names, rename)
+            except (safetensors.SafetensorError, OSError) as error:
+                raise ValueError(f"{file} is truncated or not a safetensors file ({error}): fetch it again") from None
+
+    def _open(self, file: pathlib.Path, names: list[str] | None, rename: Callable[[str], str]) -> None:
+        opened: Any = safetensors.safe_open(file, framework="numpy")
+        present = list(opened.keys())
+        complain(f"{file} lacks the tensors", set(names or ()) - set(present), f"that {INDEX} places there")
+        for name in present if names is None else names:
+            part, new = opened.get_slice(name), rename(name)
+            if new in self.shapes:
+                raise ValueError(f"{file} has two tensors for {new}, {self._stored[new][1]} and {name}")
+            self.shapes[new], self._stored[new] = tuple(part.get_shape()), (file, name, str(part.get_dtype()))
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Some rows of a tensor, or all, as it is stored.
+
+        Raises:
+          ValueError: it does not hold floats.
+        """
+        file, stored, dtype = self._stored[name]
+        if dtype not in _FLOATS:
+            raise ValueError(f"{self.file}: {stored} is stored as {dtype}; {', '.join(_FLOATS)} can be read")
+        # Opened each time: what was read of a file stays in this process's memory for as long as it is open.
+        opened: Any = safetensors.safe_open(file, framework="numpy")
+        return opened.get_slice(stored)[rows]
+
+
+def _shards(directory: pathlib.Path) -> dict[pathlib.Path, list[str]]:
+    """The files that the index lists, each with the names of its tensors."""
+    placed = read_json(directory, INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise ValueError(f"{directory / INDEX} must have a weight_map, an object of file names by tensor")
+    bad = {name for name in placed.values() if not _is_plain(name)}
+    complain(f"{directory / INDEX} has file names that are not plain ones ending in .safetensors:", map(repr, bad))
+    files: dict[pathlib.Path, list[str]] = {}
+    for tensor, name in placed.items():
+        files.setdefault(directory / name, []).append(tensor)
+    return {existing(directory, file.name): names for file, names in files.items()}
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file of the directory itself, on every system."""
+    return name.endswith(".safetensors") and not set(name) & set('/\\:\0"') and not name.startswith(".")
+
+
+def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
+    """A JSON object from a file of the directory.
+
+    Raises:
+      FileNotFoundError: there is no such directory or file.
+      ValueError: the file is not a JSON object.
+    """
+    file = existing(directory, name)
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(fields).__name__}")
+    return fields
+
+
+def check(
+    tensors: Tensors, wanted: Mapping[HFName, tuple[int, ...]], spare: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Every wanted tensor is there with the right shape, and nothing else but spares.
+
+    Args:
+      tensors: what the file has.
+      wanted: the parameter's shape by name.
+      spare: whether a tensor may be left unread.
+
+    Raises:
+      ValueError: tensors are missing, unexpected, or of another shape; they are named.
+    """
+    shapes = {tensor: name.shape(shape) for name, shape in wanted.items() for tensor in name.tensors(shape).values()}
+    have = {name for name in tensors.shapes if name in shapes or not spare(name)}
+    complain(f"{tensors.file} lacks the tensors", set(shapes) - have)
+    complain(f"{tensors.file} has unexpected tensors", have - set(shapes))
+    for name, want in shapes.items():
+        if tensors.shapes[name] != want:
+            raise ValueError(f"{tensors.file}: {name} has the shape {tensors.shapes[name]}; the configuration asks for {want}")
+
+
+def complain(problem: str, names: Iterable[str], tail: str = "") -> None:
+    """Raise `ValueError` if there are any names, with the first few of them."""
+    names = sorted(names)
+    if names:
+        raise ValueError(f"{problem} {listing(names)}{' ' if tail else ''}{tail}")
+
+
+def existing(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """A file of the directory.
+
+    Raises:
+      FileNotFoundError: there is no such directory or file.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no directory {directory}")
+    file = directory / name
+    if file.is_file():
+        return file
+    if name == SINGLE and any(directory.glob("pytorch_model*.bin")):
+        raise FileNotFoundError(
+            f"{directory} has its weights in pytorch_model.bin only, a pickle, which can run any code and is never opened: "
+            "get the model's safetensors, or convert it with save_pretrained(directory, safe_serialization=True)"
+        )
+    raise FileNotFoundError(f"{directory} has no {name}: a Hugging Face directory with safetensors is needed")

@@ -1,0 +1,1 @@
+"""Will it fit: train steps compiled for devices that are not here."""

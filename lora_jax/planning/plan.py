@@ -1,0 +1,277 @@
+"""`lora-jax plan`: will a train step fit on the chips, said by their compiler before anyone rents them."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jax.sharding import AbstractMesh, AxisType
+
+from lora_jax.adapters import quant
+from lora_jax.adapters.config import LoraConfig
+from lora_jax.command.tasks.base import user_errors
+from lora_jax.models import presets
+from lora_jax.models.decoder_config import LlamaConfig, read_config
+from lora_jax.planning import memory_estimate, topology, train_steps
+from lora_jax.planning.collectives import Collective
+from lora_jax.planning.flops import dot_flops
+from lora_jax.sharding import AXES, make_mesh
+
+QUANTISATIONS = ("none", *quant.DTYPES)
+COMPARISONS = tuple(name for name in train_steps.STEPS if name != "lora")
+ESTIMATE, COMPILER, CPU_COMPILER = "analytic estimate", "compiler", "compiler, for CPUs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to plan.
+
+    Args:
+      model: a name of `lora_jax.models.shapes.NAMES`, a `config.json` or the directory of one.
+      rank: of every pair.
+      targets: patterns, as in `LoraConfig`.
+      batch: rows in a step, on all chips together; `None`: one for each of data x fsdp.
+      sequence: tokens in a row.
+      quantize: of what kind the layers' kernels are, or `"none"`: bfloat16, as the embedding and the head are always.
+      block: how many quantised values share a scale; `None`: 64. Only with `quantize`.
+      topology: as `lora_jax.planning.topology.read` takes it.
+      mesh: `{axis: size}` of `sharding.AXES`, the slowest first, of all chips; `None`: all along fsdp.
+      compare: other steps, of `COMPARISONS`.
+
+    Raises:
+      ValueError: an option is out of range, or they do not go together.
+    """
+
+    model: str
+    rank: int = 16
+    targets: Sequence[str] = train_steps.PROJECTIONS
+    batch: int | None = None
+    sequence: int = 2048
+    quantize: str = "none"
+    block: int | None = None
+    topology: str = "v5p:1x1x1"
+    mesh: Mapping[str, int] | None = None
+    compare: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "sequence"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.quantize not in QUANTISATIONS:
+            raise ValueError(f"quantize must be one of {', '.join(QUANTISATIONS)}, not {self.quantize!r}")
+        if self.quantize != "none":
+            quant.check("quantize", self.quantize, self.block)
+        elif self.block is not None:
+            raise ValueError("block is for a quantised base only: leave it out, or say how to quantise")
+        unknown = [name for name in self.compare if name not in COMPARISONS]
+        if unknown:
+            raise ValueError(f"compare takes {', '.join(COMPARISONS)}, not {', '.join(map(repr, unknown))}")
+        chips, axes = topology.read(self.topology).count, self.axes()
+        if math.prod(axes.values()) != chips:
+            raise ValueError(
+                f"mesh: {_axes(axes)} has {math.prod(axes.values())} places, but {self.topology} has {chips} chips, and all "
+                "are used"
+            )
+        if self.rows() % self._parts():
+            raise ValueError(
+                f"batch: the {self.batch} rows are cut along data and fsdp into {self._parts()} parts: take a multiple of that"
+            )
+
+    def axes(self) -> dict[str, int]:
+        """The mesh, also where none was asked for."""
+        if self.mesh is None:
+            return {"fsdp": topology.read(self.topology).count}
+        for name, size in self.mesh.items():
+            if name not in AXES or size < 1:
+                raise ValueError(f"mesh takes {', '.join(AXES)}, each with a size of at least 1, not {name}={size}")
+        return dict(self.mesh)
+
+    def rows(self) -> int:
+        """The rows of the batch, also where no number was asked for."""
+        return self._parts() if self.batch is None else self.batch
+
+    def _parts(self) -> int:
+        axes = self.axes()
+        return axes.get("data", 1) * axes.get("fsdp", 1)
+
+
+def _axes(axes: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in axes.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """What one train step needs on one chip.
+
+    Args:
+      step: `"lora"`, or one of `COMPARISONS`.
+      source: `"compiler"`, `"analytic estimate"`, or beside that for a GPU `"compiler, for CPUs"`.
+      trainable: numbers that are trained.
+      optimizer_bytes: Adam's moments.
+      flops: of all matrix products, over all layers and chips, from the jaxpr.
+      argument_bytes: parameters, adapters, moments and the batch.
+      temporary_bytes: all else; see `topology.Compiled`.
+      peak_bytes_per_chip: the most that is held at once; of a program that does not fit what its compiler says it needs.
+      fits: whether that is no more than the chip has; `None` where it is not known what it has.
+      compiler_flops: the compiler's own count for a chip, the body of a scan once.
+      compiler_seconds: the compiler's own estimate of the time, the body of a scan once.
+      collectives: `{kind: Collective}`, over all layers; `None` where nothing was compiled.
+      unknown_loops: how many loops with collectives have an unknown number of iterations; they count as one.
+      error: what the compiler says where the step does not fit.
+    """
+
+    step: str
+    source: str
+    trainable: int
+    optimizer_bytes: int
+    flops: int
+    argument_bytes: int
+    temporary_bytes: int | None
+    peak_bytes_per_chip: int | None
+    fits: bool | None
+    compiler_flops: float | None = None
+    compiler_seconds: float | None = None
+    collectives: Mapping[str, Collective] | None = None
+    unknown_loops: int = 0
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The answer, for each of the chips.
+
+    Args:
+      request: what was asked.
+      mesh: of the chips.
+      batch: rows in a step.
+      parameters: numbers in the base.
+      chips: how many there are.
+      chip: what one is called.
+      hbm_bytes_per_chip: what a program can use of its memory; `None` for a CPU.
+      steps: the step that trains the adapters, and those it is compared with; for GPUs each from both sources.
+      note: what to know about the figures.
+    """
+
+    request: Request
+    mesh: Mapping[str, int]
+    batch: int
+    parameters: int
+    chips: int
+    chip: str
+    hbm_bytes_per_chip: int | None
+    steps: tuple[StepPlan, ...]
+    note: str
+
+    def to_json(self) -> str:
+        """As JSON text; `peak_bytes_per_chip` is that of the step that trains the adapters."""
+        peak = self.steps[0].peak_bytes_per_chip
+        return json.dumps({**dataclasses.asdict(self), "peak_bytes_per_chip": peak}, indent=1)
+
+
+def make(request: Request, progress: Callable[[str], None] = lambda text: None) -> Plan:
+    """Compile the steps for the topology; without its compiler, estimate them.
+
+    Args:
+      request: what to plan.
+      progress: called with what is being done.
+
+    Raises:
+      UserError: the model can't be read, a target is not there, a mesh axis does not divide a parameter, or the TPU compiler
+        does not know the topology.
+    """
+    target = topology.read(request.topology)
+    with user_errors():
+        config = _config(request.model)
+        sources = list(_sources(target))  # before JAX starts: it may need more CPU devices than it has
+        setups = {source: _setup(request, config, devices) for source, devices in sources}
+    plans = []
+    for name in ("lora", *request.compare):
+        for source, setup in setups.items():
+            progress(f"{'estimating' if source == ESTIMATE else 'compiling'} the step {name} for {target.name}")
+            plans.append(_step_plan(name, setup, source, target))
+    parameters = next(iter(setups.values())).summary.parameters
+    notes = " ".join(_NOTES[source] for source in setups)
+    return Plan(
+        request, request.axes(), request.rows(), parameters, target.count, target.chip, target.hbm_bytes, tuple(plans), notes
+    )
+
+
+_COMPILED = (
+    "FLOPs are those of all matrix products over all layers and chips; the compiler's own FLOPs and seconds are a chip's and "
+    "count the layers, which are a scan, once."
+)
+_NOTES = {
+    COMPILER: "Bytes are those of the compiler: temporaries are what it reserves, the peak is what is held at once "
+    f"with the arguments. {_COMPILED}",
+    ESTIMATE: "ANALYTIC ESTIMATE where it says so: the bytes of the arguments and the FLOPs are exact; the temporaries are "
+    "estimated. For TPUs there is a compiler: pip install 'lora-jax[plan]'.",
+    CPU_COMPILER: "What a compiler makes of the same step for CPUs is beside it, which may hold bfloat16 products in float32. "
+    f"{_COMPILED}",
+}
+
+
+def _sources(target: topology.Topology) -> Iterator[tuple[str, Sequence[Any] | None]]:
+    """Where figures come from, and the devices to compile for."""
+    if target.platform == "gpu" or (target.platform == "tpu" and not topology.has_libtpu()):
+        yield ESTIMATE, None
+    if target.platform != "tpu" or topology.has_libtpu():
+        yield CPU_COMPILER if target.platform == "gpu" else COMPILER, topology.devices(target)
+
+
+def _setup(request: Request, config: LlamaConfig, devices: Sequence[Any] | None) -> train_steps.Setup:
+    axes = request.axes()
+    types = (AxisType.Auto,) * len(axes)
+    mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types) if devices is None else make_mesh(axes, devices)
+    quantize = None if request.quantize == "none" else request.quantize
+    adapters = LoraConfig(rank=request.rank, targets=request.targets)
+    return train_steps.prepare(mesh, config, adapters, request.rows(), request.sequence, quantize, request.block or 64)
+
+
+def _config(model: str) -> LlamaConfig:
+    if model in presets.NAMES:
+        return presets.named(model)
+    path = pathlib.Path(model)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"model: {model} is neither a config.json nor one of {', '.join(presets.NAMES)}")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"model: {file} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"model: {file} must hold a JSON object, not {type(fields).__name__}")
+    try:
+        return read_config(fields)
+    except ValueError as error:
+        raise ValueError(f"model: {file}: {error}") from None
+
+
+def _step_plan(name: str, setup: train_steps.Setup, source: str, target: topology.Topology) -> StepPlan:
+    step = train_steps.STEPS[name](setup)
+    arguments = train_steps.chip_bytes(step.args)
+    traced = step.jitted.trace(*step.args)
+    if source == ESTIMATE:
+        temporary = memory_estimate.temporary_bytes(name, setup)
+        found = topology.Compiled(arguments, temporary, arguments + temporary)
+    else:
+        found = topology.compile_for(target, traced)
+    peak, hbm = found.peak_bytes, None if source == CPU_COMPILER else target.hbm_bytes
+    return StepPlan(
+        step=name,
+        source=source,
+        trainable=step.trainable,
+        optimizer_bytes=step.optimizer_bytes,
+        flops=dot_flops(traced.jaxpr),
+        argument_bytes=arguments if found.argument_bytes is None else found.argument_bytes,
+        temporary_bytes=found.temporary_bytes,
+        peak_bytes_per_chip=peak,
+        fits=False if found.error else None if hbm is None or peak is None else peak <= hbm,
+        compiler_flops=found.compiler_flops,
+        compiler_seconds=found.compiler_seconds,
+        collectives=None if found.traffic is None else found.traffic.kinds,
+        unknown_loops=0 if found.traffic is None else found.traffic.unknown_loops,
+        error=found.error,
+    )

@@ -1,0 +1,66 @@
+"""A plan as text."""
+
+from collections.abc import Callable
+
+from lora_jax.planning.plan import Plan, StepPlan
+
+
+def table(plan: Plan) -> str:
+    """A plan as text, with a column for each step."""
+    request = plan.request
+    base = "bfloat16" if request.quantize == "none" else f"{request.quantize} (embedding and head bfloat16)"
+    hbm = "" if plan.hbm_bytes_per_chip is None else f" with {_gib(plan.hbm_bytes_per_chip)} each"
+    mesh = ", ".join(f"{name}={size}" for name, size in plan.mesh.items())
+    lines = [
+        f"{request.model}: {plan.parameters:,} parameters, {base}",
+        f"rank {request.rank} on {', '.join(request.targets)}; {plan.batch} x {request.sequence} tokens",
+        f"{request.topology}: {plan.chips} x {plan.chip}{hbm}" + (f"; mesh {mesh}" if plan.chips > 1 else ""),
+        "",
+    ]
+    rows = {**_ROWS, **{kind: _moved(kind) for step in plan.steps for kind in step.collectives or ()}}
+    cells = [("on each chip" if plan.chips > 1 else "", *(step.step for step in plan.steps))]
+    cells += [(title, *map(show, plan.steps)) for title, show in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    align = [str.ljust, *[str.rjust] * len(plan.steps)]
+    lines += ["  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths)) for row in cells]
+    lines += [f"{step.step}: {step.error}" for step in plan.steps if step.error]
+    lines += [f"{step.step}: {_unknown(step.unknown_loops)}" for step in plan.steps if step.unknown_loops]
+    return "\n".join([*lines, "", plan.note])
+
+
+def _gib(count: float | None) -> str:
+    if count is None:
+        return "-"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 100 else f"{count / 2**20:.2f} MiB"
+
+
+def _tera(count: float | None) -> str:
+    if count is None:
+        return "-"
+    return f"{count / 1e12:.2f} TFLOP" if count >= 1e10 else f"{count / 1e9:.3f} GFLOP"
+
+
+def _moved(kind: str) -> Callable[[StepPlan], str]:
+    def show(step: StepPlan) -> str:
+        moved = None if step.collectives is None else step.collectives.get(kind)
+        return "-" if moved is None else f"{moved.count:,} x, {_gib(moved.bytes)}"
+
+    return show
+
+
+def _unknown(loops: int) -> str:
+    return f"how often {loops} of its loops run is not known: what they move is counted once"
+
+
+_ROWS: dict[str, Callable[[StepPlan], str]] = {
+    "figures": lambda step: step.source,
+    "trainable, all chips": lambda step: f"{step.trainable:,}",
+    "optimiser": lambda step: _gib(step.optimizer_bytes),
+    "arguments": lambda step: _gib(step.argument_bytes),
+    "temporaries": lambda step: _gib(step.temporary_bytes),
+    "peak": lambda step: _gib(step.peak_bytes_per_chip),
+    "fits": lambda step: "-" if step.fits is None else "yes" if step.fits else "NO",
+    "FLOPs, all layers and chips": lambda step: _tera(step.flops),
+    "compiler's FLOPs, layers once": lambda step: _tera(step.compiler_flops),
+    "compiler's seconds, layers once": lambda step: "-" if step.compiler_seconds is None else f"{step.compiler_seconds:.4f}",
+}

@@ -1,0 +1,195 @@
+"""Chips to plan for, compiling for TPUs on a machine that has none, and what the compilers say of a program."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any, Literal
+
+import jax
+from jax.experimental import topologies
+
+from lora_jax.planning import collectives
+
+# The compiler needs no TPU, but asks where it is; as it holds none, several processes may use it at once.
+_SETTINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# What JAX calls them, the axes of the largest, and the usable bytes of memory, as the TPU compiler states them where a program
+# is too large.
+_TPUS = {
+    "v4": ("TPU v4", (16, 16, 16), 30.75 * 2**30),
+    "v5e": ("TPU v5 lite", (16, 16), 15.75 * 2**30),
+    "v5p": ("TPU v5", (16, 20, 28), 95.73 * 2**30),
+    "v6e": ("TPU v6 lite", (16, 16), 31.24 * 2**30),
+}
+# The memory on their makers' data sheets, a GB as 10^9 bytes.
+_GPUS = {
+    "h200": ("NVIDIA H200", 141e9),
+    "h100": ("NVIDIA H100", 80e9),
+    "a100-80": ("NVIDIA A100 80GB", 80e9),
+    "a100-40": ("NVIDIA A100 40GB", 40e9),
+    "l4": ("NVIDIA L4", 24e9),
+    "rtx4090": ("NVIDIA RTX 4090", 24e9),
+}
+_TPU = re.compile(rf"({'|'.join(_TPUS)}):([1-9]\d*x[1-9]\d*(?:x[1-9]\d*)?)")
+_OTHER = re.compile(rf"({'|'.join(_GPUS)}|cpu)(?::([1-9]\d*))?")
+_TOO_LARGE = re.compile(r"\(?([\d.]+)([KMGT])\)? exceeds available HBM|Used ([\d.]+)([KMGT]) of")
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """The chips of a plan.
+
+    Args:
+      name: as it was asked for.
+      platform: of what kind they are.
+      chip: what one is called.
+      count: how many there are.
+      hbm_bytes: of memory that a program can use on each; `None` where it is not known.
+    """
+
+    name: str
+    platform: Literal["tpu", "gpu", "cpu"]
+    chip: str
+    count: int
+    hbm_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiler says of a program on one chip; `None` where it says nothing.
+
+    Args:
+      argument_bytes: of the arguments.
+      temporary_bytes: of all else that the compiler reserves, which for TPUs may be more than is held at once.
+      peak_bytes: the most that is held at once.
+      compiler_flops: as the compiler counts them: the body of a scan once, not once for each layer.
+      compiler_seconds: how long a TPU's compiler expects it to take, with the body of a scan once.
+      traffic: what it moves between the chips.
+      error: why there are no figures: it does not fit.
+    """
+
+    argument_bytes: int | None = None
+    temporary_bytes: int | None = None
+    peak_bytes: int | None = None
+    compiler_flops: float | None = None
+    compiler_seconds: float | None = None
+    traffic: collectives.Traffic | None = None
+    error: str | None = None
+
+
+def has_libtpu() -> bool:
+    """Whether the TPU compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def read(name: str) -> Topology:
+    """The topology of a name: a TPU and its shape, or a GPU or `cpu` and how many.
+
+    Raises:
+      ValueError: it is no such name.
+
+    >>> read("v5e:2x4").count, read("h100:8").chip, read("cpu").count
+    (8, 'NVIDIA H100', 1)
+    """
+    if found := _TPU.fullmatch(name):
+        (chip, largest, hbm), shape = _TPUS[found[1]], [int(size) for size in found[2].split("x")]
+        if len(shape) != len(largest) or any(size > most for size, most in zip(sorted(shape), largest)):
+            raise ValueError(
+                f"topology: {name} is not within {found[1]}:{'x'.join(map(str, largest))}, the largest of its kind"
+            )
+        return Topology(name, "tpu", chip, math.prod(shape), int(hbm))
+    if found := _OTHER.fullmatch(name):
+        count = int(found[2] or 1)
+        if found[1] == "cpu":
+            return Topology(name, "cpu", "cpu", count, None)
+        chip, hbm = _GPUS[found[1]]
+        return Topology(name, "gpu", chip, count, int(hbm))
+    raise ValueError(
+        f"topology must be a TPU and its shape, such as v5e:2x2, v5p:1x1x1 or v6e:4x4 (of {', '.join(_TPUS)}), or one of "
+        f"{', '.join(_GPUS)}, cpu, with a number of chips such as h100:8, not {name!r}"
+    )
+
+
+def devices(topology: Topology) -> list[Any]:
+    """The devices to compile for: those of a TPU, or as many CPUs as there are chips.
+
+    Raises:
+      ValueError: the TPU compiler knows no such topology, or JAX was started with fewer CPU devices.
+    """
+    if topology.platform != "tpu":
+        return _cpus(topology.count)
+    for variable, value in _SETTINGS.items():
+        os.environ.setdefault(variable, value)
+    # A chip of a v4 has two cores, which one program uses as if they were one.
+    options = {"chip_config_name": "megacore"} if topology.name.startswith("v4") else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"topology: the TPU compiler does not take {topology.name!r}: {_first_line(error)}") from None
+    if len(found) != topology.count:
+        raise ValueError(f"topology: {topology.name} has {len(found)} devices for the TPU compiler, not {topology.count}")
+    return list(found)
+
+
+def _cpus(count: int) -> list[Any]:
+    if count > 1:
+        with contextlib.suppress(RuntimeError):  # JAX has started: it has what it has
+            jax.config.update("jax_num_cpu_devices", count)
+    found = jax.devices("cpu")
+    if len(found) < count:
+        raise ValueError(
+            f"topology: {count} CPU devices are needed and JAX has {len(found)}: set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return found[:count]
+
+
+def compile_for(topology: Topology, traced: Any) -> Compiled:
+    """Compile a traced function whose arguments are on the devices of a topology.
+
+    Returns:
+      What the compiler says. If the program does not fit, that, and the bytes it would need if they are told.
+    """
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Compiled(peak_bytes=_needed(str(error)), error=_first_line(error))
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    seconds, on_tpu = cost.get("optimal_seconds", 0.0), topology.platform == "tpu"
+    # The peak that a CPU's compiler states is without temporaries.
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    held += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.peak_memory_in_bytes if on_tpu else held,
+        cost["flops"],
+        seconds if on_tpu and seconds > 0 else None,  # it may be negative for integers
+        collectives.read(compiled.as_text()),
+    )
+
+
+def _needed(message: str) -> int | None:
+    """The bytes that the compiler would need.
+
+    >>> _needed("the total memory required (62.5G) exceeds available HBM (15.75G)") == 62.5 * 2**30
+    True
+    """
+    found = _TOO_LARGE.search(message)
+    if found is None:
+        return None
+    number, unit = found.group(1, 2) if found.group(1) else found.group(3, 4)
+    return int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,1 @@
+"""Train steps, optimisers, losses, checkpoints, and many sets at once."""

@@ -1,0 +1,253 @@
+"""Ragged products in a function that is vmapped over rows.
+
+JAX cannot vmap a ragged product whose matrices all rows share (experts), and where each row picks a matrix of a stack it
+gathers them. `evaluate` runs such a function with a vmap rule for either: the rows are joined to one ragged product, sorted by
+the matrix that each needs. Everything else is evaluated as it stands.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core import jax_compat
+from lora_jax.core.transform import is_array
+
+Equation = jax_compat.Equation
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["stack", "number"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Picked:
+    """`stack[number]`, zero for a number below 0, not gathered yet.
+
+    Args:
+      stack: `(matrices, ...)`.
+      number: a scalar, which differs from row to row; the rows are sorted by it, those below 0 last.
+    """
+
+    stack: Any
+    number: Any
+
+    @property
+    def value(self) -> jax.Array:
+        return _gathered(self.stack, self.number)
+
+    def map(self, fn: Callable[[Any], Any]) -> "Picked":
+        """`fn` applied to each matrix."""
+        return Picked(jax.vmap(fn)(self.stack), self.number)
+
+
+def _gathered(stack: Any, number: Any) -> jax.Array:
+    """A number beyond the stack gives NaN."""
+    found = stack.at[number].get(mode="fill", fill_value=jnp.nan)
+    return jnp.where(number < 0, jnp.zeros_like(found), found)
+
+
+def _is_picked(value: Any) -> bool:
+    return isinstance(value, Picked)
+
+
+def _plain(value: Any) -> Any:
+    return value.value if _is_picked(value) else value
+
+
+def call(fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn(*args)`, of which some leaves are `Picked`, with the rules of this module."""
+    leaves, treedef = jax.tree.flatten(args, is_leaf=_is_picked)
+    traced = [leaf for leaf in leaves if _is_picked(leaf) or is_array(leaf)]
+
+    def flat(*arrays: Any) -> Any:
+        rest = iter(arrays)
+        return fn(*jax.tree.unflatten(treedef, [next(rest) if _is_picked(x) or is_array(x) else x for x in leaves]))
+
+    jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*[jax.eval_shape(_plain, leaf) for leaf in traced])
+    results = evaluate(*jax_compat.open_jaxpr(jaxpr), traced)
+    return jax.tree.unflatten(jax.tree.structure(out), results)
+
+
+def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """Evaluate an open jaxpr on values of which some are `Picked`; the results are plain."""
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
+    read = lambda v: v.val if isinstance(v, jax_compat.Literal) else env[v]
+    for eqn in jaxpr.eqns:
+        with jax_compat.source_scope(eqn):
+            env.update(zip(eqn.outvars, _apply(eqn, [read(v) for v in eqn.invars])))
+    return [_plain(read(v)) for v in jaxpr.outvars]
+
+
+def _apply(eqn: Equation, values: list[Any]) -> list[Any]:
+    name = eqn.primitive.name
+    if name in _PRODUCTS:
+        return [_PRODUCTS[name](eqn, *values)]
+    if any(map(_is_picked, values)) and name in _MOVES:
+        (picked,) = values
+        return [picked.map(lambda matrix: jax_compat.bind(eqn, [matrix])[0])]
+    if name in _CONTROL and (any(map(_is_picked, values)) or _has_ragged(eqn)):
+        return _CONTROL[name](eqn, values)
+    return jax_compat.bind(eqn, list(map(_plain, values)))
+
+
+def _has_ragged(eqn: Equation) -> bool:
+    inner = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple | list) else [value])]
+    jaxprs = [jaxpr for jaxpr, _ in map(jax_compat.open_jaxpr, inner) if hasattr(jaxpr, "eqns")]
+    return any(sub.primitive.name == "ragged_dot_general" or _has_ragged(sub) for jaxpr in jaxprs for sub in jaxpr.eqns)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def _dot_general(eqn: Equation, lhs: Any, rhs: Any) -> Any:
+    """A product of an activation with a picked matrix."""
+    (lc, rc), (lb, _) = eqn.params["dimension_numbers"]
+    if _is_picked(lhs) == _is_picked(rhs) or lb:
+        return jax_compat.bind(eqn, [_plain(lhs), _plain(rhs)])[0]
+    x, picked, xc, pc = (rhs, lhs, rc, lc) if _is_picked(lhs) else (lhs, rhs, lc, rc)
+    x_free = [d for d in range(x.ndim) if d not in xc]
+    p_shape = picked.stack.shape[1:]
+    p_free = [d for d in range(len(p_shape)) if d not in pc]
+    size = math.prod(x.shape[d] for d in xc)
+    rows = lax.transpose(x, (*x_free, *xc)).reshape(-1, size)
+    matrices = lax.transpose(picked.stack, (0, *(d + 1 for d in (*pc, *p_free)))).reshape(len(picked.stack), size, -1)
+    precision, dtype = eqn.params["precision"], eqn.params["preferred_element_type"]
+    if isinstance(precision, tuple) and _is_picked(lhs):
+        precision = precision[::-1]
+    result = _pick_and_multiply(precision, dtype)(rows, matrices, picked.number)
+    x_sizes, p_sizes = [x.shape[d] for d in x_free], [p_shape[d] for d in p_free]
+    result = result.reshape(*x_sizes, *p_sizes)
+    n = len(x_free)
+    return lax.transpose(result, (*range(n, result.ndim), *range(n))) if _is_picked(lhs) else result
+
+
+@functools.cache
+def _pick_and_multiply(precision: Any, dtype: Any) -> Callable[..., Any]:
+    """`x stack[number]`, `(rows, in)` by `(matrices, in, out)`; vmapped over x and the number, one ragged product."""
+
+    def multiply(x: Any, stack: Any, number: Any) -> Any:
+        return lax.dot(x, _gathered(stack, number), precision=precision, preferred_element_type=dtype)
+
+    product = jax.custom_batching.custom_vmap(multiply)
+
+    @product.def_vmap
+    def _(axis_size: int, batched: Sequence[bool], x: Any, stack: Any, number: Any) -> tuple[Any, bool]:
+        if list(batched) != [True, False, True]:
+            return jax.vmap(multiply, in_axes=tuple(0 if b else None for b in batched))(x, stack, number), True
+        count = len(stack)
+        zero = jnp.concatenate([stack, jnp.zeros_like(stack[:1])])  # the matrix of rows without one
+        sizes = x.shape[1] * jnp.bincount(jnp.where(number < 0, count, number), length=count + 1)
+        flat = x.reshape(axis_size * x.shape[1], -1)
+        result = lax.ragged_dot(flat, zero, sizes.astype(jnp.int32), precision, dtype).reshape(axis_size, x.shape[1], -1)
+        return jnp.where((number < count)[:, None, None], result, jnp.full_like(result, jnp.nan)), True
+
+    return product
+
+
+def _ragged_dot(eqn: Equation, x: Any, matrices: Any, sizes: Any, *offset: Any) -> Any:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (xc, wc), (xb, _) = numbers.dot_dimension_numbers
+    group = numbers.rhs_group_dimensions
+    values = x, _plain(matrices), sizes, *offset
+    if (xc, xb) != ((1,), ()) or numbers.lhs_ragged_dimensions != (0,) or len(group) != 1 or offset:
+        return jax_compat.bind(eqn, list(map(_plain, values)))[0]
+    free = next(d for d in range(3) if d not in (*group, *wc))
+    ordered = lax.transpose(values[1], (group[0], wc[0], free))
+    return _shared(eqn.params["precision"], eqn.params["preferred_element_type"])(_plain(x), ordered, sizes)
+
+
+@functools.cache
+def _shared(precision: Any, dtype: Any) -> Callable[..., Any]:
+    """`lax.ragged_dot`; vmapped over all but the matrices, one ragged product of all rows, sorted by their group.
+
+    The derivative is written out, since JAX can't transpose a function with a vmap rule of its own.
+    """
+
+    def multiply(x: Any, matrices: Any, sizes: Any) -> Any:
+        return lax.ragged_dot(x, matrices, sizes, precision, dtype)
+
+    def gradient(x: Any, matrices: Any, sizes: Any, out: Any) -> Any:
+        return jax.linear_transpose(lambda matrices: multiply(x, matrices, sizes), matrices)(out)[0]
+
+    shared = jax.custom_batching.custom_vmap(multiply)
+    of_matrices = jax.custom_batching.custom_vmap(gradient)
+    product = jax.custom_vjp(shared)
+
+    def backward(operands: Any, out: Any) -> tuple[Any, Any, None]:
+        x, matrices, sizes = operands
+        return _shared(precision, x.dtype)(out, matrices.mT, sizes), of_matrices(x, matrices, sizes, out), None
+
+    product.defvjp(lambda *operands: (shared(*operands), operands), backward)
+
+    @of_matrices.def_vmap
+    def _(axis_size: int, batched: Sequence[bool], *operands: Any) -> tuple[Any, bool]:
+        return jax.vmap(gradient)(*_spread(axis_size, batched, operands)), True
+
+    @shared.def_vmap
+    def _(axis_size: int, batched: Sequence[bool], x: Any, matrices: Any, sizes: Any) -> tuple[Any, bool]:
+        if batched[1]:
+            return jax.vmap(multiply)(*_spread(axis_size, batched, (x, matrices, sizes))), True
+        x, sizes = _spread(axis_size, (batched[0], batched[2]), (x, sizes))
+        places = jnp.arange(x.shape[1])
+        group = jax.vmap(lambda ends: jnp.searchsorted(ends, places, side="right"))(jnp.cumsum(sizes, 1)).reshape(-1)
+        order = jnp.argsort(group, stable=True)
+        flat = x.reshape(axis_size * x.shape[1], -1)
+        result = multiply(flat[order], matrices, sizes.sum(0, dtype=sizes.dtype))
+        back = jnp.zeros_like(result).at[order].set(result, unique_indices=True)
+        return back.reshape(axis_size, x.shape[1], -1), True
+
+    return product
+
+
+def _spread(axis_size: int, batched: Sequence[bool], values: Sequence[Any]) -> list[Any]:
+    """All with the mapped axis, as JAX's own rule for ragged products wants them."""
+    return [x if has else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, has in zip(values, batched)]
+
+
+# --- control flow -----------------------------------------------------------------------------------------------------
+
+
+def _jit(eqn: Equation, values: list[Any]) -> list[Any]:
+    return evaluate(*jax_compat.open_jaxpr(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))), values)
+
+
+def _remat(eqn: Equation, values: list[Any]) -> list[Any]:
+    jaxpr, consts = jax_compat.open_jaxpr(eqn.params["jaxpr"])
+    body = lambda *args: evaluate(jaxpr, consts, args)
+    return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])(*values)
+
+
+def _cond(eqn: Equation, values: list[Any]) -> list[Any]:
+    index, *operands = values
+    branch = lambda jaxpr: lambda *args: evaluate(*jax_compat.open_jaxpr(jaxpr), args)
+    return lax.switch(index, [branch(jaxpr) for jaxpr in eqn.params["branches"]], *operands)
+
+
+def _scan(eqn: Equation, values: list[Any]) -> list[Any]:
+    """A picked stack of layers is scanned with its layers in front."""
+    parts = jax_compat.scan_parts(eqn, values)
+    jaxpr, consts = jax_compat.open_jaxpr(parts.jaxpr)
+    carry = list(map(_plain, parts.carry))
+    xs = [jnp.moveaxis(x.stack, 1, 0) if _is_picked(x) else x for x in parts.xs]
+
+    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        own = [Picked(x, whole.number) if _is_picked(whole) else x for x, whole in zip(xs, parts.xs)]
+        results = evaluate(jaxpr, consts, [*parts.consts, *carry, *own])
+        return results[: len(carry)], results[len(carry) :]
+
+    options = {"length": parts.length, "reverse": parts.reverse, "unroll": parts.unroll}
+    carry, ys = lax.scan(body, carry, xs, **options)
+    return [*carry, *ys]
+
+
+_PRODUCTS: dict[str, Callable[..., Any]] = {"dot_general": _dot_general, "ragged_dot_general": _ragged_dot}
+_MOVES = ("convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "rev", "copy", "name")
+_CONTROL: dict[str, Callable[[Equation, list[Any]], list[Any]]] = {
+    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), _jit),
+    **dict.fromkeys(("remat2", "checkpoint", "remat"), _remat),
+    "cond": _cond,
+    "scan": _scan,
+}

@@ -1,0 +1,227 @@
+"""Train steps that differentiate the adapters only, jitted or pmapped, and an evaluation step."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax import sharding
+from lora_jax.core.adapter import Adapter, attach
+from lora_jax.training.optim import optimizer
+
+LossFn = Callable[[Any, Any, jax.Array], Any]
+_AXIS = "batch"
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "adapters", "opt_state", "key", "skipped"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a train step changes.
+
+    Args:
+      step: int32 scalar, the steps made, skipped ones included.
+      adapters: `{path: adapter}`.
+      opt_state: the state of `optimizer(tx)` over the adapters.
+      key: a PRNG key; step i uses `fold_in(key, i)`.
+      skipped: int32 scalar, the steps whose loss or gradient was not finite.
+    """
+
+    step: jax.Array
+    adapters: Any
+    opt_state: Any
+    key: jax.Array
+    skipped: jax.Array
+
+
+def init_state(adapters: Mapping[str, Adapter], tx: optax.GradientTransformation, *, key: jax.Array) -> TrainState:
+    """The state before the first step. The adapters are copied, since steps donate the state.
+
+    Where the adapters are on a mesh, so is all of the state, the optimiser's moments like the adapters. Of shapes
+    (`jax.ShapeDtypeStruct`) it makes shapes.
+    """
+
+    def start(adapters: dict[str, Adapter], key: jax.Array) -> TrainState:
+        copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+        zero = lambda: jnp.zeros((), jnp.int32)
+        copies = copy(adapters)
+        return TrainState(zero(), copies, optimizer(tx).init(copies), copy(key), zero())
+
+    arrays = dict(adapters)
+    if any(map(sharding.on_mesh, jax.tree.leaves(arrays))):
+        return sharding.make(start, lambda state: sharding.state_shardings(state, arrays), arrays, key)
+    return jax.eval_shape(start, arrays, key) if sharding.is_abstract((arrays, key)) else start(arrays, key)
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    max_grad_norm: float | None = None,
+    like: TrainState | None = None,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]:
+    """A jitted step `(state, variables, batch) -> (state, metrics)`; the state is donated.
+
+    The loss is differentiated with respect to the adapters only. A step whose loss or gradient is not finite changes neither
+    adapters nor optimiser state and is counted.
+
+    Args:
+      loss_fn: `(params, batch, key) -> loss` or `(loss, aux)`; `params` is the attached tree, for `lora(fn)`.
+      tx: the optimiser of the trained leaves.
+      accumulate: the number of equal microbatches that the batch's leading axis is cut into, one after the other; gradient,
+        loss and aux are their means.
+      max_grad_norm: clip the gradient to this global norm (`optax.clip_by_global_norm`).
+      like: a state on a mesh, or its shapes: the results stay where it is. Left to itself the compiler may cut them further,
+        and the second step is then compiled again.
+
+    Returns:
+      The step. Its metrics are `loss`, `grad_norm` (before clipping), `skipped` (so far) and, if there is one, `aux`.
+
+    >>> import jax, jax.numpy as jnp, optax, lora_jax as lj
+    >>> def model(params, x):
+    ...     return x @ params["w"]
+    >>> params, x = {"w": jnp.eye(3)}, jnp.ones((4, 3))
+    >>> adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=1), model, params, x)
+    >>> def loss_fn(params, batch, key):
+    ...     return jnp.mean((lj.lora(model)(params, batch) - 2.0) ** 2)
+    >>> state = init_state(adapters, optax.adam(0.1), key=jax.random.key(1))
+    >>> step = make_train_step(loss_fn, optax.adam(0.1), accumulate=2)
+    >>> for _ in range(50):
+    ...     state, metrics = step(state, params, x)
+    >>> bool(metrics["loss"] < 0.1), int(metrics["skipped"])
+    (True, 0)
+    """
+    check_options(accumulate, max_grad_norm)
+    step = functools.partial(update, loss_fn, tx, accumulate, max_grad_norm, None)
+    where = None if like is None else (jax.tree.map(lambda leaf: leaf.sharding, like), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=where)
+
+
+def make_pmap_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    max_grad_norm: float | None = None,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]:
+    """`make_train_step` under `jax.pmap`: gradients, loss and aux are averaged over the devices.
+
+    The step takes a state and variables that `replicate` put on every device, and a batch whose leaves have a leading axis of
+    the number of devices. Each device has a dropout key of its own. Metrics have the leading axis too; all its entries are
+    equal.
+    """
+    check_options(accumulate, max_grad_norm)
+    step = functools.partial(update, loss_fn, tx, accumulate, max_grad_norm, _AXIS)
+    return jax.pmap(step, axis_name=_AXIS, donate_argnums=0)
+
+
+def replicate(tree: Any, devices: Any = None) -> Any:
+    """A copy of the tree on each device, under a new leading axis, as `make_pmap_train_step` wants it."""
+    devices = jax.local_devices() if devices is None else devices
+    mesh = jax.sharding.Mesh(devices, (_AXIS,))
+    on_devices = jax.sharding.NamedSharding(mesh, jax.P(_AXIS))
+
+    def spread(leaf: Any) -> jax.Array:
+        copies = [jax.device_put(jnp.asarray(leaf)[None], device) for device in devices]
+        return jax.make_array_from_single_device_arrays((len(devices), *leaf.shape), on_devices, copies)
+
+    return jax.tree.map(spread, tree)
+
+
+def unreplicate(tree: Any) -> Any:
+    """The first device's copy of a replicated tree."""
+    return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def make_eval_step(metric_fn: Callable[[Any, Any], Any]) -> Callable[[Mapping[str, Adapter], Any, Any], Any]:
+    """A jitted `(adapters, variables, batch) -> metric_fn(params, batch)`; nothing is donated, no dropout."""
+    return jax.jit(lambda adapters, variables, batch: metric_fn(attach(variables, adapters), batch))
+
+
+def check_options(accumulate: int, max_grad_norm: float | None) -> None:
+    """Raise a ValueError where an option of a step is out of range."""
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate must be a whole number of at least 1, not {accumulate!r}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be positive, not {max_grad_norm!r}")
+
+
+def update(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    accumulate: int,
+    max_grad_norm: float | None,
+    axis_name: str | None,
+    state: TrainState,
+    variables: Any,
+    batch: Any,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One step, not compiled; under `pmap`, averaged over `axis_name`."""
+    key = jax.random.fold_in(state.key, state.step)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    loss, aux, grads = _gradient(loss_fn, state.adapters, variables, batch, key, accumulate)
+    if axis_name is not None:
+        loss, aux, grads = jax.lax.pmean((loss, aux, grads), axis_name)
+    norm = optax.tree.norm(grads)
+    if max_grad_norm is not None:
+        clip = optax.clip_by_global_norm(max_grad_norm)
+        grads, _ = clip.update(grads, clip.init(grads))
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    def changed() -> tuple[Any, Any]:
+        updates, opt_state = optimizer(tx).update(grads, state.opt_state, state.adapters)
+        return optax.apply_updates(state.adapters, updates), opt_state
+
+    # One `cond`, not a `where` for each leaf: XLA would copy every donated moment at the start of the program.
+    adapters, opt_state = jax.lax.cond(finite, changed, lambda: (state.adapters, state.opt_state))
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    state = TrainState(state.step + 1, adapters, opt_state, state.key, skipped)
+    metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped}
+    return state, metrics if aux is None else {**metrics, "aux": aux}
+
+
+def _gradient(
+    loss_fn: LossFn, adapters: Any, variables: Any, batch: Any, key: jax.Array, accumulate: int
+) -> tuple[jax.Array, Any, Any]:
+    """Loss, aux and gradient, each the mean over the microbatches."""
+
+    def loss_and_aux(adapters: Mapping[str, Adapter], batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        out = loss_fn(attach(variables, adapters), batch, key)
+        return out if isinstance(out, tuple) else (out, None)
+
+    def one(batch: Any, key: jax.Array) -> tuple[Any, Any, Any]:
+        (loss, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(adapters, batch, key)
+        return loss, aux, grads
+
+    if accumulate == 1:
+        return one(batch, key)
+    batches = jax.tree.map(lambda leaf: _cut(leaf, accumulate), batch)
+    keys = jax.random.split(key, accumulate)
+    shapes = jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], (batches, keys)))
+    with jax.numpy_dtype_promotion("standard"):
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
+
+    def add(total: Any, microbatch: Any) -> tuple[Any, None]:
+        return jax.tree.map(lambda t, new: t + new.astype(t.dtype), total, one(*microbatch)), None
+
+    total, _ = jax.lax.scan(add, zeros, (batches, keys))
+    floats = lambda t, s: s.dtype if jnp.issubdtype(s.dtype, jnp.floating) else t.dtype
+    return jax.tree.map(lambda t, s: (t / accumulate).astype(floats(t, s)), total, shapes)
+
+
+def _cut(leaf: Any, accumulate: int) -> Any:
+    if jnp.ndim(leaf) == 0 or leaf.shape[0] % accumulate:
+        raise ValueError(
+            f"accumulate: a leaf of the batch has the shape {jnp.shape(leaf)}; its leading axis can't be cut into "
+            f"{accumulate} equal microbatches"
+        )
+    return leaf.reshape(accumulate, leaf.shape[0] // accumulate, *leaf.shape[1:])

@@ -1,0 +1,296 @@
+"""GGUF files: the same model as from safetensors, dequantised; the tokenizer; files that lie."""
+
+import dataclasses
+import json
+import pathlib
+import struct
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lora_jax.huggingface.gguf_reader import GgufFile
+from lora_jax.models import gguf_files, llama
+from lora_jax.models.decoder_config import read_config
+
+DATA = pathlib.Path(__file__).parents[1] / "data" / "llama"
+BASE = DATA.parent / "peft" / "llama" / "base"
+THEIRS = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
+}  # fmt: skip
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def permute(tensor, heads):
+    """llama.cpp's order of the rows of queries and keys: row i and row i + half of a head side by side."""
+    half = tensor.shape[0] // heads // 2
+    rows = [head * 2 * half + side * half + i for head in range(heads) for i in range(half) for side in (0, 1)]
+    return tensor[rows]
+
+
+def gguf_name(name):
+    name = name.removeprefix("model.")
+    module, _, kind = name.rpartition(".")
+    layer = ""
+    if module.startswith("layers."):
+        _, i, module = module.split(".", 2)
+        layer = f"blk.{i}."
+    return f"{layer}{THEIRS[module]}.{kind}"
+
+
+def write(file, name, quantise=None, tokens=None, extra=None, architecture=None, **metadata):
+    """A tiny model of tests/data as a GGUF file, by the package that llama.cpp's converter uses."""
+    directory = BASE if name == "base" else DATA / name
+    config = llama.load(directory).config
+    kind = "qwen2" if name == "qwen2" else "llama"
+    writer = gguf.GGUFWriter(file, architecture or kind)
+    sizes = {
+        "add_context_length": config.max_position_embeddings,
+        "add_embedding_length": config.hidden_size,
+        "add_block_count": config.num_hidden_layers,
+        "add_feed_forward_length": config.intermediate_size,
+        "add_head_count": config.num_attention_heads,
+        "add_head_count_kv": config.num_key_value_heads,
+        "add_key_length": config.head_dim,
+        "add_value_length": config.head_dim,
+        "add_rope_dimension_count": config.head_dim,
+        "add_rope_freq_base": config.rope_theta,
+        "add_layer_norm_rms_eps": config.rms_norm_eps,
+    }
+    for method, value in {**sizes, **metadata}.items():
+        getattr(writer, method)(value)
+    if tokens:
+        write_tokenizer(writer, "smollm" if tokens is True else tokens)
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor)
+    for hf, tensor in load_file(directory / "model.safetensors").items():
+        tensor = tensor.astype(np.float32)
+        if kind == "llama" and ".q_proj." in hf:
+            tensor = permute(tensor, config.num_attention_heads)
+        if kind == "llama" and ".k_proj." in hf:
+            tensor = permute(tensor, config.num_key_value_heads)
+        if quantise is not None and tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            writer.add_tensor(gguf_name(hf), gguf.quants.quantize(tensor, quantise), raw_dtype=quantise)
+        else:
+            writer.add_tensor(gguf_name(hf), tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+ALPHABET = ["<|end|>", "<|user|>", *"abcdehlorw", "Ġ", "Ċ", "1", "2", "he", "ll", "hell", "hello", "<tool>"]
+MERGES = ["h e", "l l", "he ll", "hell o"]
+
+
+def write_tokenizer(writer, split):
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(ALPHABET)
+    writer.add_token_types([4 if word == "<tool>" else 3 if word.startswith("<|") else 1 for word in ALPHABET])
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(0)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write(tmp_path / "tiny.gguf", "base", tokens=True)
+
+
+LINEAR = {"add_rope_scaling_type": gguf.RopeScalingType.LINEAR, "add_rope_scaling_factor": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "changes"),
+    [
+        ("base", {}, {}),
+        ("linear", LINEAR, {}),
+        ("mistral", {"add_sliding_window": 4}, {}),
+        ("qwen2", {}, {"sliding_window": None, "sliding_layers": ()}),  # llama.cpp slides on no layer of Qwen2
+    ],
+)
+def test_the_same_model_as_from_safetensors(tmp_path, name, metadata, changes):
+    got, want = llama.load(write(tmp_path / "tiny.gguf", name, **metadata)), llama.load(BASE if name == "base" else DATA / name)
+    changes = {"bos_token_id": None, "eos_token_ids": (), **changes}
+    assert got.config == dataclasses.replace(want.config, **changes)
+    assert got.names == want.names
+    jax.tree.map(np.testing.assert_array_equal, got.variables, want.variables)
+
+
+def test_scanned_and_cast(file):
+    got = llama.load(file, scan_layers=True, dtype=jnp.bfloat16)
+    want = llama.load(BASE, scan_layers=True, dtype=jnp.bfloat16)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), got.variables) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), want.variables
+    )
+    same = jax.tree.map(
+        lambda g, w: np.array_equal(np.asarray(g, np.float32), np.asarray(w, np.float32)), got.variables, want.variables
+    )
+    assert all(jax.tree.leaves(same))
+    assert (got.config.bos_token_id, got.config.eos_token_ids, got.config.pad_token_id) == (1, (0,), 0)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1", "Q5_0"])
+def test_quantised(tmp_path, kind):
+    quantised = gguf.GGMLQuantizationType[kind]
+    got = llama.load(write(tmp_path / "tiny.gguf", "base", quantised)).variables
+    want = llama.load(BASE).variables
+    bits = {"F16": 11, "BF16": 8, "Q8_0": 7, "Q4_1": 3, "Q5_0": 4}[kind]
+    for near, exact in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert float(jnp.abs(near - exact).max()) <= 2.0**-bits * float(jnp.abs(exact).max())
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_rope_scaling_of_llama_3(tmp_path, factor):
+    config = read_config({**json.loads((BASE / "config.json").read_text()), "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192}})  # fmt: skip
+    plain = dataclasses.replace(config, rope_scaling=None).frequencies()
+    divisors = {"rope_freqs.weight": plain / config.frequencies()}
+    file = write(tmp_path / "tiny.gguf", "base", extra=divisors, add_rope_freq_base=5e5)
+    assert llama.load(file).config.rope_scaling == config.rope_scaling
+    other = write(tmp_path / "other.gguf", "base", extra={"rope_freqs.weight": np.float32([1, 2, 3, 9])})
+    with pytest.raises(ValueError, match=r"the divisors in rope_freqs\.weight are not those of Llama 3"):
+        llama.load(other)
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer(file):
+    tokenizer = gguf_files.tokenizer(file)
+    text = "<|user|>hello hell2 12\n<tool>held<|end|>"
+    encoded = tokenizer.encode(text)
+    words = ["<|user|>", "hello", "Ġ", "hell", "2", "Ġ", "1", "2", "Ċ", "<tool>", "he", "l", "d", "<|end|>"]
+    assert encoded.tokens == words and encoded.ids == [ALPHABET.index(word) for word in words]
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
+    assert tokenizer.decode(encoded.ids) == text.replace("<|user|>", "").replace("<|end|>", "")
+    assert gguf_files.chat_template(file) == TEMPLATE
+    assert gguf_files.special_tokens(file) == {"bos_token": "<|user|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    again = type(tokenizer).from_str(tokenizer.to_str())
+    assert again.encode(text).ids == encoded.ids
+
+
+def test_tokens_around_a_text(tmp_path):
+    options = {"add_add_bos_token": True, "add_add_eos_token": True}
+    file = write(tmp_path / "tiny.gguf", "base", tokens=True, **options)
+    assert gguf_files.tokenizer(file).encode("hello").tokens == ["<|user|>", "hello", "<|end|>"]
+    assert gguf_files.tokenizer(file).encode("hello", add_special_tokens=False).tokens == ["hello"]
+
+
+@pytest.mark.parametrize("split", ["llama-bpe", "qwen2", "gpt-2"])
+def test_other_ways_to_split(tmp_path, split):
+    file = write(tmp_path / "tiny.gguf", "base", tokens=split)
+    words = gguf_files.tokenizer(file).encode("hello 12").tokens
+    assert words == [*(["<|user|>"] if split == "llama-bpe" else []), "hello", "Ġ", "1", "2"]
+    assert (
+        len(gguf_files.tokenizer(file).pre_tokenizer.pre_tokenize_str(" 1234"))
+        == {"llama-bpe": 3, "qwen2": 5, "gpt-2": 1}[split]
+    )
+
+
+def test_other_tokenizers(tmp_path):
+    with pytest.raises(ValueError, match="its tokenizer is 'gpt2' with the splitting 'deepseek-llm'"):
+        gguf_files.tokenizer(write(tmp_path / "tiny.gguf", "base", tokens="deepseek-llm"))
+    bare = write(tmp_path / "bare.gguf", "base")
+    assert gguf_files.chat_template(bare) is None
+    with pytest.raises(ValueError, match="its tokenizer is None"):
+        gguf_files.tokenizer(bare)
+    with pytest.raises(ValueError, match=r"has no tokenizer\.ggml\.tokens, a list of texts"):
+        gguf_files.special_tokens(bare)
+
+
+# --- files that lie ---------------------------------------------------------------------------------------------------
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def header(entries, tensors=0, version=3):
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, len(entries)) + b"".join(entries)
+
+
+HOSTILE = {
+    "empty": (b"", "is no GGUF file"),
+    "other file": (b"PK\x03\x04" + bytes(40), "is no GGUF file"),
+    "cut in the magic": (b"GGUF\x03", "is truncated"),
+    "version": (header([], version=1), "has the GGUF version 1"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "little-endian"),
+    "many entries": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "is truncated"),
+    "many tensors": (header([], tensors=2**60), "is truncated"),
+    "long text": (header([struct.pack("<Q", 2**62)]), "is truncated"),
+    "long array": (header([text("a") + struct.pack("<IIQ", 9, 4, 2**60)]), "is truncated"),
+    "long array of bytes": (header([text("a") + struct.pack("<IIQ", 9, 0, 2**60)]), "is truncated"),
+    "long array of texts": (header([text("a") + struct.pack("<IIQ", 9, 8, 2**60)]), "is truncated"),
+    "nested arrays": (header([text("a") + struct.pack("<IIQ", 9, 9, 1) * 5000]), "an array of the type 9"),
+    "type": (header([text("a") + struct.pack("<I", 77)]), "unknown type 77"),
+    "not UTF-8": (header([struct.pack("<Q", 2) + b"\xff\xfe"]), "is not UTF-8"),
+    "axes": (header([], tensors=1) + text("t") + struct.pack("<I", 2**31), r"has 2147483648 axes"),
+    "alignment": (header([text("general.alignment") + struct.pack("<II", 4, 0)]), r"general\.alignment must be a positive"),
+    "no architecture": (header([]), "the architecture is None"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_headers(tmp_path, case):
+    content, message = HOSTILE[case]
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        llama.load(tmp_path / "bad.gguf")
+
+
+LIES = {
+    "other architecture": ({"architecture": "mamba"}, "the architecture is 'mamba'"),
+    "experts": ({"add_expert_count": 4}, "is a mixture of experts"),
+    "part of a head": ({"add_rope_dimension_count": 4}, "only heads of one size, rotated whole"),
+    "layers": ({"add_block_count": 10**6}, "at most 10000 can be read"),
+    "more layers": ({"add_block_count": 9}, "has 3 layers; the configuration asks for 9"),
+    "sizes": ({"add_feed_forward_length": 40}, r"mlp\.gate_proj\.weight has the shape \(48, 32\); the configuration asks for \(40, 32\)"),
+    "yarn": ({"add_rope_scaling_type": gguf.RopeScalingType.YARN}, "the rope scaling is 'yarn'"),
+    "no heads": ({"add_head_count": 0}, "must be a positive whole number, not 0"),
+    "heads by layer": ({"add_head_count": [4, 4, 2]}, r"must be a positive whole number, not \[4, 4, 2\]"),
+    "unknown tensor": ({"extra": {"blk.0.attn_sinks.weight": np.ones(3, np.float32)}}, r"unexpected tensors blk\.0\.attn_sinks\.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_lies(tmp_path, case):
+    changes, message = LIES[case]
+    with pytest.raises(ValueError, match=message):
+        llama.load(write(tmp_path / "bad.gguf", "base", **changes))
+
+
+def test_truncated_or_mutated(file, tmp_path):
+    content = file.read_bytes()
+    bad = tmp_path / "bad.gguf"
+    random = np.random.default_rng(0)
+    for _ in range(30):
+        bad.write_bytes(content[: random.integers(len(content) - 40)])
+        with pytest.raises(ValueError, match=r"truncated|no GGUF"):
+            llama.load(bad)
+    end = GgufFile(file)._start
+    for _ in range(60):  # some changes are harmless, as one in the chat template
+        changed = bytearray(content)
+        changed[random.integers(end)] = random.integers(256)
+        bad.write_bytes(changed)
+        for read in (llama.load, gguf_files.tokenizer):
+            try:
+                read(bad)
+            except ValueError as error:
+                assert str(bad) in str(error)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        llama.load(tmp_path / "nothing.gguf")

@@ -1,0 +1,224 @@
+"""Train steps: what they compute, what they leave alone, and that both flows and all devices agree."""
+
+import flax.training.train_state
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax import export
+from jax.sharding import NamedSharding
+
+import lora_jax as lj
+from tests.core.test_identity import distance
+from tests.support.frontends import normal, params
+
+pytestmark = pytest.mark.usefixtures("lenient")  # optax promotes dtypes
+X, VARIABLES = normal(9, 16, 8), params(jnp.float32, w=(8, 6), u=(6, 4))
+ADAM = optax.adam(1e-2)
+
+
+def model(p, x):
+    return jnp.tanh(x @ p["w"]) @ p["u"]
+
+
+def loss_fn(p, batch, key=None):
+    return jnp.mean((lj.lora(model, key=key)(p, batch) - 1.0) ** 2)
+
+
+def start(tx=ADAM, **options):
+    adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=2, **options), model, VARIABLES, X)
+    return adapters, lj.train.init_state(adapters, tx, key=jax.random.key(1))
+
+
+def same(first, second):
+    return all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+
+
+def test_a_step_is_the_optimisers_step_on_merged_weights():
+    adapters, state = start()
+    state, metrics = lj.train.make_train_step(loss_fn, ADAM)(state, VARIABLES, X)
+    merged = lambda a: jnp.mean((model(lj.merge(VARIABLES, a), X) - 1.0) ** 2)
+    loss, grads = jax.value_and_grad(merged)(adapters)
+    updates, _ = ADAM.update(grads, ADAM.init(adapters), adapters)
+    assert distance(state.adapters, optax.apply_updates(adapters, updates)) < 1e-5
+    assert distance((metrics["loss"], metrics["grad_norm"]), (loss, optax.tree.norm(grads))) < 1e-5
+    assert int(state.step) == 1 and int(metrics["skipped"]) == 0 and set(metrics) == {"loss", "grad_norm", "skipped"}
+
+
+@pytest.mark.parametrize("clip", ["none", "inside", "outside"])
+def test_the_whole_tree_flow_equals_the_adapter_flow(clip):
+    """Flax's TrainState over the attached tree: a global-norm clip, wherever it stands, sees the adapters only."""
+    norm = optax.clip_by_global_norm(0.05)
+    tx = {
+        "none": lj.optimizer(ADAM),
+        "inside": lj.optimizer(optax.chain(norm, ADAM)),
+        "outside": optax.chain(norm, lj.optimizer(ADAM)),
+    }[clip]
+    adapters, state = start()
+    step = lj.train.make_train_step(loss_fn, ADAM, max_grad_norm=None if clip == "none" else 0.05)
+    create = flax.training.train_state.TrainState.create
+    whole = create(apply_fn=lj.lora(model), params=lj.attach(VARIABLES, adapters), tx=tx)
+    update = jax.jit(lambda whole, x: whole.apply_gradients(grads=jax.grad(lambda p: loss_fn(p, x))(whole.params)))
+    for _ in range(5):
+        state, _ = step(state, VARIABLES, X)
+        whole = update(whole, X)
+    variables, trained = lj.detach(whole.params)
+    assert distance(trained, adapters) > 0.05
+    assert distance(trained, state.adapters) < 1e-5
+    assert same(variables, VARIABLES)
+
+
+def test_one_trace_and_one_compilation_over_ten_steps():
+    traces = []
+
+    def counted(p, x):
+        traces.append(None)
+        return model(p, x)
+
+    _, state = start()
+    step = lj.train.make_train_step(lambda p, batch, key: lj.lora(counted)(p, batch).mean(), ADAM)
+    for _ in range(10):
+        state, _ = step(state, VARIABLES, X)
+    assert len(traces) == 1 and step._cache_size() == 1
+
+
+def test_only_the_state_is_donated():
+    adapters, state = start()
+    lj.train.make_train_step(loss_fn, ADAM)(state, VARIABLES, X)
+    assert state.adapters["w"].a.is_deleted()
+    assert not adapters["w"].a.is_deleted() and not VARIABLES["w"].is_deleted()
+
+
+def test_accumulation_is_the_mean_over_microbatches():
+    tx = optax.sgd(0.1)
+    with_aux = lambda p, batch, key: (loss_fn(p, batch), {"count": jnp.int32(3), "mean": batch.mean()})
+    (_, state), (_, other) = start(tx), start(tx)
+    whole, parts = lj.train.make_train_step(with_aux, tx), lj.train.make_train_step(with_aux, tx, accumulate=4)
+    for _ in range(3):
+        state, want = whole(state, VARIABLES, X)
+        other, got = parts(other, VARIABLES, X)
+    assert distance(other.adapters, state.adapters) < 1e-5
+    assert distance((got["loss"], got["aux"]["mean"]), (want["loss"], want["aux"]["mean"])) < 1e-5
+    assert float(got["aux"]["count"]) == 3.0
+    with pytest.raises(ValueError, match=r"a leaf of the batch has the shape \(15, 8\); its leading axis can't be cut into 4"):
+        parts(other, VARIABLES, X[:15])
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_step_keeps_every_dtype(accumulate):
+    _, state = start(dtype="bfloat16")
+    before = [leaf.dtype for leaf in jax.tree.leaves(state)]
+    step = lj.train.make_train_step(loss_fn, ADAM, accumulate=accumulate)
+    for _ in range(2):
+        state, _ = step(state, VARIABLES, X)
+    assert [leaf.dtype for leaf in jax.tree.leaves(state)] == before
+    assert step._cache_size() == 1
+
+
+def infinite_gradient(p, batch, key):
+    return jnp.sqrt(jnp.sum(lj.lora(model)(p, batch) * 0.0))
+
+
+BAD = {
+    "nan_in_the_batch": (loss_fn, X.at[3, 0].set(jnp.nan), 1),
+    "nan_in_one_microbatch": (loss_fn, X.at[15, 0].set(jnp.nan), 4),
+    "gradient_alone": (infinite_gradient, X, 1),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name):
+    loss, batch, accumulate = BAD[name]
+    _, state = start()
+    state, _ = lj.train.make_train_step(loss_fn, ADAM)(state, VARIABLES, X)
+    before = jax.tree.map(jnp.copy, (state.adapters, state.opt_state))
+    state, metrics = lj.train.make_train_step(loss, ADAM, accumulate=accumulate, max_grad_norm=1.0)(state, VARIABLES, batch)
+    assert same((state.adapters, state.opt_state), before)
+    assert int(metrics["skipped"]) == int(state.skipped) == 1 and int(state.step) == 2
+    state, metrics = lj.train.make_train_step(loss_fn, ADAM)(state, VARIABLES, X)
+    assert int(metrics["skipped"]) == 1 and bool(jnp.isfinite(metrics["loss"])) and not same(state.adapters, before[0])
+
+
+def test_each_step_has_its_own_dropout():
+    tx = optax.sgd(0.0)
+    _, state = start(tx, dropout=0.5)
+    moved = jax.tree.map(lambda leaf: leaf + 1.0, state.adapters)
+    state = lj.train.init_state(moved, tx, key=jax.random.key(1))
+    step, losses = lj.train.make_train_step(loss_fn, tx), []
+    for _ in range(3):
+        state, metrics = step(state, VARIABLES, X)
+        losses.append(float(metrics["loss"]))
+    assert len(set(losses)) == 3
+    again = lj.train.init_state(moved, tx, key=jax.random.key(1))
+    assert float(step(again, VARIABLES, X)[1]["loss"]) == losses[0]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_eight_devices_give_the_losses_of_one(accumulate):
+    options = {"accumulate": accumulate, "max_grad_norm": 0.1}
+    step, mapped = lj.train.make_train_step(loss_fn, ADAM, **options), lj.train.make_pmap_train_step(loss_fn, ADAM, **options)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = lambda tree, *spec: jax.device_put(tree, NamedSharding(mesh, jax.P(*spec)))
+    (_, state), (_, sharded), (_, replicated) = start(), start(), start()
+    sharded, replicated = place(sharded), lj.train.replicate(replicated)
+    everywhere, copies = place(VARIABLES), lj.train.replicate(VARIABLES)
+    for i in range(10):
+        batch = normal(20 + i, 16, 8)
+        state, want = step(state, VARIABLES, batch)
+        sharded, by_jit = step(sharded, everywhere, place(batch, "d"))
+        replicated, by_pmap = mapped(replicated, copies, batch.reshape(8, 2, 8))
+        assert float(by_jit["loss"]) == pytest.approx(float(want["loss"]), rel=5e-6)
+        assert by_pmap["loss"].tolist() == [pytest.approx(float(want["loss"]), rel=5e-6)] * 8
+    assert distance(lj.train.unreplicate(replicated).adapters, state.adapters) < 1e-5
+
+
+def test_one_bad_device_skips_the_step_on_all():
+    step, (_, state) = lj.train.make_pmap_train_step(loss_fn, ADAM), start()
+    state, before = lj.train.replicate(state), state.adapters
+    batch = X.at[3, 0].set(jnp.nan).reshape(8, 2, 8)
+    state, metrics = step(state, lj.train.replicate(VARIABLES), batch)
+    assert metrics["skipped"].tolist() == [1] * 8
+    assert same(lj.train.unreplicate(state).adapters, before)
+
+
+def test_heads_trained_whole_and_an_evaluation_step():
+    variables = VARIABLES | {"head": normal(5, 4, 2), "bias": jnp.zeros(2)}
+    fn = lambda p, x: model(p, x) @ p["head"] + p["bias"]
+    config = lj.LoraConfig(rank=2, targets=["w"], train=["head", "bias"])
+    adapters = lj.init(jax.random.key(0), config, fn, variables, X)
+    state = lj.train.init_state(adapters, ADAM, key=jax.random.key(1))
+    step = lj.train.make_train_step(lambda p, batch, key: jnp.mean((lj.lora(fn)(p, batch) - 1.0) ** 2), ADAM)
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, variables, X)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    evaluate = lj.train.make_eval_step(lambda p, batch: {"out": lj.lora(fn)(p, batch)})
+    out = evaluate(state.adapters, variables, X)["out"]
+    assert distance(out, fn(lj.merge(variables, state.adapters), X)) < 1e-5
+    assert all(distance(state.adapters[name].value, variables[name] + 1e-9) > 1e-2 for name in ("head", "bias"))
+
+
+def test_an_exported_step_serialises_loads_and_lowers_for_accelerators():
+    """Over the leaves, since a serialised pytree may hold standard containers only."""
+    _, state = start(dropout=0.2)
+    step = lj.train.make_train_step(loss_fn, ADAM)
+    leaves, structure = jax.tree.flatten((state, VARIABLES, X))
+    flat = jax.jit(lambda *leaves: jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves))))
+    for platform in ("tpu", "cuda"):
+        assert export.export(flat, platforms=[platform])(*leaves).platforms == (platform,)
+    loaded = export.deserialize(export.export(flat)(*leaves).serialize())
+    got = loaded.call(*leaves)
+    want = jax.tree.leaves(step(state, VARIABLES, X))
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    assert distance([g for g in got if not is_key(g)], [w for w in want if not is_key(w)]) < 1e-6
+
+
+@pytest.mark.parametrize("options,text", [
+    ({"accumulate": 0}, "accumulate must be a whole number of at least 1, not 0"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm must be positive, not 0.0"),
+])  # fmt: skip
+@pytest.mark.parametrize("make", [lj.train.make_train_step, lj.train.make_pmap_train_step])
+def test_options(make, options, text):
+    with pytest.raises(ValueError, match=text):
+        make(loss_fn, ADAM, **options)
