@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import sharding
-from lora_jax.adapters import quant
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.initializers import from_shapes
-from lora_jax.core import paths
+from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, Full, Layout, LowRank, Rows, attach
 from lora_jax.core.methods import vera
 from lora_jax.core.methods.dora import column_norm
@@ -139,7 +138,7 @@ def _table(parameter: Parameter) -> Layout | None:
 
 
 def _rows_of(rows: Rows, config: LoraConfig, leaf: Any) -> Rows:
-    return dataclasses.replace(rows, values=rows.pick(quant.dense(leaf)).astype(config.dtype))
+    return dataclasses.replace(rows, values=rows.pick(quantized.dense(leaf)).astype(config.dtype))
 
 
 # --- which parameters -------------------------------------------------------------------------------------------------
@@ -303,7 +302,7 @@ def _extra(
     if config.method == "vera":
         extra |= vera.scales(pair.layout, parameter.shape, pair.rank, config.d_initial, config.dtype)
     if config.dora:
-        extra["magnitude"] = column_norm(quant.dense(leaf), pair).astype(config.dtype)
+        extra["magnitude"] = column_norm(quantized.dense(leaf), pair).astype(config.dtype)
     if config.lora_bias:
         out_shape = tuple(parameter.shape[axis] for axis in (*pair.layout.batch, *pair.layout.outputs))
         extra |= {"bias": jnp.zeros(out_shape, config.dtype), "bias_path": _bias_beside(parameter, out_shape, parameters)}

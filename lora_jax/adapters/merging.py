@@ -10,6 +10,7 @@ from lora_jax.adapters import quant
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, Full, LowRank, Rows, attach, is_adapted, wide_dtype
 from lora_jax.core.methods.dora import gain
+from lora_jax.core.quantized import dense
 from lora_jax.core.weight import Factor
 
 Quantized = Literal["error", "dense", "requantize"]
@@ -56,7 +57,7 @@ def merge(variables: Any, adapters: Mapping[str, Adapter], *, check: bool = Fals
         leaves, _ = paths.flatten(merged)
         biases = [getattr(adapter, "bias_path", None) for adapter in adapters.values()]
         places = dict.fromkeys([*adapters, *filter(None, biases)])
-        bad = [path for path in places if not bool(jnp.isfinite(quant.dense(leaves[path])).all())]
+        bad = [path for path in places if not bool(jnp.isfinite(dense(leaves[path])).all())]
         if bad:
             raise ValueError(f"merging makes NaN or infinite values in {', '.join(bad)}; the base is unchanged")
     return merged
@@ -103,9 +104,9 @@ def _all_folded(variables: Any, adapters: Mapping[str, Adapter], sign: float, qu
     def one(node: Any) -> Any:
         if not is_adapted(node):
             return node
-        dense = _folded(quant.dense(node.base), node.adapter, sign)
+        folded = _folded(dense(node.base), node.adapter, sign)
         again = quantized == "requantize" and paths.is_quantized(node.base)
-        return quant.rounded_like(dense, node.base) if again else dense
+        return quant.rounded_like(folded, node.base) if again else folded
 
     return _with_biases(jax.tree.map(one, attach(variables, adapters), is_leaf=is_adapted), adapters, sign)
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters import algebra, initializers, merging, quant
+from lora_jax.adapters import algebra, initializers, merging
 from lora_jax.command import run
 from lora_jax.command.tasks import classify
 from lora_jax.command.tasks.base import user_errors
 from lora_jax.command.tasks.registry import check_task, task_module
-from lora_jax.core import paths
+from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, LowRank, attach
 from lora_jax.core.transform import lora
 from lora_jax.data import labelled
@@ -86,7 +86,7 @@ def inspect(directory: pathlib.Path) -> list[Row]:
     base = _base_at_hand(config)
     adapters = load_adapters(directory, base.model.variables if base else None)
     weights = paths.flatten(base.model.variables)[0] if base else {}
-    return [_row(path, adapter, quant.dense(weights.get(path))) for path, adapter in adapters.items()]
+    return [_row(path, adapter, quantized.dense(weights.get(path))) for path, adapter in adapters.items()]
 
 
 def _base_at_hand(config: run.RunConfig) -> Any:

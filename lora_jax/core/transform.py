@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.adapters import quant
-from lora_jax.core import jax_compat, paths
+from lora_jax.core import jax_compat, paths, quantized
 from lora_jax.core.adapter import FROZEN, Adapted, Adapter, Full, check, is_adapted
 from lora_jax.core.methods.terms import term
 from lora_jax.core.paths import is_quantized
@@ -139,9 +138,9 @@ def _value(path: str, node: Any, walk: Walk, freeze: bool) -> Any:
     """What stands in a parameter's place: an array, or a `Weight`."""
     hold = _stop_gradient if freeze else lambda leaf: leaf
     if not is_adapted(node):
-        return quant.frozen(hold(node))
+        return quantized.frozen(hold(node))
     check(path, node.adapter, node.base.shape)
-    adapter, base = _hold_frozen(node.adapter), quant.base(hold(node.base))
+    adapter, base = _hold_frozen(node.adapter), quantized.base(hold(node.base))
     if isinstance(adapter, Full):
         return adapter.value.astype(base.dtype)
     return Weight(base, (term(path, base, adapter, walk),))
@@ -197,7 +196,7 @@ def trace(fn: Callable[..., Any], treedef: Any, leaves: Sequence[Any], args: Seq
         result["static"] = [None if is_array(leaf) else (leaf,) for leaf in out]
         return [leaf for leaf in out if is_array(leaf)]
 
-    jaxpr = jax.make_jaxpr(flat)(*[quant.dense_shape(leaf) for t, leaf in zip(traced, leaves) if t])
+    jaxpr = jax.make_jaxpr(flat)(*[quantized.dense_shape(leaf) for t, leaf in zip(traced, leaves) if t])
 
     def unflatten(arrays: list[Any]) -> Any:
         rest = iter(arrays)

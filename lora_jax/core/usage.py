@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import quant
-from lora_jax.core import paths
+from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Layout, is_adapted
 from lora_jax.core.transform import Walk, is_array, trace
 from lora_jax.core.weight import Factor, Term, Use, Weight
@@ -111,7 +110,7 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
     w linear Layout(batch=(), inputs=(1,), outputs=(0,))
     """
     nodes, treedef = paths.flatten(params, is_leaf=is_adapted)
-    leaves = [quant.dense_shape(node.base if is_adapted(node) else node) for node in nodes.values()]
+    leaves = [quantized.dense_shape(node.base if is_adapted(node) else node) for node in nodes.values()]
     walk, reached = Walk(probing=True), set()
 
     def run(leaves: list[Any], args: Any, kwargs: Any) -> None:

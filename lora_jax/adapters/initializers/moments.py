@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters import quant
-from lora_jax.core import paths
+from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, Layout, LowRank, attach, is_adapted
 from lora_jax.core.transform import Walk, trace
 from lora_jax.core.weight import RANK, Factor, Term, Weight
@@ -70,7 +69,7 @@ def moments(
         walk = Walk()
         traced = trace(fn, treedef, leaves, args, kwargs)
         tapped = lambda path, leaf: _tapped(path, leaf, layouts[path], taps[path], walk)
-        values = [tapped(path, leaf) if path in layouts else quant.frozen(leaf) for path, leaf in zip(nodes, leaves)]
+        values = [tapped(path, leaf) if path in layouts else quantized.frozen(leaf) for path, leaf in zip(nodes, leaves)]
         results = [leaf for leaf in jax.tree.leaves(traced.run(values, walk)) if _is_float(leaf)]
         return sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in results), jnp.zeros(()))
 
@@ -111,7 +110,7 @@ def _tapped(path: str, leaf: Any, layout: Layout, tap: jax.Array, walk: Walk) ->
     _, inputs = _sizes(layout, leaf.shape)
     eye = jnp.eye(inputs).reshape(*(leaf.shape[axis] for axis in layout.inputs), inputs)
     term = Term((Factor(eye, (*layout.inputs, RANK)),), path, walk, tap=Factor(tap, (*layout.batch, RANK)))
-    return Weight(quant.base(leaf), (term,))
+    return Weight(quantized.base(leaf), (term,))
 
 
 def _split(tap: jax.Array, layout: Layout, shape: tuple[int, ...]) -> Moments:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lora_jax.adapters import quant
 from lora_jax.adapters.algebra import fit, kernel_matrices
 from lora_jax.adapters.initializers.common import Adapters, as_kernel, change, sides, svd, with_kernels
-from lora_jax.core import paths
+from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, LowRank
 
 DTYPES = ("nf4", "int4", "int8")
@@ -49,7 +49,7 @@ def loftq(
     pairs = with_kernels(variables, adapters)
     for path, (kernel, pair) in pairs.items():
         _check_block(path, kernel.shape, pair, block)
-    quant.qwix()
+    quantized.qwix()
     found = {path: _loftq(kernel, pair, dtype, block, iterations) for path, (kernel, pair) in pairs.items()}
     leaves, treedef = paths.flatten(variables)
     leaves |= {path: base for path, (base, _) in found.items()}
@@ -71,7 +71,9 @@ def _loftq(kernel: jax.Array, pair: LowRank, dtype: str, block: int | None, iter
     flat = kernel_matrices(kernel, pair.layout)
 
     def turn(_: Any, state: tuple[jax.Array, LowRank]) -> tuple[jax.Array, LowRank]:
-        rounded = quant.dense(quant.rounded(flat - change(state[1]), dtype, 1, block)).astype(kernel.dtype).astype(flat.dtype)
+        rounded = (
+            quantized.dense(quant.rounded(flat - change(state[1]), dtype, 1, block)).astype(kernel.dtype).astype(flat.dtype)
+        )
         return rounded, fit(pair, *svd(flat - rounded))
 
     start = jax.tree.map(jnp.zeros_like, pair)

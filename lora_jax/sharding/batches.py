@@ -1,0 +1,74 @@
+"""Batches on a mesh: the rows of each device and process."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from lora_jax.sharding.mesh import AXES, named, ways
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch goes: its rows along `data` and `fsdp`.
+
+    >>> batch_sharding(make_mesh({"fsdp": 1, "model": 1}, jax.devices()[:1])).spec
+    P('fsdp',)
+    """
+    return named(mesh, (_batch_axes(mesh),))
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(name for name in AXES[:2] if name in mesh.shape)
+
+
+def batch_parts(mesh: Mesh | None) -> int:
+    """Into how many equal parts a batch is cut; without a mesh it is one.
+
+    >>> batch_parts(make_mesh({"fsdp": 1, "model": 1}, jax.devices()[:1]))
+    1
+    """
+    return 1 if mesh is None else ways(mesh, _batch_axes(mesh))
+
+
+def check_batch(mesh: Mesh | None, size: int) -> None:
+    """Raise a ValueError unless a batch of this size can be cut so."""
+    if mesh is not None and size % batch_parts(mesh):
+        axes = " and ".join(_batch_axes(mesh))
+        raise ValueError(
+            f"batch_size {size} can't be cut into the {batch_parts(mesh)} equal parts that the mesh axes {axes} ask for: "
+            f"take a multiple of {batch_parts(mesh)}"
+        )
+
+
+def round_up(mesh: Mesh | None, size: int) -> int:
+    """The next size of a batch that can be cut so."""
+    return -(-size // batch_parts(mesh)) * batch_parts(mesh)
+
+
+def batch_rows(mesh: Mesh | None, size: int) -> np.ndarray:
+    """Which rows of a batch of this size the devices of this process hold, in growing order; without a mesh, all."""
+    if mesh is None:
+        return np.arange(size)
+    parts = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
+
+
+def place_batch(mesh: Mesh | None, batch: Mapping[str, np.ndarray], size: int) -> dict[str, Any]:
+    """The batch on the mesh, from the rows that `batch_rows` says, of which each process has its own; without a mesh, as it is.
+
+    Args:
+      mesh: its axes are among `AXES`.
+      batch: arrays `(rows, ...)`.
+      size: the rows of all processes together.
+    """
+    if mesh is None:
+        return dict(batch)
+    rows, sharding = batch_rows(mesh, size), batch_sharding(mesh)
+
+    def place(array: np.ndarray) -> jax.Array:
+        part = lambda index: array[np.searchsorted(rows, np.arange(size)[index[0]])]
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, part)
+
+    return {name: place(array) for name, array in batch.items()}
