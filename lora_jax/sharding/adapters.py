@@ -36,6 +36,7 @@ def adapter_shardings(variables: Any, adapters: Mapping[str, Adapter]) -> dict[s
     Raises:
       ValueError: a path is not in the tree, its parameter has no `NamedSharding`, or that does not fit the adapter's shape.
 
+    >>> from lora_jax.sharding.mesh import make_mesh
     >>> mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     >>> from lora_jax.core.adapter import Layout
     >>> pair = LowRank(jnp.ones((4, 2)), jnp.ones((2, 6)), Layout((), (0,), (1,)))

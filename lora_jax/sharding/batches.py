@@ -13,6 +13,7 @@ from lora_jax.sharding.mesh import AXES, named, ways
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where a batch goes: its rows along `data` and `fsdp`.
 
+    >>> from lora_jax.sharding.mesh import make_mesh
     >>> batch_sharding(make_mesh({"fsdp": 1, "model": 1}, jax.devices()[:1])).spec
     P('fsdp',)
     """
@@ -26,6 +27,7 @@ def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
 def batch_parts(mesh: Mesh | None) -> int:
     """Into how many equal parts a batch is cut; without a mesh it is one.
 
+    >>> from lora_jax.sharding.mesh import make_mesh
     >>> batch_parts(make_mesh({"fsdp": 1, "model": 1}, jax.devices()[:1]))
     1
     """

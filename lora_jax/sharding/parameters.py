@@ -35,6 +35,7 @@ def parameter_shardings(
       ValueError: a pattern matches nothing; a rule names a mesh axis that does not exist, or one axis twice, or does not fit
         a parameter's shape.
 
+    >>> from lora_jax.sharding.mesh import make_mesh
     >>> mesh = make_mesh({"data": 1}, jax.devices()[:1])
     >>> parameter_shardings(mesh, {"w": jnp.ones((4, 6)), "b": jnp.ones(6)}, {"w": jax.P("data")}, fsdp="data")["b"].spec
     P('data',)
@@ -79,6 +80,7 @@ def model_shardings(mesh: Mesh, variables: Any, *, columns: Sequence[str], rows:
 def by_path(shardings: Callable[[Any], Any]) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """The sharding of one parameter by its path and shape, as loaders take it, from a function of a tree of parameters.
 
+    >>> from lora_jax.sharding.mesh import make_mesh
     >>> mesh = make_mesh({"model": 1}, jax.devices()[:1])
     >>> columns = lambda tree: model_shardings(mesh, tree, columns=("up",), rows=())
     >>> by_path(columns)("params/up/kernel", (4, 6)).spec
