@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_jax.core import paths
 from lora_jax.core.adapter import PARTS, Adapter, Full, Layout, LowRank, attach, is_adapted, wide_dtype
+from lora_jax.core.errors import InputError
 
 Adapters = Mapping[str, Adapter]
 
@@ -22,7 +23,7 @@ def scale(adapters: Adapters, factor: float) -> dict[str, LowRank]:
     """`factor` times each change.
 
     Raises:
-      ValueError: an adapter is not a plain pair: a multiple of a `Full`, of a magnitude or of a bias is no adapter of its kind.
+      InputError: an adapter is not a plain pair: a multiple of a `Full`, of a magnitude or of a bias is no adapter of its kind.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> pair = lj.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)), scale=2.0)
@@ -46,7 +47,7 @@ def add(*sets: Adapters) -> dict[str, LowRank]:
       sets: adapter sets; a parameter need not be in all of them.
 
     Raises:
-      ValueError: an adapter is not a plain pair, or the pairs of a parameter differ in layout or dropout.
+      InputError: an adapter is not a plain pair, or the pairs of a parameter differ in layout or dropout.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> pair = lj.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)), scale=2.0)
@@ -79,7 +80,7 @@ def pad_rank(adapters: Adapters, rank: int) -> dict[str, Adapter]:
     """Every pair with zeros up to a rank, so that sets of different ranks share one compiled program, or can be stacked.
 
     Raises:
-      ValueError: a pair has a higher rank; it is named.
+      InputError: a pair has a higher rank; it is named.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> pair = lj.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)))
@@ -91,7 +92,7 @@ def pad_rank(adapters: Adapters, rank: int) -> dict[str, Adapter]:
 
 def _padded(path: str, pair: LowRank, rank: int) -> LowRank:
     if pair.rank > rank:
-        raise ValueError(f"{path}: the pair has rank {pair.rank}, above {rank}: truncate it first, or pad to more")
+        raise InputError(f"{path}: the pair has rank {pair.rank}, above {rank}: truncate it first, or pad to more")
     arrays = {}
     for name in pair.children():
         if "rank" in PARTS[name]:
@@ -119,7 +120,7 @@ def truncate(adapters: Adapters, *, rank: int | None = None, energy: float | Non
         concrete arrays.
 
     Raises:
-      ValueError: not exactly one of the two is given, or it is out of range.
+      InputError: not exactly one of the two is given, or it is out of range.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> pair = lj.LowRank(jnp.diag(jnp.array([3.0, 2.0, 1.0])), jnp.eye(3), lj.Layout((), (0,), (1,)))
@@ -127,11 +128,11 @@ def truncate(adapters: Adapters, *, rank: int | None = None, energy: float | Non
     (2, 1)
     """
     if (rank is None) == (energy is None):
-        raise ValueError("truncate to a rank or to an energy: give exactly one of the two")
+        raise InputError("truncate to a rank or to an energy: give exactly one of the two")
     if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, not {rank}")
+        raise InputError(f"rank must be at least 1, not {rank}")
     if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy must be above 0 and at most 1, not {energy}")
+        raise InputError(f"energy must be above 0 and at most 1, not {energy}")
     return {path: _truncated(a, rank, energy) if isinstance(a, LowRank) else a for path, a in adapters.items()}
 
 
@@ -189,7 +190,7 @@ def difference(template: Adapters, base: Any, finetuned: Any) -> dict[str, Adapt
       finetuned: the parameters after.
 
     Raises:
-      ValueError: a path of the template is in neither tree, or does not fit; or the template has more than plain pairs.
+      InputError: a path of the template is in neither tree, or does not fit; or the template has more than plain pairs.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> template = {"w": lj.LowRank(jnp.zeros((3, 1)), jnp.zeros((1, 2)), lj.Layout((), (0,), (1,)), scale=2.0)}
@@ -199,7 +200,7 @@ def difference(template: Adapters, base: Any, finetuned: Any) -> dict[str, Adapt
     """
     for path, adapter in template.items():
         if isinstance(adapter, LowRank) and adapter.more:
-            raise ValueError(f"{path}: the template is more than a pair, for which alone a difference can be found")
+            raise InputError(f"{path}: the template is more than a pair, for which alone a difference can be found")
     before, after = (
         paths.flatten(tree, is_leaf=is_adapted)[0] for tree in (attach(base, template), attach(finetuned, template))
     )
@@ -294,7 +295,7 @@ def _plain(adapters: Adapters, verb: str) -> dict[str, LowRank]:
     """The pairs of a set that has nothing else."""
     for path, adapter in adapters.items():
         if what := _more_than_a_pair(adapter):
-            raise ValueError(f"{path}: {what} can't be {verb}, since it is more than a change of low rank: leave it out")
+            raise InputError(f"{path}: {what} can't be {verb}, since it is more than a change of low rank: leave it out")
     return {path: adapter.folded() for path, adapter in adapters.items() if isinstance(adapter, LowRank)}
 
 
@@ -314,7 +315,7 @@ def _by_path(sets: Sequence[Adapters], verb: str) -> dict[str, list[LowRank]]:
             found.setdefault(path, []).append(pair)
             first = found[path][0]
             if (first.layout, first.dropout) != (pair.layout, pair.dropout):
-                raise ValueError(
+                raise InputError(
                     f"{path}: pairs of different layouts or dropouts can't be {verb}: {first.layout} with {first.dropout}, "
                     f"{pair.layout} with {pair.dropout}"
                 )

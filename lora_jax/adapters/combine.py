@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lora_jax.adapters import algebra
 from lora_jax.core import paths
 from lora_jax.core.adapter import LowRank
+from lora_jax.core.errors import InputError
 
 Method = Literal[
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
@@ -57,7 +58,7 @@ def combine(
       `{path: pair}` of scale 1.
 
     Raises:
-      ValueError: an option is missing, not used by the method, or out of range; pairs of different ranks are to be mixed; an
+      InputError: an option is missing, not used by the method, or out of range; pairs of different ranks are to be mixed; an
         adapter is more than a pair.
 
     >>> import jax.numpy as jnp, lora_jax as lj
@@ -83,19 +84,19 @@ def combine(
 
 def _check(sets: Any, weights: Any, method: str, rank: Any, density: Any, majority: str, key: Any) -> None:
     if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}, not {method!r}")
+        raise InputError(f"method must be one of {', '.join(map(repr, get_args(Method)))}, not {method!r}")
     if not sets or len(sets) != len(weights):
-        raise ValueError(f"there are {len(sets)} adapter sets and {len(weights)} weights: give a weight for each set")
+        raise InputError(f"there are {len(sets)} adapter sets and {len(weights)} weights: give a weight for each set")
     if majority not in get_args(Majority):
-        raise ValueError(f"majority must be 'total' or 'frequency', not {majority!r}")
+        raise InputError(f"majority must be 'total' or 'frequency', not {majority!r}")
     trims, drops = "ties" in method or "prune" in method or "dare" in method, "dare" in method
     for name, value, used in (("density", density, trims), ("key", key, drops), ("rank", rank, method.endswith("svd"))):
         if value is not None and not used:
-            raise ValueError(f"the method {method!r} has no use for {name}: leave it out")
+            raise InputError(f"the method {method!r} has no use for {name}: leave it out")
     if trims and not (density is not None and 0 < density <= 1):
-        raise ValueError(f"the method {method!r} needs a density above 0 and at most 1, not {density}")
+        raise InputError(f"the method {method!r} needs a density above 0 and at most 1, not {density}")
     if drops and key is None:
-        raise ValueError(f"the method {method!r} drops values at random: give it a key")
+        raise InputError(f"the method {method!r} drops values at random: give it a key")
 
 
 def _listed(sets: Sequence[Any], weights: Sequence[float]) -> dict[str, list[tuple[LowRank, float]]]:
@@ -127,7 +128,7 @@ def _mixed_factors(path: str, listed: Sequence[tuple[LowRank, float]], mix: Mix,
     first = listed[0][0]
     ranks = sorted({pair.rank for pair, _ in listed})
     if len(ranks) > 1:
-        raise ValueError(f"{path}: pairs of the ranks {ranks} can't be mixed value by value: use cat, svd or an _svd method")
+        raise InputError(f"{path}: pairs of the ranks {ranks} can't be mixed value by value: use cat, svd or an _svd method")
     total = jnp.stack([_weights(pair, weight) for pair, weight in listed], 1)  # (count, sets)
     root = jnp.sqrt(jnp.abs(total))
     factors = zip(*(algebra.matrices(pair) for pair, _ in listed))

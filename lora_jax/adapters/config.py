@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from lora_jax.core import paths
+from lora_jax.core.errors import InputError
 
 FORMAT_VERSION = 2
 SINCE_2 = ("method", "dora", "lora_bias", "d_initial", "trainable_token_indices", "alora_invocation_tokens")
@@ -56,7 +57,7 @@ class LoraConfig:
         `lora(fn, active=active_from(input_ids, tokens))`.
 
     Raises:
-      ValueError: an option is out of range or of the wrong type; the message names it.
+      InputError: an option is out of range or of the wrong type; the message names it.
 
     >>> LoraConfig(rank=8, alpha=16, targets=["query", "value"]).scale(8, 16)
     2.0
@@ -100,18 +101,18 @@ class LoraConfig:
         _choice("init", self.init, ("kaiming", "gaussian", "orthogonal"))
         put("dropout", _number("dropout", self.dropout))
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+            raise InputError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         put("dtype", _float_dtype(self.dtype))
         put("alora_invocation_tokens", _invocation(self.alora_invocation_tokens))
         put("d_initial", _number("d_initial", self.d_initial))
         if not 0 < abs(self.d_initial) < float("inf"):
-            raise ValueError(f"d_initial must be finite and not zero, or nothing would be trained, not {self.d_initial!r}")
+            raise InputError(f"d_initial must be finite and not zero, or nothing would be trained, not {self.d_initial!r}")
         _choice("method", self.method, ("lora", "lora_fa", "vera"))
         for name in ("dora", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+                raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if not self.targets and not self.train and not self.trainable_token_indices:
-            raise ValueError(
+            raise InputError(
                 "targets, train and trainable_token_indices are all empty, so nothing would be trained: name a pattern in one"
             )
         self._refuse_combinations()
@@ -122,23 +123,23 @@ class LoraConfig:
         changed = lambda *names: [name for name in names if getattr(self, name) not in (defaults[name], {})]
         idle = [] if self.targets else changed("method", "dora", "lora_bias", "dropout", "alora_invocation_tokens")
         if idle:
-            raise ValueError(f"{', '.join(idle)} is for low-rank pairs, but targets is empty: leave it out, or name targets")
+            raise InputError(f"{', '.join(idle)} is for low-rank pairs, but targets is empty: leave it out, or name targets")
         if self.method == "vera":
             unused = changed("alpha", "alpha_pattern", "scaling", "init", "rank_pattern")
             if unused:
-                raise ValueError(
+                raise InputError(
                     f"method='vera' has no use for {', '.join(unused)}: its matrices are shared, of one rank, of a start of "
                     "their own, and have no scale. Leave the option out"
                 )
             if changed("dora", "lora_bias"):
-                raise ValueError("method='vera' trains a scale for each output already: leave dora and lora_bias out")
+                raise InputError("method='vera' trains a scale for each output already: leave dora and lora_bias out")
         elif changed("d_initial"):
-            raise ValueError(f"d_initial is for method='vera' only, not for {self.method!r}")
+            raise InputError(f"d_initial is for method='vera' only, not for {self.method!r}")
         odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2]
         if self.init == "orthogonal" and odd:
-            raise ValueError(f"init='orthogonal' shares each rank out over two halves, so it must be even, not {odd[0]}")
+            raise InputError(f"init='orthogonal' shares each rank out over two halves, so it must be even, not {odd[0]}")
         if self.method == "lora_fa" and self.init == "orthogonal":
-            raise ValueError("method='lora_fa' needs an init with B zero: use 'kaiming' or 'gaussian'")
+            raise InputError("method='lora_fa' needs an init with B zero: use 'kaiming' or 'gaussian'")
 
     def __hash__(self):
         return hash(self.to_json())
@@ -156,62 +157,62 @@ class LoraConfig:
         """Read what `to_json` wrote.
 
         Raises:
-          ValueError: the text is not JSON, has another format version, or a field that is unknown, missing or invalid.
+          InputError: the text is not JSON, has another format version, or a field that is unknown, missing or invalid.
         """
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"the LoRA configuration is not JSON: {error}") from None
+            raise InputError(f"the LoRA configuration is not JSON: {error}") from None
         if not isinstance(fields, dict):
-            raise ValueError(f"the LoRA configuration must be a JSON object, not {type(fields).__name__}")
+            raise InputError(f"the LoRA configuration must be a JSON object, not {type(fields).__name__}")
         version = fields.pop("format_version", None)
         if version not in (1, FORMAT_VERSION):
-            raise ValueError(f"the LoRA configuration has format version {version!r}; this lora_jax reads 1 and 2")
+            raise InputError(f"the LoRA configuration has format version {version!r}; this lora_jax reads 1 and 2")
         known = {field.name for field in dataclasses.fields(cls)} - set(SINCE_2 if version == 1 else ())
         for problem, names in (("unknown", set(fields) - known), ("missing", known - set(fields))):
             if names:
-                raise ValueError(f"the LoRA configuration has {problem} fields: {', '.join(sorted(names))}")
+                raise InputError(f"the LoRA configuration has {problem} fields: {', '.join(sorted(names))}")
         return cls(**fields)
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+        raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number, not {value!r}")
+        raise InputError(f"{name} must be a number, not {value!r}")
     return float(value)
 
 
 def _rank(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
     return value
 
 
 def _alpha(name: str, value: Any) -> float:
     if not 0 < _number(name, value) < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, not {value!r}")
+        raise InputError(f"{name} must be positive and finite, not {value!r}")
     return float(value)
 
 
 def _indices(name: str, value: Any) -> list[int]:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"{name} must be a list of whole numbers, not {value!r}")
+        raise InputError(f"{name} must be a list of whole numbers, not {value!r}")
     for item in value:
         if isinstance(item, bool) or not isinstance(item, int):
-            raise ValueError(f"{name} must be a list of whole numbers, not {value!r}")
+            raise InputError(f"{name} must be a list of whole numbers, not {value!r}")
     if len(set(value)) != len(value):
-        raise ValueError(f"{name} names an index twice: {value!r}")
+        raise InputError(f"{name} names an index twice: {value!r}")
     return list(value)
 
 
 def _rows(name: str, value: Any) -> list[int]:
     rows = _indices(name, value)
     if not rows or min(rows) < 0:
-        raise ValueError(f"{name} must be a non-empty list of indices of at least 0, not {value!r}")
+        raise InputError(f"{name} must be a non-empty list of indices of at least 0, not {value!r}")
     return rows
 
 
@@ -219,29 +220,29 @@ def _invocation(value: Any) -> list[int] | None:
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise ValueError(f"alora_invocation_tokens must be a non-empty list of token ids, not {value!r}")
+        raise InputError(f"alora_invocation_tokens must be a non-empty list of token ids, not {value!r}")
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in value):
-        raise ValueError(f"alora_invocation_tokens must be whole numbers of at least 0, not {value!r}")
+        raise InputError(f"alora_invocation_tokens must be whole numbers of at least 0, not {value!r}")
     return list(value)
 
 
 def _layers(value: Any) -> list[int]:
     layers = _indices("layers", value)
     if not layers or min(layers) < 0:
-        raise ValueError(f"layers must be a non-empty list of indices of at least 0, not {value!r}")
+        raise InputError(f"layers must be a non-empty list of indices of at least 0, not {value!r}")
     return sorted(layers)
 
 
 def _patterns(name: str, value: Any) -> list[str]:
     if isinstance(value, str | re.Pattern) or not isinstance(value, Sequence):
-        raise ValueError(f"{name} must be a list of patterns, not {value!r}; write [{value!r}]")
+        raise InputError(f"{name} must be a list of patterns, not {value!r}; write [{value!r}]")
     return [paths.normalize(pattern) for pattern in value]
 
 
 def _targets(value: Any) -> Any:
     if isinstance(value, str):
         if value not in WORDS:
-            raise ValueError(f"targets must be a list of patterns or one of {', '.join(map(repr, WORDS))}, not {value!r}; "
+            raise InputError(f"targets must be a list of patterns or one of {', '.join(map(repr, WORDS))}, not {value!r}; "
                              f"write [{value!r}] for one pattern")  # fmt: skip
         return value
     return _patterns("targets", value)
@@ -249,7 +250,7 @@ def _targets(value: Any) -> Any:
 
 def _pattern_table(name: str, value: Any, check: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a dict from pattern to value, not {value!r}")
+        raise InputError(f"{name} must be a dict from pattern to value, not {value!r}")
     return {paths.normalize(pattern): check(f"{name}[{pattern!r}]", item) for pattern, item in value.items()}
 
 
@@ -257,7 +258,7 @@ def _float_dtype(value: Any) -> str:
     try:
         dtype = jnp.dtype(value)
     except TypeError:
-        raise ValueError(f"dtype must name a floating-point dtype, not {value!r}") from None
+        raise InputError(f"dtype must name a floating-point dtype, not {value!r}") from None
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be a floating-point dtype, not {dtype.name}")
+        raise InputError(f"dtype must be a floating-point dtype, not {dtype.name}")
     return dtype.name

@@ -16,6 +16,7 @@ from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.initializers import from_shapes
 from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, Full, Layout, LowRank, Rows, attach
+from lora_jax.core.errors import InputError
 from lora_jax.core.methods import vera
 from lora_jax.core.methods.dora import column_norm
 from lora_jax.core.transform import lora
@@ -45,7 +46,7 @@ def init(
       copy them before a step of your own donates them (`train.init_state` does).
 
     Raises:
-      ValueError: a pattern matches nothing, or only parameters that can't take a pair; a rank is above a kernel's smaller
+      InputError: a pattern matches nothing, or only parameters that can't take a pair; a rank is above a kernel's smaller
         side; a layer does not exist; a method does not work for a parameter. The message names the pattern, the paths
         and what to do.
 
@@ -101,11 +102,11 @@ def _trained(leaves: Mapping[str, Any], parameters: dict[str, Parameter], config
     trained = set(paths.select(parameters, config.train, "train"))
     for path in trained:
         if not jnp.issubdtype(parameters[path].dtype, jnp.floating):
-            raise ValueError(f"train: {path} has the dtype {parameters[path].dtype}; only floats can be trained")
+            raise InputError(f"train: {path} has the dtype {parameters[path].dtype}; only floats can be trained")
         if paths.is_quantized(leaves[path]):
-            raise ValueError(f"train: {path} is quantised, so it can't be trained whole; give it a pair, or leave it dense")
+            raise InputError(f"train: {path} is quantised, so it can't be trained whole; give it a pair, or leave it dense")
         if parameters[path].kind == "unused":
-            raise ValueError(f"train: the function does not use {path}; take its pattern out of train")
+            raise InputError(f"train: the function does not use {path}; take its pattern out of train")
     return trained
 
 
@@ -116,15 +117,15 @@ def _rows(parameters: dict[str, Parameter], config: LoraConfig, trained: set[str
         for path in paths.select(parameters, [pattern], option):
             p = parameters[path]
             if path in trained or path in rows:
-                raise ValueError(f"{option}: {path} is in train, or named twice; it can have one adapter only")
+                raise InputError(f"{option}: {path} is in train, or named twice; it can have one adapter only")
             layout = _table(p)
             if layout is None:
-                raise ValueError(
+                raise InputError(
                     f"{option}: {path} of the shape {p.shape} is neither an embedding nor a head: {p.obstacle or p.kind}"
                 )
             count = p.shape[layout.inputs[0]]
             if max(indices) >= count:
-                raise ValueError(f"{option}: {path} of the shape {p.shape} has {count} rows, so there is no row {max(indices)}")
+                raise InputError(f"{option}: {path} of the shape {p.shape} has {count} rows, so there is no row {max(indices)}")
             rows[path] = Rows(None, tuple(indices), layout)
     return rows
 
@@ -154,7 +155,7 @@ def _chosen(parameters: dict[str, Parameter], config: LoraConfig, trained: set[s
         matched = paths.select(parameters, [pattern], "targets")
         left = [free[path] for path in matched if path in free]
         if not left:
-            raise ValueError(
+            raise InputError(
                 f"targets: everything that the pattern {pattern!r} matches is in exclude, train or trainable_token_indices: "
                 f"{', '.join(matched)}"
             )
@@ -162,7 +163,7 @@ def _chosen(parameters: dict[str, Parameter], config: LoraConfig, trained: set[s
         able = {p.path: p for p in left if not p.obstacle}
         if not able:
             listing = "".join(f"\n  {p.path} {p.shape}: {p.obstacle}" for p in left)
-            raise ValueError(
+            raise InputError(
                 f"targets: the pattern {pattern!r} matches only parameters that can't take a low-rank pair:{listing}\n"
                 "Name others, or train these whole with LoraConfig(train=[...])"
             )
@@ -178,7 +179,7 @@ def _by_word(word: str, free: dict[str, Parameter]) -> list[Parameter]:
     chosen = [p for p in candidates if p.kind == "linear" and not p.obstacle]
     if not chosen:
         near = "".join(f"\n  {p.path} {p.shape}: {p.obstacle or p.kind}" for p in list(free.values())[:8])
-        raise ValueError(f"targets={word!r} finds no kernel to adapt. The first parameters are:{near}")
+        raise InputError(f"targets={word!r} finds no kernel to adapt. The first parameters are:{near}")
     return chosen
 
 
@@ -186,7 +187,7 @@ def _refuse_mixed(candidates: Iterable[Parameter]) -> None:
     mixed = [p for p in candidates if p.mixed]
     if mixed:
         listing = "".join(f"\n  {p.path} {p.shape}: {p.obstacle}" for p in mixed)
-        raise ValueError(
+        raise InputError(
             f"targets: these kernels are also used in a way that is not low-rank, so they can't take a pair:{listing}\n"
             "Put them into LoraConfig(exclude=[...]), or train them whole with LoraConfig(train=[...])"
         )
@@ -203,7 +204,7 @@ def layer_index(path: str) -> int | None:
     """
     found = [match for component in path.split("/") if (match := _LAYER.fullmatch(component))]
     if len(found) > 1:
-        raise ValueError(f"layers: {path} has several numbered components, so its layer is not clear: use a pattern instead")
+        raise InputError(f"layers: {path} has several numbered components, so its layer is not clear: use a pattern instead")
     return int(found[0][1]) if found else None
 
 
@@ -217,20 +218,20 @@ def _in_layers(chosen: list[Parameter], config: LoraConfig) -> dict[str, Paramet
     for p in chosen:
         index = indices[p.path]
         if index is None and len(p.stack_axes) > 1:
-            raise ValueError(f"layers: {p.path} is stacked along the axes {p.stack_axes}, so its layers are not clear")
+            raise InputError(f"layers: {p.path} is stacked along the axes {p.stack_axes}, so its layers are not clear")
         if index is None and p.stack_axes:
             numbered |= set(range(p.shape[p.stack_axes[0]]))
         if index in config.layers or (index is None and p.stack_axes):
             kept[p.path] = p
     missing = sorted(set(config.layers) - numbered)
     if missing:
-        raise ValueError(
+        raise InputError(
             f"layers: no target parameter is in layer {', '.join(map(str, missing))}; the layers found are "
             f"{', '.join(map(str, sorted(numbered))) or '(none)'}"
         )
     for pattern in () if isinstance(config.targets, str) else config.targets:
         if not any(paths.matches(path, pattern) for path in kept):
-            raise ValueError(f"layers: nothing that the target {pattern!r} matches is in the layers {list(config.layers)}")
+            raise InputError(f"layers: nothing that the target {pattern!r} matches is in the layers {list(config.layers)}")
     return kept
 
 
@@ -324,7 +325,7 @@ def _check_method(parameter: Parameter, config: LoraConfig) -> None:
     options["alora_invocation_tokens"] = config.alora_invocation_tokens is not None
     wrong = [name for name, on in options.items() if on]
     if parameter.kind == "embedding" and wrong:
-        raise ValueError(
+        raise InputError(
             f"{wrong[0]}: {parameter.path} is an embedding, for which {wrong[0]}={getattr(config, wrong[0])!r} does not work "
             "(its A starts at zero, and a lookup has neither bias nor tokens before it): take it out of the targets"
         )
@@ -336,11 +337,11 @@ def _layout(parameter: Parameter, config: LoraConfig) -> Layout:
         return layout
     ndim = len(parameter.shape)
     if any(not -ndim <= axis < ndim for axis in batch_axes):
-        raise ValueError(f"batch_axes: {parameter.path} has the shape {parameter.shape}; {list(batch_axes)} is out of range")
+        raise InputError(f"batch_axes: {parameter.path} has the shape {parameter.shape}; {list(batch_axes)} is out of range")
     batch = {axis % ndim for axis in batch_axes} | set(layout.batch)
     inputs, outputs = (tuple(axis for axis in axes if axis not in batch) for axes in (layout.inputs, layout.outputs))
     if not inputs or not outputs:
-        raise ValueError(
+        raise InputError(
             f"batch_axes: {list(batch_axes)} leaves {parameter.path} of the shape {parameter.shape} no in or no out axis; "
             f"by its use, in is {layout.inputs} and out is {layout.outputs}"
         )
@@ -352,7 +353,7 @@ def _check_rank(parameter: Parameter, layout: Layout, rank: int) -> None:
     size = lambda shape: math.prod(shape[len(layout.batch) :])
     fan_in, fan_out = size(a_shape), size(b_shape)
     if rank > min(fan_in, fan_out):
-        raise ValueError(
+        raise InputError(
             f"rank: {rank} is above the smaller side of {parameter.path} (shape {parameter.shape}: {fan_in} in, {fan_out} "
             "out). Lower it with rank_pattern, exclude the parameter, or train it whole with train"
         )

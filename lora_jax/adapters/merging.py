@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lora_jax.adapters import quant
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, Full, LowRank, Rows, attach, is_adapted, wide_dtype
+from lora_jax.core.errors import InputError
 from lora_jax.core.methods.dora import gain
 from lora_jax.core.quantized import dense
 from lora_jax.core.weight import Factor
@@ -30,7 +31,7 @@ def merge(variables: Any, adapters: Mapping[str, Adapter], *, check: bool = Fals
         becomes dense; or `"requantize"`: the sum is quantised again, of the same kind and in the same blocks.
 
     Raises:
-      ValueError: a kernel is quantised, an adapter does not fit the tree or acts on some tokens only, its bias has no parameter
+      InputError: a kernel is quantised, an adapter does not fit the tree or acts on some tokens only, its bias has no parameter
         to go to, or `check` finds a value that is not finite; the message names the path.
 
     >>> import jax.numpy as jnp, lora_jax as lj
@@ -50,7 +51,7 @@ def merge(variables: Any, adapters: Mapping[str, Adapter], *, check: bool = Fals
     """
     invoked = [path for path, a in adapters.items() if isinstance(a, LowRank) and a.invocation is not None]
     if invoked:
-        raise ValueError(f"{', '.join(invoked)}: an adapter that acts from an invocation sequence on (aLoRA) can't be merged")
+        raise InputError(f"{', '.join(invoked)}: an adapter that acts from an invocation sequence on (aLoRA) can't be merged")
     _check_quantized(variables, adapters, quantized)
     merged = _all_folded(variables, adapters, 1.0, quantized)
     if check:
@@ -59,7 +60,7 @@ def merge(variables: Any, adapters: Mapping[str, Adapter], *, check: bool = Fals
         places = dict.fromkeys([*adapters, *filter(None, biases)])
         bad = [path for path in places if not bool(jnp.isfinite(dense(leaves[path])).all())]
         if bad:
-            raise ValueError(f"merging makes NaN or infinite values in {', '.join(bad)}; the base is unchanged")
+            raise InputError(f"merging makes NaN or infinite values in {', '.join(bad)}; the base is unchanged")
     return merged
 
 
@@ -72,12 +73,12 @@ def unmerge(merged: Any, adapters: Mapping[str, Adapter], *, quantized: Quantize
       quantized: what to do with a kernel that is quantised, as in `merge`.
 
     Raises:
-      ValueError: a kernel is quantised, an adapter does not fit the tree, or is a `Full` or has a magnitude, so that the merged
+      InputError: a kernel is quantised, an adapter does not fit the tree, or is a `Full` or has a magnitude, so that the merged
         tree does not hold the old value.
     """
     lost = [path for path, a in adapters.items() if not isinstance(a, LowRank) or a.magnitude is not None]
     if lost:
-        raise ValueError(
+        raise InputError(
             f"{', '.join(lost)}: a Full adapter, Rows and one with a magnitude replace their parameter, so the old value is "
             "not in the merged tree: keep the base, or unmerge the other adapters alone"
         )
@@ -87,17 +88,17 @@ def unmerge(merged: Any, adapters: Mapping[str, Adapter], *, quantized: Quantize
 
 def _check_quantized(variables: Any, adapters: Mapping[str, Adapter], quantized: str) -> None:
     if quantized not in get_args(Quantized):
-        raise ValueError(f"quantized must be one of {', '.join(map(repr, get_args(Quantized)))}, not {quantized!r}")
+        raise InputError(f"quantized must be one of {', '.join(map(repr, get_args(Quantized)))}, not {quantized!r}")
     leaves, _ = paths.flatten(variables)
     rounded = {path: leaves[path] for path in adapters if path in leaves and paths.is_quantized(leaves[path])}
     if rounded and quantized == "error":
-        raise ValueError(
+        raise InputError(
             f"{', '.join(rounded)}: the kernel is quantised, so the sum would be rounded: say quantized='dense' for a dense "
             "one, or quantized='requantize' to have it quantised again"
         )
     shifted = [path for path, leaf in rounded.items() if leaf.zero_point is not None]
     if shifted and quantized == "requantize":
-        raise ValueError(f"{', '.join(shifted)}: a kernel with a zero point can't be quantised again: say quantized='dense'")
+        raise InputError(f"{', '.join(shifted)}: a kernel with a zero point can't be quantised again: say quantized='dense'")
 
 
 def _all_folded(variables: Any, adapters: Mapping[str, Adapter], sign: float, quantized: str) -> Any:
@@ -134,10 +135,10 @@ def _with_biases(tree: Any, adapters: Mapping[str, Adapter], sign: float) -> Any
     for path, adapter in biases.items():
         if adapter.bias_path not in leaves:
             missing = f"{adapter.bias_path!r} is not in the tree" if adapter.bias_path else "its layer has none"
-            raise ValueError(f"{path}: the adapter's bias can't be merged, since it needs a bias parameter and {missing}")
+            raise InputError(f"{path}: the adapter's bias can't be merged, since it needs a bias parameter and {missing}")
         leaf = leaves[adapter.bias_path]
         if jnp.shape(leaf) != jnp.shape(adapter.bias):
-            raise ValueError(
+            raise InputError(
                 f"{path}: the adapter's bias has the shape {jnp.shape(adapter.bias)}, {adapter.bias_path} {jnp.shape(leaf)}"
             )
         wide = adapter.widened()

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from lora_jax.core import paths
+from lora_jax.core.errors import InputError
 from lora_jax.core.quantized import by_blocks, nf4_codes, qwix
 from lora_jax.core.quantized import dense as dense
 
@@ -38,7 +39,7 @@ def quantize(variables: Any, targets: Sequence[Any], dtype: str = "nf4", *, bloc
       The tree, with a `qwix.QArray` in the place of each target.
 
     Raises:
-      ValueError: a pattern matches nothing, a target is no float array of two axes or more or is quantised already, no axis of
+      InputError: a pattern matches nothing, a target is no float array of two axes or more or is quantised already, no axis of
         it can be cut into blocks, or an option is out of range.
       ImportError: qwix is not installed.
 
@@ -56,23 +57,23 @@ def quantize(variables: Any, targets: Sequence[Any], dtype: str = "nf4", *, bloc
 
 
 def check(option: str, dtype: Any, block: Any) -> None:
-    """Raise a ValueError unless there is such a kind and such a block; `option` is what the kind is called."""
+    """Raise an InputError unless there is such a kind and such a block; `option` is what the kind is called."""
     if dtype not in DTYPES:
-        raise ValueError(f"{option} must be one of {', '.join(map(repr, DTYPES))}, not {dtype!r}")
+        raise InputError(f"{option} must be one of {', '.join(map(repr, DTYPES))}, not {dtype!r}")
     if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
-        raise ValueError(f"block must be None or a whole number of at least 1, not {block!r}")
+        raise InputError(f"block must be None or a whole number of at least 1, not {block!r}")
 
 
 def block_axis(path: str, leaf: Any, block: int | None) -> int:
     """The axis along which values share a scale."""
     if paths.is_quantized(leaf):
-        raise ValueError(f"targets: {path} is quantised already")
+        raise InputError(f"targets: {path} is quantised already")
     shape = getattr(leaf, "shape", ())
     if len(shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(f"targets: {path} of the shape {shape} is no float kernel of two axes or more, so it stays dense")
+        raise InputError(f"targets: {path} of the shape {shape} is no float kernel of two axes or more, so it stays dense")
     whole = [axis for axis, size in enumerate(shape) if block is None or size % block == 0]
     if not whole:
-        raise ValueError(f"block: no axis of {path} of the shape {shape} can be cut into blocks of {block}: give a divisor")
+        raise InputError(f"block: no axis of {path} of the shape {shape} can be cut into blocks of {block}: give a divisor")
     # Blocks along the last axis cut through a TPU's lanes: its compiler copies the kernels of all layers to avoid that.
     last_but_one = len(shape) - 2
     return last_but_one if block is not None and last_but_one in whole else max(whole, key=lambda axis: shape[axis])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.core import paths
 from lora_jax.core.adapter import ADAPTER, PARTS, Adapter, LowRank, check
+from lora_jax.core.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def summary(variables: Any, adapters: Mapping[str, Adapter]) -> Summary:
     """Counts and bytes, per adapted parameter and in all. Arrays may be `jax.ShapeDtypeStruct`s.
 
     Raises:
-      ValueError: an adapter has no parameter in the tree, or does not fit it.
+      InputError: an adapter has no parameter in the tree, or does not fit it.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> pair = lj.LowRank(jnp.ones((1266, 8)), jnp.ones((8, 64)), lj.Layout((), (0,), (1,)), scale=2.0)
@@ -83,7 +84,7 @@ def summary(variables: Any, adapters: Mapping[str, Adapter]) -> Summary:
     rows, optimizer_bytes = [], 0
     for path, adapter in adapters.items():
         if path not in leaves:
-            raise ValueError(f"the adapter {path!r} has no parameter in this tree: it was made for another model")
+            raise InputError(f"the adapter {path!r} has no parameter in this tree: it was made for another model")
         check(path, adapter, tuple(leaves[path].shape))
         rows.append(_row(path, tuple(leaves[path].shape), adapter))
         optimizer_bytes += 2 * sum(_bytes(array) for array in _trained(adapter).values())

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from lora_jax.adapters.quant import DTYPES
 from lora_jax.command import run
 from lora_jax.command.run import RunConfig
+from lora_jax.core.errors import InputError
 
 _EXTRA = {"qwix": "quant", **dict.fromkeys(("gguf", "grain", "jinja2", "matplotlib", "rich", "tokenizers"), "finetune")}
 _OPTIONS: dict[str, tuple[type, str]] = {
@@ -164,9 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _refuse(f"the package {error.name} is missing: pip install 'lora-jax[{_EXTRA[error.name]}]'")
     except Exception as error:
-        from lora_jax.command.tasks.base import UserError
-
-        if not isinstance(error, UserError):
+        if not isinstance(error, InputError):
             raise
         return _refuse(error)
 
@@ -178,11 +177,11 @@ def _refuse(reason: Any) -> int:
 
 def _finetune(options: argparse.Namespace) -> int:
     from lora_jax.command import processes
-    from lora_jax.command.tasks.base import UserError, user_errors
+    from lora_jax.command.tasks.base import user_errors
 
     given = _given(options)
     if options.resume is not None and (given or options.out is not None):
-        raise UserError("--resume goes on with the run's own options: leave all others out but those of the mesh")
+        raise InputError("--resume goes on with the run's own options: leave all others out but those of the mesh")
     with user_errors():
         config = None if options.resume is not None else run.options(given.pop("task", "classify"), given)
         where = processes.Hosts(**{field.name: getattr(options, field.name) for field in dataclasses.fields(processes.Hosts)})
@@ -226,12 +225,12 @@ def _sweep(options: argparse.Namespace) -> int:
     import rich.console
 
     from lora_jax.command import finetune, sweep
-    from lora_jax.command.tasks.base import UserError, user_errors
+    from lora_jax.command.tasks.base import user_errors
 
     given = _given(options)
     values = {name: given.pop(name) for name in run.GRID if name in given}
     if options.configs is not None and values:
-        raise UserError("give the runs either as a grid or by --configs: leave one of the two out")
+        raise InputError("give the runs either as a grid or by --configs: leave one of the two out")
     with user_errors():
         members = sweep.grid(values) if options.configs is None else sweep.read(options.configs)
         configs = sweep.configurations(given.pop("task", "classify"), given, members)

@@ -17,6 +17,7 @@ from lora_jax.command.tasks.base import user_errors
 from lora_jax.command.tasks.registry import task_module
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.errors import InputError
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import bert
 from lora_jax.training import checkpoint
@@ -49,7 +50,7 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
       What the user should know about the files.
 
     Raises:
-      UserError: there is no such run, its base is gone or changed, `out` has files, or the model can't be written so.
+      InputError: there is no such run, its base is gone or changed, `out` has files, or the model can't be written so.
     """
     with user_errors():
         config = run.read_config(directory)
@@ -112,7 +113,7 @@ def _pools_otherwise(base: Any) -> str | None:
 def _check_pooling(base: Any) -> None:
     read = _pools_otherwise(base)
     if read:
-        raise ValueError(
+        raise InputError(
             f"the head of this model reads {read}, but transformers' BertForSequenceClassification reads BERT's pooler and "
             "would give other logits: export the adapters with --format peft and apply them to a model that pools alike"
         )
@@ -143,7 +144,7 @@ def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path) -> tup
       What the user should know about the run.
 
     Raises:
-      UserError: there is no such base, the adapters do not fit it or can't be read, or `out` has files.
+      InputError: there is no such base, the adapters do not fit it or can't be read, or `out` has files.
     """
     with user_errors():
         files.check_empty(out)
@@ -173,7 +174,7 @@ def _task_of(model: pathlib.Path) -> str:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise InputError(f"{file} is not JSON: {error}") from None
     return "classify" if isinstance(fields, dict) and fields.get("model_type") == "bert" else "lm"
 
 

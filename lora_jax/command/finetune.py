@@ -22,10 +22,11 @@ from lora_jax.adapters import initializers, merging
 from lora_jax.adapters.summary import summary
 from lora_jax.command import metrics, plots, processes, run
 from lora_jax.command.progress import Progress
-from lora_jax.command.tasks.base import Session, UserError, user_errors
+from lora_jax.command.tasks.base import Session, user_errors
 from lora_jax.command.tasks.registry import prepare
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter, LowRank
+from lora_jax.core.errors import InputError
 from lora_jax.training import checkpoint, optim, train
 
 Adapters = dict[str, Adapter]
@@ -63,7 +64,7 @@ def start(config: run.RunConfig, directory: pathlib.Path, console: rich.console.
     """Make a run in `directory` and train it, on the mesh if there is one.
 
     Raises:
-      UserError: bad input, found before any training.
+      InputError: bad input, found before any training.
       Interrupted: the run was stopped; it can be resumed.
     """
     session = _prepare(config, directory, mesh)
@@ -77,7 +78,7 @@ def resume(directory: pathlib.Path, console: rich.console.Console, mesh: Mesh | 
     """Go on with a run that was stopped, on the mesh if there is one, whatever it was on before.
 
     Raises:
-      UserError: there is no run, or its data or base model is gone or changed.
+      InputError: there is no run, or its data or base model is gone or changed.
       Interrupted: the run was stopped again.
     """
     session = _prepare(None, directory, mesh)
@@ -87,7 +88,7 @@ def resume(directory: pathlib.Path, console: rich.console.Console, mesh: Mesh | 
 def _read(directory: pathlib.Path) -> run.RunConfig:
     config = run.read_config(directory)
     if config.imported is not None:
-        raise ValueError(f"{directory} was imported from {config.imported}: there is no training to go on with")
+        raise InputError(f"{directory} was imported from {config.imported}: there is no training to go on with")
     return config
 
 
@@ -107,7 +108,7 @@ def _prepare(config: run.RunConfig | None, directory: pathlib.Path, mesh: Mesh |
     first = processes.from_first(mine)
     with processes.all_or_none():
         if odd := [f"{name} ({value!r}, not {first[name]!r})" for name, value in mine.items() if value != first[name]]:
-            raise UserError(f"this process differs from the first in {', '.join(odd)}: start all with the same options")
+            raise InputError(f"this process differs from the first in {', '.join(odd)}: start all with the same options")
     return session
 
 
@@ -208,7 +209,7 @@ def _latest_step(manager: checkpoint.Manager) -> int | None:
     with processes.all_or_none():
         if mine != first:
             places = f"this process finds the checkpoint of step {mine}, the first that of step {first}"
-            raise UserError(f"{places}: the run's directory must be on a file system that all of them share")
+            raise InputError(f"{places}: the run's directory must be on a file system that all of them share")
     return mine
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from lora_jax.command import run
 from lora_jax.command.inspect import load_adapters
 from lora_jax.command.tasks import lm
-from lora_jax.command.tasks.base import UserError, user_errors
+from lora_jax.command.tasks.base import user_errors
 from lora_jax.command.tasks.registry import check_task
 from lora_jax.core.adapter import attach
+from lora_jax.core.errors import InputError
 from lora_jax.models import llama
 
 
@@ -30,7 +31,7 @@ class Options:
       base: without the run's adapters.
 
     Raises:
-      ValueError: an option is out of range.
+      InputError: an option is out of range.
     """
 
     max_new_tokens: int = 64
@@ -41,18 +42,18 @@ class Options:
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
+            raise InputError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"--temperature must be at least 0 and finite, not {self.temperature}")
+            raise InputError(f"--temperature must be at least 0 and finite, not {self.temperature}")
         if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, not {self.seed}")
+            raise InputError(f"--seed must be at least 0, not {self.seed}")
 
 
 def generate(directory: pathlib.Path, prompt: str, options: Options) -> str:
     """What the run's model writes after the prompt; without `chat`, the prompt stands before it.
 
     Raises:
-      UserError: there is no such run, it is of another task, it has no checkpoint yet, its base model is gone or changed, the
+      InputError: there is no such run, it is of another task, it has no checkpoint yet, its base model is gone or changed, the
         prompt is empty or too long, or there is no chat template.
     """
     with user_errors():
@@ -66,7 +67,7 @@ def generate(directory: pathlib.Path, prompt: str, options: Options) -> str:
         ids = base.tokenizer.prompt(prompt, chat=options.chat)
     positions = base.model.config.max_position_embeddings
     if len(ids) + options.max_new_tokens > positions:
-        raise UserError(
+        raise InputError(
             f"the prompt's {len(ids)} tokens and {options.max_new_tokens} new ones are more than the model's {positions} "
             "positions: shorten the prompt, or lower --max-new-tokens"
         )

@@ -16,6 +16,7 @@ from lora_jax.command.tasks.base import user_errors
 from lora_jax.command.tasks.registry import check_task, task_module
 from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, LowRank, attach
+from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
 from lora_jax.data import labelled
 from lora_jax.training import checkpoint
@@ -25,7 +26,7 @@ def load_adapters(directory: pathlib.Path, variables: Any = None) -> dict[str, A
     """The newest adapters of a run, for its base; those trained on a changed one are converted.
 
     Raises:
-      UserError: the run has no complete checkpoint, or it does not fit the base.
+      InputError: the run has no complete checkpoint, or it does not fit the base.
     """
     with user_errors():
         adapters = checkpoint.load(directory / "adapters", variables=variables)
@@ -37,11 +38,11 @@ def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, flo
     """The probability of each label for each text, by the base model with the run's adapters.
 
     Raises:
-      UserError: there is no such run, it has no checkpoint yet, its base model is gone or changed, or a text is empty.
+      InputError: there is no such run, it has no checkpoint yet, its base model is gone or changed, or a text is empty.
     """
     with user_errors():
         if not all(text.strip() for text in texts):
-            raise ValueError("a text is empty: there is nothing to classify")
+            raise InputError("a text is empty: there is nothing to classify")
         config = run.read_config(directory)
     check_task(config, "classify")
     base = classify.load_base(classify.base_directory(config), config)
@@ -79,7 +80,7 @@ def inspect(directory: pathlib.Path) -> list[Row]:
     """What a run changed, per adapted parameter. Downloads nothing.
 
     Raises:
-      UserError: there is no such run, it has no checkpoint yet, or its base model has changed.
+      InputError: there is no such run, it has no checkpoint yet, or its base model has changed.
     """
     with user_errors():
         config = run.read_config(directory)

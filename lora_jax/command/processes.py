@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lora_jax.command.tasks.base import UserError
+from lora_jax.core.errors import InputError
 from lora_jax.sharding import make_mesh, read_axes
 
 _HEARTBEAT = 30  # seconds after which a silent process counts as dead
@@ -40,7 +40,7 @@ class Hosts:
       process_id: which of them this one is, from 0.
 
     Raises:
-      ValueError: an option is malformed or out of range, or the others that it needs are missing.
+      InputError: an option is malformed or out of range, or the others that it needs are missing.
 
     >>> Hosts(mesh="data=2,model=4").axes
     {'data': 2, 'model': 4}
@@ -56,19 +56,19 @@ class Hosts:
         together = {"--coordinator": self.coordinator, "--processes": self.processes, "--process-id": self.process_id}
         missing = [name for name, value in together.items() if value is None]
         if 0 < len(missing) < len(together):
-            raise ValueError(f"{', '.join(together)} belong together: give {' and '.join(missing)}, too, or none of them")
+            raise InputError(f"{', '.join(together)} belong together: give {' and '.join(missing)}, too, or none of them")
         if self.coordinator is None or self.processes is None or self.process_id is None:
             return
         found = re.fullmatch(r"\S+:(\d{1,5})", self.coordinator)
         if found is None or not 0 < int(found[1]) < 2**16:
-            raise ValueError(f"--coordinator must be HOST:PORT, with a port from 1 to 65535, not {self.coordinator!r}")
+            raise InputError(f"--coordinator must be HOST:PORT, with a port from 1 to 65535, not {self.coordinator!r}")
         if self.processes < 1:
-            raise ValueError(f"--processes must be at least 1, not {self.processes}")
+            raise InputError(f"--processes must be at least 1, not {self.processes}")
         if not 0 <= self.process_id < self.processes:
             last = self.processes - 1
-            raise ValueError(f"--process-id must be from 0 to {last} with --processes {self.processes}, not {self.process_id}")
+            raise InputError(f"--process-id must be from 0 to {last} with --processes {self.processes}, not {self.process_id}")
         if self.mesh is None:
-            raise ValueError("--processes needs --mesh, which says how all their devices work together")
+            raise InputError("--processes needs --mesh, which says how all their devices work together")
 
     @property
     def axes(self) -> dict[str, int]:
@@ -79,18 +79,18 @@ class Hosts:
         """The mesh of the devices of all processes.
 
         Raises:
-          ValueError: there are more devices or fewer.
+          InputError: there are more devices or fewer.
         """
         try:
             return None if self.mesh is None else make_mesh(self.axes)
         except ValueError as error:
-            raise ValueError(f"--mesh {self.mesh}: {error}") from None
+            raise InputError(f"--mesh {self.mesh}: {error}") from None
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
         """The processes know of each other. Comes before anything that uses a device.
 
-        An error that is no UserError ends this process at once: the others fail then, instead of waiting for it.
+        An error that is no InputError ends this process at once: the others fail then, instead of waiting for it.
         """
         if self.coordinator is None:
             yield
@@ -106,7 +106,7 @@ class Hosts:
         )
         try:
             yield
-        except UserError:
+        except InputError:
             jax.distributed.shutdown()
             raise
         except BaseException as error:
@@ -114,12 +114,12 @@ class Hosts:
         jax.distributed.shutdown()
 
     def _look_up(self) -> None:
-        """Raise a UserError where the coordinator's name is not known: JAX would try for minutes, and then abort."""
+        """Raise an InputError where the coordinator's name is not known: JAX would try for minutes, and then abort."""
         host, _, port = str(self.coordinator).rpartition(":")
         try:
             socket.getaddrinfo(host.strip("[]"), int(port))
         except OSError as error:
-            raise UserError(f"--coordinator {self.coordinator}: the host {host} is not known ({error})") from None
+            raise InputError(f"--coordinator {self.coordinator}: the host {host} is not known ({error})") from None
 
     def _end(self, error: BaseException) -> NoReturn:
         if isinstance(error, jax.errors.JaxRuntimeError):
@@ -166,7 +166,7 @@ def all_or_none() -> Iterator[None]:
     """Raise an error in every process where one of them raises one within; nothing within may wait for another process.
 
     Raises:
-      UserError: another process raised an error, and this one did not.
+      InputError: another process raised an error, and this one did not.
     """
     failed: Exception | None = None
     try:
@@ -177,4 +177,4 @@ def all_or_none() -> Iterator[None]:
     if failed is not None:
         raise failed
     if which >= 0:
-        raise UserError(f"process {which} of {jax.process_count()} can't go on, and says why")
+        raise InputError(f"process {which} of {jax.process_count()} can't go on, and says why")

@@ -23,6 +23,7 @@ from typing import Any
 from lora_jax.adapters import quant
 from lora_jax.adapters.config import WORDS, LoraConfig
 from lora_jax.core import files
+from lora_jax.core.errors import InputError, MissingError, OccupiedError
 
 FORMAT_VERSION = 4
 TASKS = ("classify", "lm")
@@ -79,7 +80,7 @@ class RunConfig:
       imported: the PEFT directory that the adapters came from; such a run has no data, and options of training mean nothing.
 
     Raises:
-      ValueError: an option is out of range.
+      InputError: an option is out of range.
     """
 
     task: str = "classify"
@@ -116,17 +117,17 @@ class RunConfig:
     def __post_init__(self):
         for name, choices in (("task", TASKS), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+                raise InputError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for name, least in (("batch_size", 1), ("steps", 1), ("max_length", 3), ("seed", 0), ("held_out", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+                raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
         if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive and finite, not {self.learning_rate!r}")
+            raise InputError(f"learning_rate must be positive and finite, not {self.learning_rate!r}")
         if self.lora_plus is not None and not 0 < self.lora_plus < math.inf:
-            raise ValueError(f"lora_plus must be positive and finite, not {self.lora_plus!r}")
+            raise InputError(f"lora_plus must be positive and finite, not {self.lora_plus!r}")
         if self.lora_plus is not None and self.method != "lora":
-            raise ValueError(f"lora_plus is for method='lora', which trains A and B, not for {self.method!r}")
+            raise InputError(f"lora_plus is for method='lora', which trains A and B, not for {self.method!r}")
         self._check_quantized()
         targets = self.targets if isinstance(self.targets, str) else list(self.targets)
         if isinstance(targets, list) and len(targets) == 1 and targets[0] in WORDS:
@@ -138,9 +139,9 @@ class RunConfig:
         if self.quantize is not None:
             quant.check("quantize", self.quantize, self.block)
         elif self.block is not None:
-            raise ValueError("block is for a quantised base: leave it out, or say how to quantise")
+            raise InputError("block is for a quantised base: leave it out, or say how to quantise")
         if self.quantize is not None and self.init in CHANGE_THE_BASE:
-            raise ValueError(
+            raise InputError(
                 f"init={self.init!r} takes a part off the base's kernels, which quantize={self.quantize!r} has rounded: leave "
                 "one of the two out"
             )
@@ -150,13 +151,13 @@ class RunConfig:
         """What is adapted: the targets and, in a classifier, the head, which is trained whole.
 
         Raises:
-          ValueError: an option is out of range.
+          InputError: an option is out of range.
         """
         train = ["classifier"] if self.task == "classify" else []
         method: Any = {"method": self.method, "scaling": self.scaling, "dora": self.dora}
         method["init"] = "kaiming" if self.init in CHANGE_THE_BASE else self.init
         if self.init in CHANGE_THE_BASE and (self.dora or self.method != "lora"):
-            raise ValueError(f"init={self.init!r} is for plain pairs: leave dora and method out")
+            raise InputError(f"init={self.init!r} is for plain pairs: leave dora and method out")
         return LoraConfig(rank=self.rank, alpha=self.alpha, targets=self.targets, train=train, **method)
 
     @property
@@ -178,24 +179,24 @@ class RunConfig:
         """Read what `to_json` wrote; `source` is named in the errors.
 
         Raises:
-          ValueError: the text is not JSON, of another format version, or has unknown, missing or invalid fields.
+          InputError: the text is not JSON, of another format version, or has unknown, missing or invalid fields.
         """
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{source} is not JSON: {error}") from None
+            raise InputError(f"{source} is not JSON: {error}") from None
         version = fields.pop("format_version", None) if isinstance(fields, dict) else None
         if version in _LATER:  # what came later has its default
             later: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls) if f.name in _LATER[version]}
             fields = later | fields
         elif version != FORMAT_VERSION:
-            raise ValueError(
+            raise InputError(
                 f"{source} has the format version {version!r}, but this lora_jax reads 1 to {FORMAT_VERSION}: "
                 "use the lora_jax that wrote the run, or train again"
             )
         odd = {field.name for field in dataclasses.fields(cls)} ^ set(fields)
         if odd:
-            raise ValueError(f"{source} has missing or unknown fields: {', '.join(sorted(odd))}")
+            raise InputError(f"{source} has missing or unknown fields: {', '.join(sorted(odd))}")
         return cls(**fields)
 
 
@@ -208,25 +209,25 @@ def options(task: str, given: Mapping[str, Any]) -> RunConfig:
     """The configuration of a new run: the options given, and the task's defaults.
 
     Raises:
-      ValueError: an option is out of range, or belongs to another task.
+      InputError: an option is out of range, or belongs to another task.
     """
     config = RunConfig(**{"task": task, **DEFAULTS.get(task, {}), **given})
     for other in TASKS:
         for name in OWN[other] if other != task else ():
             if name in given:
-                raise ValueError(f"--{name.replace('_', '-')} is an option of --task {other}; leave it out of --task {task}")
+                raise InputError(f"--{name.replace('_', '-')} is an option of --task {other}; leave it out of --task {task}")
     _ = config.lora  # which checks what it is made of
     return config
 
 
 def check_free(directory: pathlib.Path) -> None:
-    """Raise a FileExistsError unless a new run can be made in this directory."""
+    """Raise an OccupiedError unless a new run can be made in this directory."""
     config = directory / "config.json"
     if config.is_file() and "format_version" in config.read_text(encoding="utf-8", errors="replace"):
-        raise FileExistsError(f"{directory} holds a run already: continue it with --resume, or choose another --out")
+        raise OccupiedError(f"{directory} holds a run already: continue it with --resume, or choose another --out")
     # A crash before `config.json` was in place can leave its hidden forerunner.
     if directory.exists() and (not directory.is_dir() or any(not entry.name.startswith(".") for entry in directory.iterdir())):
-        raise FileExistsError(f"{directory} is not an empty directory: choose another --out")
+        raise OccupiedError(f"{directory} is not an empty directory: choose another --out")
 
 
 def free_directory(parent: pathlib.Path) -> pathlib.Path:
@@ -238,7 +239,7 @@ def create(directory: pathlib.Path, config: RunConfig) -> None:
     """Make a run directory.
 
     Raises:
-      FileExistsError: it holds a run or other files already.
+      OccupiedError: it holds a run or other files already.
     """
     check_free(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -249,10 +250,10 @@ def read_config(directory: pathlib.Path) -> RunConfig:
     """The configuration of a run.
 
     Raises:
-      FileNotFoundError: there is no run.
-      ValueError: the run is of another format version, or its `config.json` is damaged.
+      MissingError: there is no run.
+      InputError: the run is of another format version, or its `config.json` is damaged.
     """
     file = directory / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"there is no run in {directory}: it has no config.json")
+        raise MissingError(f"there is no run in {directory}: it has no config.json")
     return RunConfig.from_json(file.read_text(encoding="utf-8"), file)

@@ -30,6 +30,7 @@ from lora_jax.command.tasks.base import Session, user_errors
 from lora_jax.command.tasks.registry import prepare
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.errors import InputError, MissingError
 from lora_jax.training import checkpoint, many, train
 
 
@@ -37,14 +38,14 @@ def grid(given: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Every combination of the values of each option, the last option changing fastest.
 
     Raises:
-      ValueError: a value is given twice.
+      InputError: a value is given twice.
 
     >>> grid({"rank": [4, 8], "seed": [0, 1]})[:3]
     [{'rank': 4, 'seed': 0}, {'rank': 4, 'seed': 1}, {'rank': 8, 'seed': 0}]
     """
     for name, values in given.items():
         if twice := sorted({value for value in values if values.count(value) > 1}):
-            raise ValueError(f"--{name.replace('_', '-')} has the value {twice[0]} more than once")
+            raise InputError(f"--{name.replace('_', '-')} has the value {twice[0]} more than once")
     return [dict(zip(given, values)) for values in itertools.product(*given.values())]
 
 
@@ -53,21 +54,21 @@ def read(file: pathlib.Path) -> list[dict[str, Any]]:
 
     Raises:
       OSError: the file can't be read.
-      ValueError: it is not a list of objects, or one has an unknown option or a value of another type.
+      InputError: it is not a list of objects, or one has an unknown option or a value of another type.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}")
+        raise MissingError(f"there is no file {file}")
     try:
         listed = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise InputError(f"{file} is not JSON: {error}") from None
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
-        raise ValueError(f"{file} must hold a list of objects, one for each run")
+        raise InputError(f"{file} must hold a list of objects, one for each run")
     for number, (name, value) in ((i, item) for i, one in enumerate(listed, 1) for item in one.items()):
         if name not in run.GRID:
-            raise ValueError(f"{file}, run {number}: {name!r} is none of {', '.join(run.GRID)}, which may differ in a sweep")
+            raise InputError(f"{file}, run {number}: {name!r} is none of {', '.join(run.GRID)}, which may differ in a sweep")
         if isinstance(value, bool) or not isinstance(value, (int, run.GRID[name])):
-            raise ValueError(f"{file}, run {number}: {name} must be a number ({run.GRID[name].__name__}), not {value!r}")
+            raise InputError(f"{file}, run {number}: {name} must be a number ({run.GRID[name].__name__}), not {value!r}")
     return [{name: run.GRID[name](value) for name, value in one.items()} for one in listed]
 
 
@@ -80,18 +81,18 @@ def configurations(task: str, shared: Mapping[str, Any], members: Sequence[Mappi
       members: those of each.
 
     Raises:
-      ValueError: an option is out of range, there are fewer than two runs, or two are the same.
+      InputError: an option is out of range, there are fewer than two runs, or two are the same.
     """
     configs = [run.options(task, {**shared, **member}) for member in members]
     if configs[0].init in run.CHANGE_THE_BASE:
-        raise ValueError(
+        raise InputError(
             f"the runs of a sweep share one base, which init={configs[0].init!r} would change for each: leave it out"
         )
     if len(configs) < 2:
-        raise ValueError("a sweep has two runs or more: give --rank, --alpha, --learning-rate or --seed several values")
+        raise InputError("a sweep has two runs or more: give --rank, --alpha, --learning-rate or --seed several values")
     for i, config in enumerate(configs):
         if config in configs[:i]:
-            raise ValueError(f"the runs {configs.index(config) + 1} and {i + 1} of the sweep have the same options")
+            raise InputError(f"the runs {configs.index(config) + 1} and {i + 1} of the sweep have the same options")
     return configs
 
 
@@ -99,7 +100,7 @@ def start(configs: Sequence[run.RunConfig], directory: pathlib.Path, console: ri
     """Train a run for each configuration, all in one program.
 
     Raises:
-      UserError: bad input, found before any training.
+      InputError: bad input, found before any training.
       Interrupted: the sweep was stopped; each of its runs can be resumed.
     """
     with user_errors():

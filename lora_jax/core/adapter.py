@@ -16,6 +16,7 @@ import numpy as np
 from jax import export
 
 from lora_jax.core import paths
+from lora_jax.core.errors import InputError
 
 ADAPTER, FROZEN = "adapter", "frozen"
 # The arrays of a pair, and along which axes of its parameter each lies; "rank" is the inner axis.
@@ -301,13 +302,13 @@ def is_adapted(node: Any) -> bool:
 
 
 def check(path: str, adapter: Adapter, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError that names the path if the adapter does not fit a parameter of this shape."""
+    """Raise an InputError that names the path if the adapter does not fit a parameter of this shape."""
     if isinstance(adapter, Full):
         wanted = {"value": shape}
     elif isinstance(adapter, LowRank):
         layout = adapter.layout
         if sorted(layout.batch + layout.inputs + layout.outputs) != list(range(len(shape))):
-            raise ValueError(f"{path}: the parameter has the shape {shape}, which the adapter's {layout} does not cover")
+            raise InputError(f"{path}: the parameter has the shape {shape}, which the adapter's {layout} does not cover")
         axes = dataclasses.asdict(layout)
         sizes = {role: tuple(shape[i] for i in axes[role]) for role in axes} | {"rank": (adapter.rank,)}
         wanted = {name: sum((sizes[role] for role in PARTS[name]), ()) for name in adapter.children()}
@@ -317,32 +318,32 @@ def check(path: str, adapter: Adapter, shape: tuple[int, ...]) -> None:
     else:
         raise TypeError(f"{path}: an adapter is a LowRank, a Full or Rows, not {type(adapter).__name__}")
     if not isinstance(adapter.frozen, tuple) or not set(adapter.frozen) <= set(adapter.children()):
-        raise ValueError(f"{path}: frozen is {adapter.frozen!r}; it must be a tuple of some of {', '.join(adapter.children())}")
+        raise InputError(f"{path}: frozen is {adapter.frozen!r}; it must be a tuple of some of {', '.join(adapter.children())}")
     for name, want in wanted.items():
         got = jnp.shape(getattr(adapter, name))
         if got != want:
-            raise ValueError(f"{path}: the adapter's {name} has the shape {got}; a parameter of the shape {shape} needs {want}")
+            raise InputError(f"{path}: the adapter's {name} has the shape {got}; a parameter of the shape {shape} needs {want}")
 
 
 def _check_static(path: str, pair: LowRank, count: int) -> None:
-    """Raise a ValueError for a scale, dropout, ranks or scales of VeRA that a pair for `count` matrices can't have."""
+    """Raise an InputError for a scale, dropout, ranks or scales of VeRA that a pair for `count` matrices can't have."""
     if isinstance(pair.scale, int):
-        raise ValueError(f"{path}: the adapter's scale is the whole number {pair.scale}: write {float(pair.scale)}")
+        raise InputError(f"{path}: the adapter's scale is the whole number {pair.scale}: write {float(pair.scale)}")
     if not 0 <= pair.dropout < 1:
-        raise ValueError(f"{path}: the adapter's dropout must be at least 0 and below 1, not {pair.dropout!r}")
+        raise InputError(f"{path}: the adapter's dropout must be at least 0 and below 1, not {pair.dropout!r}")
     if pair.ranks is not None and (len(pair.ranks) != count or not all(0 <= rank <= pair.rank for rank in pair.ranks)):
-        raise ValueError(f"{path}: the adapter's ranks are {pair.ranks}; it needs {count} of at most {pair.rank}")
+        raise InputError(f"{path}: the adapter's ranks are {pair.ranks}; it needs {count} of at most {pair.rank}")
     if (pair.lambda_d is None) != (pair.lambda_b is None):
-        raise ValueError(f"{path}: the adapter has only one of lambda_d and lambda_b; VeRA needs both")
+        raise InputError(f"{path}: the adapter has only one of lambda_d and lambda_b; VeRA needs both")
 
 
 def _rows_shape(path: str, rows: Rows, shape: tuple[int, ...]) -> tuple[int, ...]:
     layout = rows.layout
     if layout.batch or len(layout.inputs) != 1 or sorted(layout.inputs + layout.outputs) != list(range(len(shape))):
-        raise ValueError(f"{path}: rows of a parameter of the shape {shape} need one in axis and no batch axis, not {layout}")
+        raise InputError(f"{path}: rows of a parameter of the shape {shape} need one in axis and no batch axis, not {layout}")
     count = shape[layout.inputs[0]]
     if len(set(rows.indices)) != len(rows.indices) or not all(0 <= index < count for index in rows.indices):
-        raise ValueError(f"{path}: the rows must be different ones of {count}, from 0, not {list(rows.indices)}")
+        raise InputError(f"{path}: the rows must be different ones of {count}, from 0, not {list(rows.indices)}")
     return (len(rows.indices), *(shape[i] for i in layout.outputs))
 
 
@@ -354,7 +355,7 @@ def attach(variables: Any, adapters: Mapping[str, Adapter]) -> Any:
       adapters: `{path: adapter}`.
 
     Raises:
-      ValueError: a path is not in the tree (the nearest are listed), an adapter does not fit its parameter's shape, or the
+      InputError: a path is not in the tree (the nearest are listed), an adapter does not fit its parameter's shape, or the
         tree has adapters already.
 
     >>> import jax.numpy as jnp
@@ -365,11 +366,11 @@ def attach(variables: Any, adapters: Mapping[str, Adapter]) -> Any:
     leaves, treedef = paths.flatten(variables, is_leaf=is_adapted)
     for path, leaf in leaves.items():
         if is_adapted(leaf):
-            raise ValueError(f"{path}: the tree has adapters already; `detach` them first, or combine the two sets")
+            raise InputError(f"{path}: the tree has adapters already; `detach` them first, or combine the two sets")
     for path, adapter in adapters.items():
         if path not in leaves:
             near = "".join(f"\n  {near}" for near in paths.near_misses(leaves, path))
-            raise ValueError(f"the adapter {path!r} has no parameter in this tree. The nearest paths are:{near}")
+            raise InputError(f"the adapter {path!r} has no parameter in this tree. The nearest paths are:{near}")
         check(path, adapter, getattr(leaves[path], "shape", ()))
     nodes = [Adapted(leaf, adapters[path]) if path in adapters else leaf for path, leaf in leaves.items()]
     return jax.tree.unflatten(treedef, nodes)

@@ -6,6 +6,8 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
+from lora_jax.core.errors import OccupiedError
+
 
 def write(file: pathlib.Path, content: bytes) -> None:
     """Replace a file in one go, so that a crash leaves the old one or the new one."""
@@ -18,9 +20,9 @@ def write(file: pathlib.Path, content: bytes) -> None:
 
 
 def check_empty(directory: pathlib.Path) -> None:
-    """Raise a FileExistsError unless there is nothing at this path, or an empty directory."""
+    """Raise an OccupiedError unless there is nothing at this path, or an empty directory."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} is not an empty directory: choose another --out")
+        raise OccupiedError(f"{directory} is not an empty directory: choose another --out")
 
 
 @contextlib.contextmanager
@@ -28,7 +30,7 @@ def fresh_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """A directory to write into, which becomes `directory` at the end, or vanishes if an error is raised.
 
     Raises:
-      FileExistsError: there are files in `directory` already.
+      OccupiedError: there are files in `directory` already.
     """
     check_empty(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from lora_jax.core import paths
+from lora_jax.core.errors import InputError
 
 
 @overload
@@ -40,7 +41,7 @@ def functional(model: nnx.Module, *, state: Literal["closed", "returned"] = "clo
 
     Raises:
       TypeError: `model` is not an NNX module, or has no such method.
-      ValueError: `state` is neither word; or, in a call, the module made or dropped variables.
+      InputError: `state` is neither word; or, in a call, the module made or dropped variables.
 
     >>> import jax.numpy as jnp
     >>> import lora_jax as lj
@@ -54,7 +55,7 @@ def functional(model: nnx.Module, *, state: Literal["closed", "returned"] = "clo
     (5, 2)
     """
     if state not in ("closed", "returned"):
-        raise ValueError(f"state must be 'closed' or 'returned', not {state!r}")
+        raise InputError(f"state must be 'closed' or 'returned', not {state!r}")
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be an nnx.Module, not a {type(model).__name__}")
     if not callable(getattr(model, method, None)):
@@ -81,7 +82,7 @@ def functional(model: nnx.Module, *, state: Literal["closed", "returned"] = "clo
 def _check_same_variables(old: Any, new: Any) -> None:
     if jax.tree.structure(old) != jax.tree.structure(new):
         before, after = (set(paths.flatten(tree)[0]) for tree in (old, new))
-        raise ValueError(
+        raise InputError(
             f"the call made new variables ({', '.join(sorted(after - before)) or 'none'}) or dropped some "
             f"({', '.join(sorted(before - after)) or 'none'}), so the state can't be given to the next call. Make them "
             "before `functional` (a cache, for instance, with init_cache), or use state='closed'"

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.errors import InputError
+
 _ESCAPES = {"%": "%25", ".": "%2E", "/": "%2F"}
 
 
@@ -70,7 +72,7 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[di
     """The leaves of a tree by path, in tree order, and its structure. A quantised array is one leaf.
 
     Raises:
-      ValueError: two leaves have one path (as the dict keys `1` and `"1"` would).
+      InputError: two leaves have one path (as the dict keys `1` and `"1"` would).
     """
     whole = lambda node: is_quantized(node) or (is_leaf is not None and is_leaf(node))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)
@@ -80,7 +82,7 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[di
         boxed = _in_box(key_path) and siblings[key_path[:-1]] == 1
         path = _join(key_path[:-1] if boxed else key_path)
         if path in by_path:
-            raise ValueError(f"two leaves of the tree have the path {path!r}: give their keys different names")
+            raise InputError(f"two leaves of the tree have the path {path!r}: give their keys different names")
         by_path[path] = leaf
     return by_path, treedef
 
@@ -96,12 +98,12 @@ def normalize(pattern: str | re.Pattern[str]) -> str:
         flags = "".join(c for c, flag in zip("aimsx", (re.A, re.I, re.M, re.S, re.X)) if pattern.flags & flag)
         return f"re:(?{flags}){pattern.pattern}" if flags else f"re:{pattern.pattern}"
     if not isinstance(pattern, str) or not pattern.strip("/"):
-        raise ValueError(f"a pattern is a non-empty string or a compiled regular expression, not {pattern!r}")
+        raise InputError(f"a pattern is a non-empty string or a compiled regular expression, not {pattern!r}")
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
         except re.error as error:
-            raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
+            raise InputError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
     return pattern
 
 
@@ -146,7 +148,7 @@ def select(paths: Iterable[str], patterns: Iterable[str], option: str) -> list[s
       option: what the patterns are called, for the error.
 
     Raises:
-      ValueError: a pattern selects nothing; the nearest paths are listed.
+      InputError: a pattern selects nothing; the nearest paths are listed.
 
     >>> select(["params/query/kernel", "params/query/bias"], ["query/kernel"], "targets")
     ['params/query/kernel']
@@ -154,7 +156,7 @@ def select(paths: Iterable[str], patterns: Iterable[str], option: str) -> list[s
     paths, patterns = list(paths), list(patterns)
     for pattern in patterns:
         if not any(matches(path, pattern) for path in paths):
-            raise ValueError(no_match(option, pattern, paths))
+            raise InputError(no_match(option, pattern, paths))
     return [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
 
 

@@ -18,6 +18,7 @@ from jax import lax
 
 from lora_jax.core import jax_compat, paths, quantized
 from lora_jax.core.adapter import FROZEN, Adapted, Adapter, Full, check, is_adapted
+from lora_jax.core.errors import InputError
 from lora_jax.core.methods.terms import term
 from lora_jax.core.paths import is_quantized
 from lora_jax.core.rules.moves import MOVES
@@ -29,7 +30,7 @@ RULES = MOVES | PRODUCTS
 JOINS = ("concatenate", "stack")
 
 
-class NotLowRankError(ValueError):
+class NotLowRankError(InputError):
     """A function uses an adapted parameter in a way that needs `W + AB` as one array."""
 
 
@@ -69,7 +70,7 @@ def lora(
 
     Raises:
       NotLowRankError: an adapted parameter is used in a way that is not low-rank; see `explain`.
-      ValueError: the tree has no adapters, an adapter does not fit, or `fn` does not use it.
+      InputError: the tree has no adapters, an adapter does not fit, or `fn` does not use it.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> def model(params, x):
@@ -85,14 +86,14 @@ def lora(
         ("on_unsupported", on_unsupported, ("error", "materialize")),
     ):
         if value not in choices:
-            raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+            raise InputError(f"{option} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
     @functools.wraps(fn)
     def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
         nodes, treedef = paths.flatten(params, is_leaf=is_adapted)
         adapted = [path for path, node in nodes.items() if is_adapted(node)]
         if not adapted and not any(map(is_quantized, nodes.values())):
-            raise ValueError("the parameters have no adapters: pass lora(fn) the tree that `attach` returns")
+            raise InputError("the parameters have no adapters: pass lora(fn) the tree that `attach` returns")
         _check_active({path: nodes[path].adapter for path in adapted}, active)
         walk = Walk(key=key, active=active, materialize=on_unsupported == "materialize")
         traced = trace(fn, treedef, [_base(node) for node in nodes.values()], args, kwargs)
@@ -101,7 +102,7 @@ def lora(
         inputs = traced.reached_inputs(list(nodes))
         idle = [path for path in adapted if path not in (inputs if _is_full(nodes[path]) else walk.reached)]
         if idle and unused == "error":
-            raise ValueError(
+            raise InputError(
                 f"the function does not use these adapted parameters: {', '.join(idle)}. "
                 "Leave their adapters out, or say lora(fn, unused='ignore') for a call of part of a model"
             )
@@ -122,16 +123,16 @@ def _check_active(adapters: dict[str, Any], active: Any) -> None:
     """An adapter that acts from an invocation sequence on needs to know where; others have no use for it."""
     invoked = [path for path, adapter in adapters.items() if getattr(adapter, "invocation", None) is not None]
     if invoked and active is None:
-        raise ValueError(
+        raise InputError(
             f"the adapters of {', '.join(invoked)} act from an invocation sequence on (aLoRA): say where with "
             "lora(fn, active=active_from(input_ids, invocation_tokens))"
         )
     dtype, shape = getattr(active, "dtype", type(active).__name__), getattr(active, "shape", None)
     if active is not None and (dtype != jnp.bool_ or shape is None or len(shape) not in (0, 2)):
         wanted = "an array of booleans (batch, tokens), as active_from makes it, or one boolean for all"
-        raise ValueError(f"`active` must be {wanted}, not {dtype} of the shape {shape}")
+        raise InputError(f"`active` must be {wanted}, not {dtype} of the shape {shape}")
     if active is not None and not invoked:
-        raise ValueError("`active` is given, but no adapter has an invocation sequence: leave it out")
+        raise InputError("`active` is given, but no adapter has an invocation sequence: leave it out")
 
 
 def _value(path: str, node: Any, walk: Walk, freeze: bool) -> Any:

@@ -10,6 +10,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
+from lora_jax.core.errors import InputError
+
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode keeps these two free for use inside a program
@@ -24,7 +26,7 @@ class ChatTemplate:
       today: what `strftime_now` tells it.
 
     Raises:
-      ValueError: the template is not Jinja.
+      InputError: the template is not Jinja.
 
     >>> talk = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
     >>> template = ChatTemplate(talk + "{% if add_generation_prompt %}<assistant>{% endif %}", {}, datetime.date(2025, 1, 1))
@@ -43,7 +45,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is not a Jinja template: {error}") from None
+            raise InputError(f"the chat template is not a Jinja template: {error}") from None
         self._special_tokens = dict(special_tokens)
         self.marked = any(node.identifier.endswith("_Generation") for node in _extension_calls(environment, source))
 
@@ -51,7 +53,7 @@ class ChatTemplate:
         """The text of the messages; with `add_generation_prompt`, up to where the assistant is to speak.
 
         Raises:
-          ValueError: the template does not take these messages.
+          InputError: the template does not take these messages.
         """
         return self._render(messages, add_generation_prompt).replace(_OPEN, "").replace(_CLOSE, "")
 
@@ -62,7 +64,7 @@ class ChatTemplate:
         messages before it ends, the prompt for the assistant included, and goes to the end of the text up to its message.
 
         Raises:
-          ValueError: the template does not take these messages, or its text of the first messages does not begin its text
+          InputError: the template does not take these messages, or its text of the first messages does not begin its text
             of more messages, so that a turn has no certain place.
         """
         if self.marked:
@@ -74,7 +76,7 @@ class ChatTemplate:
             before = self.render(messages[:i], add_generation_prompt=True)
             after = self.render(messages[: i + 1])
             if not (text.startswith(after) and after.startswith(before)):
-                raise ValueError(
+                raise InputError(
                     f"the chat template writes the first {i + 1} messages in another way when more follow, so the place of the "
                     "assistant's turn is not certain: put {% generation %} and {% endgeneration %} around it in the template"
                 )
@@ -84,7 +86,7 @@ class ChatTemplate:
     def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
         plain = json.dumps(list(messages), ensure_ascii=False)
         if _OPEN in plain or _CLOSE in plain:
-            raise ValueError("a message holds U+FDD0 or U+FDD1, which are no characters: remove them")
+            raise InputError("a message holds U+FDD0 or U+FDD1, which are no characters: remove them")
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
@@ -94,7 +96,7 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except Exception as error:  # a template can raise whatever Python can
-            raise ValueError(f"the chat template does not take these messages: {error}") from None
+            raise InputError(f"the chat template does not take these messages: {error}") from None
 
 
 class _Generation(jinja2.ext.Extension):

@@ -14,8 +14,10 @@ import sys
 import tempfile
 import zipfile
 
+from lora_jax.core.errors import InputError
 
-class FetchError(Exception):
+
+class FetchError(InputError):
     """A package could not be fetched, or is not the pinned one."""
 
 

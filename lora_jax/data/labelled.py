@@ -19,6 +19,7 @@ import tokenizers
 from jax.sharding import Mesh
 
 from lora_jax import sharding
+from lora_jax.core.errors import InputError
 from lora_jax.data import tables
 
 _WINDOW = 16  # batches whose examples are sorted by length together
@@ -66,8 +67,8 @@ def read(file: str | pathlib.Path, text_field: str, label_field: str) -> Texts:
     """Read labelled texts from a `.csv` file with a header, or a `.jsonl` file with an object per line.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: another kind of file, no such column, rows whose text or label is empty, no rows, or one class only.
+      MissingError: there is no such file.
+      InputError: another kind of file, no such column, rows whose text or label is empty, no rows, or one class only.
     """
     file, fields = tables.existing(file), (text_field, label_field)
     rows = [
@@ -76,10 +77,10 @@ def read(file: str | pathlib.Path, text_field: str, label_field: str) -> Texts:
     tables.refuse_empty(file, [line for line, text, label in rows if not text.strip() or not label.strip()], fields)
     data = Texts(tuple(text for _, text, _ in rows), tuple(label.strip() for _, _, label in rows))
     if not rows:
-        raise ValueError(f"{file} holds no rows")
+        raise InputError(f"{file} holds no rows")
     if len(data.classes()) < 2:
         label = data.labels[0]
-        raise ValueError(f"{file}: every row has the {label_field!r} {label!r}; a classifier needs two classes or more")
+        raise InputError(f"{file}: every row has the {label_field!r} {label!r}; a classifier needs two classes or more")
     return data
 
 
@@ -98,7 +99,7 @@ def split(data: Texts, held_out: int, seed: int = 0) -> tuple[Texts, Texts]:
       held_out: how many rows to test on, at least.
 
     Raises:
-      ValueError: a class has no row left to train on, or there is nothing to test on.
+      InputError: a class has no row left to train on, or there is nothing to test on.
     """
     distinct = {text: i for i, text in enumerate(dict.fromkeys(data.texts))}
     place = np.random.default_rng(seed).permutation(len(distinct))
@@ -107,7 +108,7 @@ def split(data: Texts, held_out: int, seed: int = 0) -> tuple[Texts, Texts]:
     train, test = _rows(data, places >= border), _rows(data, places < border)
     lost = sorted(set(data.labels) - set(train.labels))
     if lost or not test.labels:
-        raise ValueError(
+        raise InputError(
             f"{len(data.labels)} rows are too few: with {len(test.labels)} held out for the test, there is no row of "
             f"{'the class ' + ', '.join(map(repr, lost)) if lost else 'any class'} to train on; add rows"
         )

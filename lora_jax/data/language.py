@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.errors import InputError
 from lora_jax.data import tables
 from lora_jax.data.tokenizer import TextTokenizer
 
@@ -86,8 +87,8 @@ def read(file: str | pathlib.Path, text: str, pair: tuple[str, str], messages: s
       messages: the column of a chat.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the columns are of no kind or of several, a row is damaged, or there are no rows.
+      MissingError: there is no such file.
+      InputError: the columns are of no kind or of several, a row is damaged, or there are no rows.
     """
     file = tables.existing(file, _SUFFIXES)
     if file.suffix.lower() == ".txt":
@@ -98,7 +99,7 @@ def read(file: str | pathlib.Path, text: str, pair: tuple[str, str], messages: s
     if len(found) != 1:
         wanted = f"{text!r}, {pair[0]!r} and {pair[1]!r}, or {messages!r}"
         columns = ", ".join(map(repr, present)) or "none"
-        raise ValueError(f"{file} must have the columns of one kind of data, {wanted}; its columns are {columns}")
+        raise InputError(f"{file} must have the columns of one kind of data, {wanted}; its columns are {columns}")
     [kind] = found
     rows = list(tables.rows(file, kinds[kind]))
     if kind == "chat":
@@ -115,10 +116,10 @@ def _stream(file: pathlib.Path) -> Corpus:
     try:
         content = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+        raise InputError(f"{file} is not UTF-8 text: {error}") from None
     documents = tuple(part.strip("\n") for part in _BLANK.split(content) if part.strip())
     if not documents:
-        raise ValueError(f"{file} holds no text")
+        raise InputError(f"{file} holds no text")
     return Corpus("stream", documents)
 
 
@@ -126,18 +127,18 @@ def _texts(where: str, row: dict[str, Any], fields: Iterable[str]) -> tuple[str,
     values = tuple("" if row[field] is None else row[field] for field in fields)
     for field, value in zip(fields, values):
         if not isinstance(value, str):
-            raise ValueError(f"{where}: {field!r} must be a text, not {type(value).__name__}")
+            raise InputError(f"{where}: {field!r} must be a text, not {type(value).__name__}")
     return values
 
 
 def _messages(where: str, messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: the messages must be a list of objects with a role and a content")
+        raise InputError(f"{where}: the messages must be a list of objects with a role and a content")
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
-            raise ValueError(f"{where}: each message must be an object whose role and content are texts, not {message!r:.80}")
+            raise InputError(f"{where}: each message must be an object whose role and content are texts, not {message!r:.80}")
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{where}: no message is the assistant's, so there is nothing to learn")
+        raise InputError(f"{where}: no message is the assistant's, so there is nothing to learn")
     return messages
 
 
@@ -157,7 +158,7 @@ def encode(
       today: what the chat template is told.
 
     Raises:
-      ValueError: no text is left, the tokenizer lacks what is needed, or the chat template can't be used; the line is named.
+      InputError: no text is left, the tokenizer lacks what is needed, or the chat template can't be used; the line is named.
     """
     whole = {"stream": _encode_texts, "text": _encode_texts, "pairs": _encode_pairs, "chat": _encode_chats}[corpus.kind]
     documents = whole(corpus, tokenizer, today)
@@ -165,7 +166,7 @@ def encode(
     results = [cut(document, max_length) for document in documents]
     counts = sum((count for _, count in results), Counts())
     if not any(found for found, _ in results):
-        raise ValueError(f"nothing is left to learn: no completion or answer begins within max_length {max_length}; raise it")
+        raise InputError(f"nothing is left to learn: no completion or answer begins within max_length {max_length}; raise it")
     return [found for found, _ in results], counts
 
 
@@ -191,9 +192,9 @@ def _encode_chats(corpus: Corpus, tokenizer: TextTokenizer, today: datetime.date
         try:
             text, spans = template.turns(messages)
         except ValueError as error:
-            raise ValueError(f"line {line}: {error}") from None
+            raise InputError(f"line {line}: {error}") from None
         if not spans:
-            raise ValueError(f"line {line}: the chat template marks nothing as the assistant's, so there is nothing to learn")
+            raise InputError(f"line {line}: the chat template marks nothing as the assistant's, so there is nothing to learn")
         texts.append(text)
         turns.append(spans)
     encoded = tokenizer.ids_and_ends(texts, special=False)
@@ -235,7 +236,7 @@ def split(corpus: Corpus, documents: Sequence[Sequence[Document]], held_out: int
       held_out: the learnt tokens to hold out, at most a tenth of all.
 
     Raises:
-      ValueError: there are too few documents.
+      InputError: there are too few documents.
     """
     if corpus.kind == "stream":
         groups = [[piece] for pieces in reversed(documents) for piece in reversed(pieces)]
@@ -249,7 +250,7 @@ def split(corpus: Corpus, documents: Sequence[Sequence[Document]], held_out: int
     wanted = min(held_out, int(sizes.sum()) // 10)
     border = int(np.searchsorted(np.cumsum(sizes), max(1, wanted))) + 1
     if border >= len(groups):
-        raise ValueError(
+        raise InputError(
             f"the data is too little: of {len(groups)} pieces of text {min(border, len(groups))} would be held out, which "
             "leaves nothing to train on; add text, or lower max_length"
         )

@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from lora_jax.core.errors import InputError, MissingError
+
 SUFFIXES = (".csv", ".jsonl")
 
 
@@ -13,15 +15,15 @@ def existing(file: str | pathlib.Path, suffixes: tuple[str, ...] = SUFFIXES) -> 
     """The file, if it is there and of one of these kinds.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is of another kind.
+      MissingError: there is no such file.
+      InputError: it is of another kind.
     """
     file = pathlib.Path(file)
     if file.suffix.lower() not in suffixes:
         *most, last = (f"a {suffix}" for suffix in suffixes)
-        raise ValueError(f"{file}: the data must be {', '.join(most)} or {last} file")
+        raise InputError(f"{file}: the data must be {', '.join(most)} or {last} file")
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}")
+        raise MissingError(f"there is no file {file}")
     return file
 
 
@@ -29,11 +31,11 @@ def columns(file: pathlib.Path) -> tuple[str, ...]:
     """The columns of a table: of its header, or of its first object.
 
     Raises:
-      ValueError: the file is damaged, or holds no rows.
+      InputError: the file is damaged, or holds no rows.
     """
     for _, row in rows(file, ()):
         return tuple(column for column in row if column is not None)  # what is beyond the header has no name
-    raise ValueError(f"{file} holds no rows")
+    raise InputError(f"{file} holds no rows")
 
 
 def rows(file: pathlib.Path, fields: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -44,13 +46,13 @@ def rows(file: pathlib.Path, fields: Iterable[str]) -> Iterator[tuple[int, dict[
       fields: columns that every row must have.
 
     Raises:
-      ValueError: the file is damaged or not UTF-8, or a column is missing; the message names the line.
+      InputError: the file is damaged or not UTF-8, or a column is missing; the message names the line.
     """
     read = _csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows
     try:
         yield from read(file, tuple(fields))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+        raise InputError(f"{file} is not UTF-8 text: {error}") from None
 
 
 def _csv_rows(file: pathlib.Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -62,7 +64,7 @@ def _csv_rows(file: pathlib.Path, fields: tuple[str, ...]) -> Iterator[tuple[int
             for row in reader:
                 yield reader.line_num, row
         except csv.Error as error:
-            raise ValueError(f"{file}, line {reader.line_num}: {error}") from None
+            raise InputError(f"{file}, line {reader.line_num}: {error}") from None
 
 
 def _jsonl_rows(file: pathlib.Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -73,26 +75,26 @@ def _jsonl_rows(file: pathlib.Path, fields: tuple[str, ...]) -> Iterator[tuple[i
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
+                raise InputError(f"{file}, line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number} must be a JSON object, not {type(row).__name__}")
+                raise InputError(f"{file}, line {number} must be a JSON object, not {type(row).__name__}")
             check_fields(f"{file}, line {number}", fields, row)
             yield number, row
 
 
 def check_fields(where: Any, fields: Iterable[str], present: Iterable[str]) -> None:
-    """Raise a ValueError unless every field is among the columns present."""
+    """Raise an InputError unless every field is among the columns present."""
     present = tuple(present)
     for field in fields:
         if field not in present:
             columns = ", ".join(map(repr, present)) or "none"
-            raise ValueError(f"{where}: there is no column {field!r}; the columns are {columns}")
+            raise InputError(f"{where}: there is no column {field!r}; the columns are {columns}")
 
 
 def refuse_empty(file: pathlib.Path, lines: list[int], fields: Iterable[str]) -> None:
-    """Raise a ValueError if there are rows, on these lines, in which one of the fields is empty."""
+    """Raise an InputError if there are rows, on these lines, in which one of the fields is empty."""
     if lines:
-        raise ValueError(
+        raise InputError(
             f"{file}: {len(lines)} rows have an empty {' or '.join(map(repr, fields))}, on the lines "
             f"{', '.join(map(str, lines[:5]))}{' and more' if len(lines) > 5 else ''}: fill or remove them"
         )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from lora_jax.core.errors import InputError
 from lora_jax.data.chat import ChatTemplate, Messages
 from lora_jax.models import gguf_files
 
@@ -53,34 +54,34 @@ class TextTokenizer:
         """The id that ends a text.
 
         Raises:
-          ValueError: the files name none.
+          InputError: the files name none.
         """
         text = self.special_tokens.get("eos_token")
         found = None if text is None else self.tokenizer.token_to_id(text)
         if found is None:
-            raise ValueError(f"{self.source} names no eos_token, so the end of a text can't be learnt: add it to {_CONFIG}")
+            raise InputError(f"{self.source} names no eos_token, so the end of a text can't be learnt: add it to {_CONFIG}")
         return found
 
     def chat(self, today: datetime.date) -> ChatTemplate:
         """The chat template.
 
         Raises:
-          ValueError: there is none, or it is not Jinja.
+          InputError: there is none, or it is not Jinja.
         """
         if self.template is None:
-            raise ValueError(f"{self.source} has no chat template: add a {_JINJA}, or use text or prompts and completions")
+            raise InputError(f"{self.source} has no chat template: add a {_JINJA}, or use text or prompts and completions")
         return ChatTemplate(self.template, self.special_tokens, today)
 
     def prompt(self, text: str, *, chat: bool) -> np.ndarray:
         """The token ids of a prompt; with `chat`, as what a user says.
 
         Raises:
-          ValueError: the prompt is empty, or there is no chat template.
+          InputError: the prompt is empty, or there is no chat template.
         """
         if not chat:
             [ids] = self.ids([text])
             if not len(ids):
-                raise ValueError("the prompt is empty: there is nothing to go on from")
+                raise InputError("the prompt is empty: there is nothing to go on from")
             return ids
         messages: Messages = [{"role": "user", "content": text}]
         return self.ids([self.chat(datetime.date.today()).render(messages, add_generation_prompt=True)], special=False)[0]
@@ -97,14 +98,14 @@ def load(source: pathlib.Path, vocab_size: int) -> TextTokenizer:
     """The tokenizer of a Hugging Face directory or of a `.gguf` file.
 
     Raises:
-      ValueError: there is none, it is damaged, or its ids do not fit the model's vocabulary.
+      InputError: there is none, it is damaged, or its ids do not fit the model's vocabulary.
     """
     found = _of_gguf(source) if source.suffix == ".gguf" else _of_directory(source)
     found.tokenizer.no_padding()
     found.tokenizer.no_truncation()
     largest = max(found.tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
-        raise ValueError(f"the tokenizer of {source} has the id {largest}, but the model's vocabulary has {vocab_size} only")
+        raise InputError(f"the tokenizer of {source} has the id {largest}, but the model's vocabulary has {vocab_size} only")
     return found
 
 
@@ -123,24 +124,24 @@ def read_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer:
     """The `tokenizer.json` of a directory.
 
     Raises:
-      ValueError: there is none, or it is damaged.
+      InputError: there is none, or it is damaged.
     """
     file = directory / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(f"{directory} has no tokenizer.json: save the model with its fast tokenizer")
+        raise InputError(f"{directory} has no tokenizer.json: save the model with its fast tokenizer")
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise ValueError(f"{file} can't be read: {error}") from None
+        raise InputError(f"{file} can't be read: {error}") from None
 
 
 def _read_config(file: pathlib.Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise InputError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(config).__name__}")
+        raise InputError(f"{file} must hold a JSON object, not {type(config).__name__}")
     return config
 
 
@@ -157,5 +158,5 @@ def _template(directory: pathlib.Path, config: Mapping[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")
     if found is not None and not isinstance(found, str):
-        raise ValueError(f"{directory / _CONFIG}: chat_template must be a text, or a list with one of the name 'default'")
+        raise InputError(f"{directory / _CONFIG}: chat_template must be a text, or a list with one of the name 'default'")
     return found

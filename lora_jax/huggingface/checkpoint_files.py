@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import safetensors
 
+from lora_jax.core.errors import InputError, MissingError
 from lora_jax.huggingface.names import HFName, listing
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,8 +39,8 @@ class SafeTensors:
       rename: what to call a tensor instead of its name in the file.
 
     Raises:
-      FileNotFoundError: there is no such directory or file.
-      ValueError: a file is truncated or not safetensors, or the index is wrong.
+      MissingError: there is no such directory or file.
+      InputError: a file is truncated or not safetensors, or the index is wrong.
     """
 
     def __init__(self, directory: pathlib.Path, rename: Callable[[str], str] = str):
@@ -52,7 +53,7 @@ class SafeTensors:
             try:
                 self._open(file, names, rename)
             except (safetensors.SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is truncated or not a safetensors file ({error}): fetch it again") from None
+                raise InputError(f"{file} is truncated or not a safetensors file ({error}): fetch it again") from None
 
     def _open(self, file: pathlib.Path, names: list[str] | None, rename: Callable[[str], str]) -> None:
         opened: Any = safetensors.safe_open(file, framework="numpy")
@@ -61,18 +62,18 @@ class SafeTensors:
         for name in present if names is None else names:
             part, new = opened.get_slice(name), rename(name)
             if new in self.shapes:
-                raise ValueError(f"{file} has two tensors for {new}, {self._stored[new][1]} and {name}")
+                raise InputError(f"{file} has two tensors for {new}, {self._stored[new][1]} and {name}")
             self.shapes[new], self._stored[new] = tuple(part.get_shape()), (file, name, str(part.get_dtype()))
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Some rows of a tensor, or all, as it is stored.
 
         Raises:
-          ValueError: it does not hold floats.
+          InputError: it does not hold floats.
         """
         file, stored, dtype = self._stored[name]
         if dtype not in _FLOATS:
-            raise ValueError(f"{self.file}: {stored} is stored as {dtype}; {', '.join(_FLOATS)} can be read")
+            raise InputError(f"{self.file}: {stored} is stored as {dtype}; {', '.join(_FLOATS)} can be read")
         # Opened each time: what was read of a file stays in this process's memory for as long as it is open.
         opened: Any = safetensors.safe_open(file, framework="numpy")
         return opened.get_slice(stored)[rows]
@@ -82,7 +83,7 @@ def _shards(directory: pathlib.Path) -> dict[pathlib.Path, list[str]]:
     """The files that the index lists, each with the names of its tensors."""
     placed = read_json(directory, INDEX).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
-        raise ValueError(f"{directory / INDEX} must have a weight_map, an object of file names by tensor")
+        raise InputError(f"{directory / INDEX} must have a weight_map, an object of file names by tensor")
     bad = {name for name in placed.values() if not _is_plain(name)}
     complain(f"{directory / INDEX} has file names that are not plain ones ending in .safetensors:", map(repr, bad))
     files: dict[pathlib.Path, list[str]] = {}
@@ -100,16 +101,16 @@ def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
     """A JSON object from a file of the directory.
 
     Raises:
-      FileNotFoundError: there is no such directory or file.
-      ValueError: the file is not a JSON object.
+      MissingError: there is no such directory or file.
+      InputError: the file is not a JSON object.
     """
     file = existing(directory, name)
     try:
         fields = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise InputError(f"{file} is not JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(fields).__name__}")
+        raise InputError(f"{file} must hold a JSON object, not {type(fields).__name__}")
     return fields
 
 
@@ -124,7 +125,7 @@ def check(
       spare: whether a tensor may be left unread.
 
     Raises:
-      ValueError: tensors are missing, unexpected, or of another shape; they are named.
+      InputError: tensors are missing, unexpected, or of another shape; they are named.
     """
     shapes = {tensor: name.shape(shape) for name, shape in wanted.items() for tensor in name.tensors(shape).values()}
     have = {name for name in tensors.shapes if name in shapes or not spare(name)}
@@ -132,30 +133,30 @@ def check(
     complain(f"{tensors.file} has unexpected tensors", have - set(shapes))
     for name, want in shapes.items():
         if tensors.shapes[name] != want:
-            raise ValueError(f"{tensors.file}: {name} has the shape {tensors.shapes[name]}; the configuration asks for {want}")
+            raise InputError(f"{tensors.file}: {name} has the shape {tensors.shapes[name]}; the configuration asks for {want}")
 
 
 def complain(problem: str, names: Iterable[str], tail: str = "") -> None:
-    """Raise `ValueError` if there are any names, with the first few of them."""
+    """Raise an InputError if there are any names, with the first few of them."""
     names = sorted(names)
     if names:
-        raise ValueError(f"{problem} {listing(names)}{' ' if tail else ''}{tail}")
+        raise InputError(f"{problem} {listing(names)}{' ' if tail else ''}{tail}")
 
 
 def existing(directory: pathlib.Path, name: str) -> pathlib.Path:
     """A file of the directory.
 
     Raises:
-      FileNotFoundError: there is no such directory or file.
+      MissingError: there is no such directory or file.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"there is no directory {directory}")
+        raise MissingError(f"there is no directory {directory}")
     file = directory / name
     if file.is_file():
         return file
     if name == SINGLE and any(directory.glob("pytorch_model*.bin")):
-        raise FileNotFoundError(
+        raise MissingError(
             f"{directory} has its weights in pytorch_model.bin only, a pickle, which can run any code and is never opened: "
             "get the model's safetensors, or convert it with save_pretrained(directory, safe_serialization=True)"
         )
-    raise FileNotFoundError(f"{directory} has no {name}: a Hugging Face directory with safetensors is needed")
+    raise MissingError(f"{directory} has no {name}: a Hugging Face directory with safetensors is needed")

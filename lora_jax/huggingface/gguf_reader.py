@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.errors import InputError, MissingError
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 _MOST_AXES = 4
@@ -39,7 +41,7 @@ class _Header:
 
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
-            raise ValueError(f"{self.file} is truncated or no GGUF file: it has {len(self.data)} bytes and promises more")
+            raise InputError(f"{self.file} is truncated or no GGUF file: it has {len(self.data)} bytes and promises more")
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -51,7 +53,7 @@ class _Header:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"{self.file}: a text in its header is not UTF-8: {raw[:40]!r}") from None
+            raise InputError(f"{self.file}: a text in its header is not UTF-8: {raw[:40]!r}") from None
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
@@ -59,12 +61,12 @@ class _Header:
         if kind == _TEXT:
             return self.text()
         if kind != _ARRAY:
-            raise ValueError(f"{self.file}: its header has a value of the unknown type {kind}")
+            raise InputError(f"{self.file}: its header has a value of the unknown type {kind}")
         kind, count = self.scalar("I"), self.scalar("Q")
         if kind == _TEXT:
             return [self.text() for _ in range(count)]
         if kind not in _SCALARS:
-            raise ValueError(f"{self.file}: its header has an array of the type {kind}; only numbers and texts can be read")
+            raise InputError(f"{self.file}: its header has an array of the type {kind}; only numbers and texts can be read")
         stored = np.dtype(_SCALARS[kind]).newbyteorder("<")
         return np.frombuffer(self.take(count * stored.itemsize), stored).tolist()
 
@@ -76,31 +78,31 @@ class GgufFile:
       file: the file, of GGUF version 2 or 3.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is truncated, or no GGUF file.
+      MissingError: there is no such file.
+      InputError: it is truncated, or no GGUF file.
     """
 
     def __init__(self, file: str | pathlib.Path):
         self.file = pathlib.Path(file)
         if not self.file.is_file():
-            raise FileNotFoundError(f"there is no file {self.file}")
+            raise MissingError(f"there is no file {self.file}")
         self.metadata: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, tuple[str, int, int]] = {}
         with self.file.open("rb") as opened:
             self._size = opened.seek(0, 2)
             if not self._size:
-                raise ValueError(f"{self.file} is no GGUF file: it is empty")
+                raise InputError(f"{self.file} is no GGUF file: it is empty")
             with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 self._read_header(_Header(self.file, data))
 
     def _read_header(self, header: _Header) -> None:
         if header.data[:4] != b"GGUF":
-            raise ValueError(f"{self.file} is no GGUF file")
+            raise InputError(f"{self.file} is no GGUF file")
         header.take(4)
         version, count, entries = header.scalar("I"), header.scalar("Q"), header.scalar("Q")
         if version not in (2, 3):
-            raise ValueError(f"{self.file} has the GGUF version {version}; 2 and 3 can be read, little-endian")
+            raise InputError(f"{self.file} has the GGUF version {version}; 2 and 3 can be read, little-endian")
         for _ in range(entries):
             name = header.text()
             self.metadata[name] = header.value(header.scalar("I"))
@@ -112,29 +114,29 @@ class GgufFile:
     def _note_tensor(self, header: _Header) -> None:
         stored, axes = header.text(), header.scalar("I")
         if axes > _MOST_AXES:
-            raise ValueError(f"{self.file}: {stored} has {axes} axes; at most {_MOST_AXES} can be read")
+            raise InputError(f"{self.file}: {stored} has {axes} axes; at most {_MOST_AXES} can be read")
         shape = tuple(header.scalar("Q") for _ in range(axes))[::-1]
         name = _hf_name(stored)
         if name in self.shapes:
-            raise ValueError(f"{self.file} has two tensors for {name}")
+            raise InputError(f"{self.file} has two tensors for {name}")
         self.shapes[name], self._places[name] = shape, (stored, header.scalar("I"), header.scalar("Q"))
 
     def number(self, name: str, default: int | None = None) -> int:
         """A positive whole number of the metadata.
 
         Raises:
-          ValueError: there is none.
+          InputError: there is none.
         """
         value = self.metadata.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self.file}: {name} must be a positive whole number, not {value!r}")
+            raise InputError(f"{self.file}: {name} must be a positive whole number, not {value!r}")
         return value
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Some rows of a tensor, or all, in float32.
 
         Raises:
-          ValueError: it lies outside of the file, or is quantised in a way that the `gguf` package does not undo.
+          InputError: it lies outside of the file, or is quantised in a way that the `gguf` package does not undo.
         """
         gguf = _package()
         stored, code, offset = self._places[name]
@@ -142,13 +144,13 @@ class GgufFile:
         try:
             kind = gguf.GGMLQuantizationType(code)
         except ValueError:
-            raise ValueError(f"{self.file}: {stored} is quantised in an unknown way, number {code}") from None
+            raise InputError(f"{self.file}: {stored} is quantised in an unknown way, number {code}") from None
         block, size = gguf.GGML_QUANT_SIZES[kind]
         if not shape or shape[-1] % block:
-            raise ValueError(f"{self.file}: {stored} has the shape {shape}, but is quantised in blocks of {block}")
+            raise InputError(f"{self.file}: {stored} has the shape {shape}, but is quantised in blocks of {block}")
         begin, length = self._start + offset, math.prod(shape) // block * size
         if begin + length > self._size:
-            raise ValueError(f"{self.file} is truncated: {stored} ends at byte {begin + length} of {self._size}")
+            raise InputError(f"{self.file} is truncated: {stored} ends at byte {begin + length} of {self._size}")
         order = self._order(stored, shape[0])[rows]
         try:
             if len(shape) == 1:
@@ -157,7 +159,7 @@ class GgufFile:
             raw = self._bytes(begin + row * first, row * (last + 1 - first)).reshape(-1, row)
             return gguf.quants.dequantize(raw[order - first], kind).reshape(-1, *shape[1:])
         except NotImplementedError as error:
-            raise ValueError(f"{self.file}: {stored} can't be read: {error}") from None
+            raise InputError(f"{self.file}: {stored} can't be read: {error}") from None
 
     def _bytes(self, begin: int, length: int) -> np.ndarray:
         """Not through a mapping, of which each page that was read counts as this process's memory."""
@@ -175,7 +177,7 @@ class GgufFile:
         queries = self.number("llama.attention.head_count")
         heads = queries if match[1] == "q" else self.number("llama.attention.head_count_kv", queries)
         if count % (2 * heads):
-            raise ValueError(f"{self.file}: {stored} has {count} rows, which {heads} heads can't share")
+            raise InputError(f"{self.file}: {stored} has {count} rows, which {heads} heads can't share")
         return order.reshape(heads, -1, 2).swapaxes(1, 2).reshape(count)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from lora_jax.core import paths
+from lora_jax.core.errors import InputError
 
 Kind = Literal["linear", "conv1d", "embedding", "conv", "parameter", "parameter_transposed"]
 Groups = tuple[tuple[str, ...], ...]
@@ -35,7 +36,7 @@ class HFName:
       tied: the name of another tensor there that is the same parameter (a head tied to the embedding).
 
     Raises:
-      ValueError: the axes can't be read, or do not agree with the name's fields.
+      InputError: the axes can't be read, or do not agree with the name's fields.
 
     >>> HFName("model.layers.{l}.mlp.up_proj.weight", "l i o -> o i").tensors((2, 3, 4))
     {(0,): 'model.layers.0.mlp.up_proj.weight', (1,): 'model.layers.1.mlp.up_proj.weight'}
@@ -51,12 +52,12 @@ class HFName:
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):
-            raise ValueError(f"{self.name}: kind must be one of {', '.join(map(repr, get_args(Kind)))}, not {self.kind!r}")
+            raise InputError(f"{self.name}: kind must be one of {', '.join(map(repr, get_args(Kind)))}, not {self.kind!r}")
         fields = [field for field, _ in _FIELD.findall(self.name)]
         left, right = _read(self.axes)
         placed = [axis for group in right for axis in group]
         if sorted(left) != sorted(placed + fields) or len(set(left)) != len(left):
-            raise ValueError(
+            raise InputError(
                 f"{self.name}: the axes {self.axes!r} must name each axis of the parameter once on the left, and on the right "
                 f"all but those that the name's fields index ({', '.join(fields) or 'none'})"
             )
@@ -82,15 +83,15 @@ class HFName:
         """The names of the tensors of a parameter of this shape, by the index along the indexed axes.
 
         Raises:
-          ValueError: the parameter has another number of axes, or a field has not as many words as its axis is long.
+          InputError: the parameter has another number of axes, or a field has not as many words as its axis is long.
         """
         if self.axes and len(shape) != len(_read(self.axes)[0]):
-            raise ValueError(f"{self.name}: a parameter of the shape {tuple(shape)} does not have the axes {self.axes!r}")
+            raise InputError(f"{self.name}: a parameter of the shape {tuple(shape)} does not have the axes {self.axes!r}")
         choices = []
         for (field, words), axis in zip(_FIELD.findall(self.name), self.indexed):
             listed = words.split("|") if words else [str(i) for i in range(shape[axis])]
             if len(listed) != shape[axis]:
-                raise ValueError(f"{self.name}: the axis {field!r} has the size {shape[axis]}, but {len(listed)} words")
+                raise InputError(f"{self.name}: the axis {field!r} has the size {shape[axis]}, but {len(listed)} words")
             choices.append(listed)
         indices = itertools.product(*(range(len(listed)) for listed in choices))
         return {index: self._fill([listed[i] for listed, i in zip(choices, index)]) for index in indices}
@@ -137,7 +138,7 @@ def _read(axes: str) -> tuple[tuple[str, ...], Groups]:
         return (), ()
     match = re.fullmatch(r"\s*((?:\w+\s*)+)->((?:\s*(?:\w+|\(\s*\w+(?:\s+\w+)*\s*\)))+)\s*", axes)
     if match is None:
-        raise ValueError(f"the axes {axes!r} can't be read: write them as 'd n h -> (n h) d'")
+        raise InputError(f"the axes {axes!r} can't be read: write them as 'd n h -> (n h) d'")
     right = re.findall(r"\(([^()]*)\)|(\w+)", match[2])
     return tuple(match[1].split()), tuple(tuple((joined or single).split()) for joined, single in right)
 
@@ -152,7 +153,7 @@ def match(variables: Any, rules: Mapping[str, "str | HFName | None"]) -> dict[st
         not have.
 
     Raises:
-      ValueError: no rule matches a parameter, or two parameters get the same name.
+      InputError: no rule matches a parameter, or two parameters get the same name.
 
     >>> import numpy as np
     >>> rules = {r"layer_(\d+)/mlp/(\w+)/kernel": HFName(r"model.layers.\1.mlp.\2_proj.weight", "i o -> o i")}
@@ -174,7 +175,7 @@ def match(variables: Any, rules: Mapping[str, "str | HFName | None"]) -> dict[st
             fill = lambda text, groups=groups: groups.expand(text) if "\\" in text else text
             names[path] = dataclasses.replace(target, name=fill(target.name), tied=fill(target.tied))
     if unmatched:
-        raise ValueError(
+        raise InputError(
             f"no rule matches the parameters {listing(unmatched)}: add one, or None for what is not in Hugging Face"
         )
     _check_distinct(names)
@@ -186,7 +187,7 @@ def _check_distinct(names: Mapping[str, HFName]) -> None:
     for path, name in names.items():
         other = by_name.setdefault(name.name, path)
         if other != path:
-            raise ValueError(f"{other} and {path} have the same name {name.name}: give each parameter one of its own")
+            raise InputError(f"{other} and {path} have the same name {name.name}: give each parameter one of its own")
 
 
 def listing(items: Iterable[str], most: int = 8) -> str:

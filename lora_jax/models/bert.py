@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core import paths
+from lora_jax.core.errors import InputError
 from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.names import HFName
 from lora_jax.models.weights import Reader, Sharding, put
@@ -53,10 +54,10 @@ class BertConfig:
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
             sizes = f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads}"
-            raise ValueError(f"config.json: the heads must divide the hidden size, but it has {sizes}")
+            raise InputError(f"config.json: the heads must divide the hidden size, but it has {sizes}")
         if self.hidden_act not in _ACTIVATIONS:
             known = ", ".join(sorted(_ACTIVATIONS))
-            raise ValueError(f"config.json: hidden_act {self.hidden_act!r} is not one of {known}")
+            raise InputError(f"config.json: hidden_act {self.hidden_act!r} is not one of {known}")
 
 
 class Attention(nn.Module):
@@ -142,7 +143,7 @@ class Bert(nn.Module):
         config = self.config
         if input_ids.shape[-1] > config.max_position_embeddings:
             positions = config.max_position_embeddings
-            raise ValueError(
+            raise InputError(
                 f"input_ids has the shape {input_ids.shape}, but the model has {positions} positions: cut the texts"
             )
         mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
@@ -252,8 +253,8 @@ def load(
       block: how many values share a scale (64 by default); only with `quantize`.
 
     Raises:
-      FileNotFoundError: the directory or one of the two files is missing.
-      ValueError: another architecture, a file that is truncated or not what its name says, tensors that are missing,
+      MissingError: the directory or one of the two files is missing.
+      InputError: another architecture, a file that is truncated or not what its name says, tensors that are missing,
         unexpected or of the wrong shape, or kernels that can't be quantised so.
       ImportError: qwix is not installed.
     """
@@ -298,13 +299,13 @@ def _modern(name: str) -> str:
 def _config(directory: pathlib.Path, fields: Mapping[str, Any], pooling: Pooling, num_labels: int | None) -> BertConfig:
     file = directory / "config.json"
     if fields.get("model_type") != "bert":
-        raise ValueError(f"{file}: the model_type is {fields.get('model_type')!r}; this loader reads 'bert' only")
+        raise InputError(f"{file}: the model_type is {fields.get('model_type')!r}; this loader reads 'bert' only")
     if fields.get("position_embedding_type", "absolute") != "absolute" or fields.get("is_decoder", False):
-        raise ValueError(f"{file}: only encoders with absolute position embeddings can be read")
+        raise InputError(f"{file}: only encoders with absolute position embeddings can be read")
     sizes = [f.name for f in dataclasses.fields(BertConfig) if f.default is dataclasses.MISSING]
     missing = [name for name in sizes if not isinstance(fields.get(name), int)]
     if missing:
-        raise ValueError(f"{file} lacks a whole number for: {', '.join(missing)}")
+        raise InputError(f"{file} lacks a whole number for: {', '.join(missing)}")
     kept = {f.name: fields[f.name] for f in dataclasses.fields(BertConfig) if f.name in fields}
     if num_labels is None:
         num_labels = len(fields["id2label"]) if "id2label" in fields else fields.get("num_labels", 2)
@@ -319,7 +320,7 @@ def _pooling(directory: pathlib.Path, tensors: Mapping[str, Any], has_head: bool
     readable: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(chosen) == 1 and chosen[0] in readable:
         return readable[chosen[0]]
-    raise ValueError(f"{directory / '1_Pooling/config.json'}: mean or first-token pooling can be read, not {chosen}")
+    raise InputError(f"{directory / '1_Pooling/config.json'}: mean or first-token pooling can be read, not {chosen}")
 
 
 def _is_spare(name: str, pooling: Pooling) -> bool:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.errors import InputError
 from lora_jax.models.decoder_config import LlamaConfig
 
 Remat = Literal["full", "products"]
@@ -176,9 +177,9 @@ class Llama(nn.Module):
         config = self.config
         for name, array in (("attention_mask", attention_mask), ("segment_ids", segment_ids), ("positions", positions)):
             if array is not None and array.shape != input_ids.shape:
-                raise ValueError(f"{name} has the shape {array.shape}, but input_ids has {input_ids.shape}")
+                raise InputError(f"{name} has the shape {array.shape}, but input_ids has {input_ids.shape}")
         if cache is not None and segment_ids is not None:
-            raise ValueError("segment_ids can't be given together with a cache: decode packed documents apart")
+            raise InputError("segment_ids can't be given together with a cache: decode packed documents apart")
         real = None if attention_mask is None else jnp.asarray(attention_mask, bool)
         if positions is None:
             positions = _positions(input_ids.shape, real, segment_ids, cache)
@@ -244,7 +245,7 @@ def _positions(shape: tuple[int, ...], real: Any, segment_ids: Any, cache: Cache
 def _extend(cache: Cache, shape: tuple[int, ...], real: Any) -> Cache:
     """The cache with places taken for new tokens, which the layers fill."""
     if shape[1] > cache.real.shape[1]:
-        raise ValueError(f"input_ids has {shape[1]} tokens a row, but the cache has room for {cache.real.shape[1]}")
+        raise InputError(f"input_ids has {shape[1]} tokens a row, but the cache has room for {cache.real.shape[1]}")
     new = jnp.ones(shape, bool) if real is None else real
     taken = lax.dynamic_update_slice(cache.real, new, (0, cache.length))
     return dataclasses.replace(cache, real=taken, length=cache.length + shape[1])

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.errors import InputError
+
 FAMILY = ("llama", "mistral", "qwen2")
 _MOST_LAYERS = 10_000  # a broken file must not ask for more work than any real one
 
@@ -55,7 +57,7 @@ class LlamaConfig:
       eos_token_ids: the ids that end a text.
 
     Raises:
-      ValueError: sizes that do not fit together.
+      InputError: sizes that do not fit together.
     """
 
     model_type: str = "llama"
@@ -84,14 +86,14 @@ class LlamaConfig:
         for name in _SIZES:
             _check_number(name, getattr(self, name), int)
         if self.num_hidden_layers > _MOST_LAYERS:
-            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; at most {_MOST_LAYERS} can be read")
+            raise InputError(f"num_hidden_layers is {self.num_hidden_layers}; at most {_MOST_LAYERS} can be read")
         for name in ("rms_norm_eps", "rope_theta"):
             _check_number(name, getattr(self, name), float)
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"num_attention_heads {self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}"
-            raise ValueError(f"the key-value heads must divide the attention heads, but there are {heads}")
+            raise InputError(f"the key-value heads must divide the attention heads, but there are {heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, to be rotated in pairs, not {self.head_dim}")
+            raise InputError(f"head_dim must be even, to be rotated in pairs, not {self.head_dim}")
         if self.sliding_layers:
             _check_number("sliding_window", self.sliding_window, int)
 
@@ -113,14 +115,14 @@ _SIZES = tuple(f.name for f in dataclasses.fields(LlamaConfig) if f.type is int)
 
 def _check_number(name: str, value: Any, kind: type) -> None:
     if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be a positive {'whole number' if kind is int else 'number'}, not {value!r}")
+        raise InputError(f"{name} must be a positive {'whole number' if kind is int else 'number'}, not {value!r}")
 
 
 def read_config(fields: Mapping[str, Any]) -> LlamaConfig:
     """The sizes from the fields of a `config.json`, in the spelling of any version of transformers.
 
     Raises:
-      ValueError: another architecture, a field that is missing or out of range, or one that asks for what the model can't do.
+      InputError: another architecture, a field that is missing or out of range, or one that asks for what the model can't do.
 
     >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     >>> config = read_config(dict(model_type="llama", rope_theta=5e5, **sizes))
@@ -129,7 +131,7 @@ def read_config(fields: Mapping[str, Any]) -> LlamaConfig:
     """
     model_type = fields.get("model_type")
     if model_type not in FAMILY:
-        raise ValueError(f"the model_type is {model_type!r}; this loader reads {', '.join(map(repr, FAMILY))}")
+        raise InputError(f"the model_type is {model_type!r}; this loader reads {', '.join(map(repr, FAMILY))}")
     _refuse(fields)
     heads, width = (_whole(fields, name) for name in ("num_attention_heads", "hidden_size"))
     bias = model_type == "qwen2" or _flag(fields, "attention_bias")
@@ -162,9 +164,9 @@ def _refuse(fields: Mapping[str, Any]) -> None:
     """Options that change what the model computes and that this one does not have."""
     for name, only in {"hidden_act": "silu", "partial_rotary_factor": 1.0}.items():
         if fields.get(name, only) != only:
-            raise ValueError(f"{name} is {fields[name]!r}; only {only!r} can be read")
+            raise InputError(f"{name} is {fields[name]!r}; only {only!r} can be read")
     if fields.get("quantization_config"):
-        raise ValueError("it has a quantization_config: only unquantised weights can be read; dequantise the checkpoint first")
+        raise InputError("it has a quantization_config: only unquantised weights can be read; dequantise the checkpoint first")
 
 
 def _whole(fields: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -172,7 +174,7 @@ def _whole(fields: Mapping[str, Any], name: str, default: int | None = None) -> 
     if value is None:
         value = default
     if value is None:
-        raise ValueError(f"it lacks {name}")
+        raise InputError(f"it lacks {name}")
     _check_number(name, value, int)
     return value
 
@@ -180,7 +182,7 @@ def _whole(fields: Mapping[str, Any], name: str, default: int | None = None) -> 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:
     value = fields.get(name, False)
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, not {value!r}")
+        raise InputError(f"{name} must be true or false, not {value!r}")
     return value
 
 
@@ -188,7 +190,7 @@ def _ids(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
     value = fields.get(name)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ValueError(f"{name} must be a token id or a list of them, not {value!r}")
+        raise InputError(f"{name} must be a token id or a list of them, not {value!r}")
     return tuple(ids)
 
 
@@ -199,14 +201,14 @@ def _rope(fields: Mapping[str, Any]) -> tuple[float, Llama3Rope | LinearRope | N
     """
     settings = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(settings, dict):
-        raise ValueError(f"rope_parameters must be an object, not {settings!r}")
+        raise InputError(f"rope_parameters must be an object, not {settings!r}")
     kind = settings.get("rope_type", settings.get("type", "default"))
     theta = settings.get("rope_theta", fields.get("rope_theta", 10000.0))
     _check_number("rope_theta", theta, float)
     if settings.get("partial_rotary_factor", 1.0) != 1.0 or any(isinstance(v, dict) for v in settings.values()):
-        raise ValueError(f"the rotary settings {settings!r} can't be read: every layer must rotate its whole heads alike")
+        raise InputError(f"the rotary settings {settings!r} can't be read: every layer must rotate its whole heads alike")
     if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"the rope_type is {kind!r}; 'default', 'linear' and 'llama3' can be read")
+        raise InputError(f"the rope_type is {kind!r}; 'default', 'linear' and 'llama3' can be read")
     scaling: Any = {"linear": LinearRope, "llama3": Llama3Rope}.get(kind)
     if scaling is None:
         return theta, None
@@ -231,10 +233,10 @@ def _window(fields: Mapping[str, Any], model_type: str) -> tuple[int | None, tup
     if kinds is None:
         first = fields.get("max_window_layers", 28)
         if not isinstance(first, int) or first < 0:
-            raise ValueError(f"max_window_layers must be a whole number, not {first!r}")
+            raise InputError(f"max_window_layers must be a whole number, not {first!r}")
         return window, tuple(range(first, count))
     if not isinstance(kinds, list) or len(kinds) != count or set(map(str, kinds)) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layer_types must be 'full_attention' or 'sliding_attention' for each of the {count} layers")
+        raise InputError(f"layer_types must be 'full_attention' or 'sliding_attention' for each of the {count} layers")
     return window, tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
 
 

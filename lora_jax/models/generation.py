@@ -10,6 +10,7 @@ from jax import lax
 
 from lora_jax.core import paths
 from lora_jax.core.adapter import is_adapted
+from lora_jax.core.errors import InputError
 from lora_jax.core.methods.alora import active_from
 from lora_jax.core.transform import lora
 from lora_jax.models.decoder import Llama, init_cache
@@ -54,23 +55,23 @@ def generate(
       key: a PRNG key, for a temperature above 0.
 
     Raises:
-      ValueError: an option out of range, a prompt that is padded on the right, or a temperature without a key.
+      InputError: an option out of range, a prompt that is padded on the right, or a temperature without a key.
     """
     model = getattr(model, "model", model)
     prompt_ids = jnp.asarray(prompt_ids, jnp.int32)
     real = jnp.ones(prompt_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
     if prompt_ids.ndim != 2 or prompt_ids.shape[1] < 1:
-        raise ValueError(f"prompt_ids must have the shape (batch, length) with a token at least, not {prompt_ids.shape}")
+        raise InputError(f"prompt_ids must have the shape (batch, length) with a token at least, not {prompt_ids.shape}")
     if real.shape != prompt_ids.shape:
-        raise ValueError(f"attention_mask has the shape {real.shape}, but prompt_ids has {prompt_ids.shape}")
+        raise InputError(f"attention_mask has the shape {real.shape}, but prompt_ids has {prompt_ids.shape}")
     if not bool(real[:, -1].all()):
-        raise ValueError("attention_mask marks the last token of a prompt as padding: pad prompts on the left")
+        raise InputError("attention_mask marks the last token of a prompt as padding: pad prompts on the left")
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 or a positive number, not {temperature}")
+        raise InputError(f"temperature must be 0 or a positive number, not {temperature}")
     if temperature and key is None:
-        raise ValueError("a temperature above 0 draws tokens at random: give a key")
+        raise InputError("a temperature above 0 draws tokens at random: give a key")
     key = jax.random.key(0) if key is None else key
     options = {"count": max_new_tokens, "eos_ids": tuple(map(int, eos_ids)), "sampled": temperature > 0}
     return _generate(model, variables, prompt_ids, real, key, jnp.float32(temperature or 1.0), **options)
@@ -117,6 +118,6 @@ def _applies(model: Llama, variables: Any, prompt_ids: jax.Array) -> tuple[Calla
     if not sequences:
         return lora(model.apply), lora(model.apply)
     if len(sequences) > 1:
-        raise ValueError(f"the adapters have different invocation sequences, {sorted(sequences)}: generate with one of them")
+        raise InputError(f"the adapters have different invocation sequences, {sorted(sequences)}: generate with one of them")
     active = active_from(prompt_ids, *sequences)
     return lora(model.apply, active=active), lora(model.apply, active=active[:, -1:])

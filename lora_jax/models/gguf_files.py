@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.errors import InputError
 from lora_jax.huggingface.gguf_reader import GgufFile
 from lora_jax.models.decoder_config import LinearRope, Llama3Rope, LlamaConfig
 
@@ -21,18 +22,18 @@ def read_config(tensors: GgufFile) -> LlamaConfig:
     """The sizes of a model of the `llama` or `qwen2` architecture.
 
     Raises:
-      ValueError: another architecture, or a value that is missing or that the model can't do.
+      InputError: another architecture, or a value that is missing or that the model can't do.
     """
     metadata, kind = tensors.metadata, tensors.metadata.get("general.architecture")
     if kind not in ("llama", "qwen2"):
-        raise ValueError(f"{tensors.file}: the architecture is {kind!r}; 'llama' and 'qwen2' can be read")
+        raise InputError(f"{tensors.file}: the architecture is {kind!r}; 'llama' and 'qwen2' can be read")
     if metadata.get(f"{kind}.expert_count"):
-        raise ValueError(f"{tensors.file} is a mixture of experts, which can't be read")
+        raise InputError(f"{tensors.file} is a mixture of experts, which can't be read")
     number = lambda name, default=None: tensors.number(f"{kind}.{name}", default)
     heads, width, layers = number("attention.head_count"), number("embedding_length"), number("block_count")
     head_dim = number("attention.key_length", width // heads)
     if {number("rope.dimension_count", head_dim), number("attention.value_length", head_dim)} != {head_dim}:
-        raise ValueError(f"{tensors.file}: only heads of one size, rotated whole, can be read")
+        raise InputError(f"{tensors.file}: only heads of one size, rotated whole, can be read")
     window = metadata.get(f"{kind}.attention.sliding_window") and number("attention.sliding_window")
     bias = "model.layers.0.self_attn.q_proj.bias" in tensors.shapes
     special = lambda name: metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -62,7 +63,7 @@ def read_config(tensors: GgufFile) -> LlamaConfig:
     try:
         return LlamaConfig(**fields)
     except ValueError as error:
-        raise ValueError(f"{tensors.file}: {error}") from None
+        raise InputError(f"{tensors.file}: {error}") from None
 
 
 def _shortest(value: float) -> float:
@@ -77,7 +78,7 @@ def _scaling(tensors: GgufFile, kind: str) -> Llama3Rope | LinearRope | None:
     if "rope_freqs.weight" in tensors.shapes:
         return _llama3_scaling(tensors, kind)
     if method not in ("none", "linear"):
-        raise ValueError(f"{tensors.file}: the rope scaling is {method!r}; 'linear' and Llama 3's can be read")
+        raise InputError(f"{tensors.file}: the rope scaling is {method!r}; 'linear' and Llama 3's can be read")
     factor = metadata.get(f"{kind}.rope.scaling.factor", metadata.get(f"{kind}.rope.scale_linear", 1.0))
     return None if factor in (0, 1) else LinearRope(factor=_shortest(factor))
 
@@ -90,7 +91,7 @@ def _llama3_scaling(tensors: GgufFile, kind: str) -> Llama3Rope:
         factor=_shortest(divisors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     )
     if not np.allclose(plain / rope.scale(plain), divisors, rtol=1e-4):
-        raise ValueError(f"{tensors.file}: the divisors in rope_freqs.weight are not those of Llama 3, so they can't be read")
+        raise InputError(f"{tensors.file}: the divisors in rope_freqs.weight are not those of Llama 3, so they can't be read")
     return rope
 
 
@@ -111,7 +112,7 @@ def _special_tokens(opened: GgufFile) -> dict[str, str]:
         place = opened.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if place is not None:
             if not isinstance(place, int) or not 0 <= place < len(words):
-                raise ValueError(f"{opened.file}: the {name} token is number {place} of {len(words)} tokens")
+                raise InputError(f"{opened.file}: the {name} token is number {place} of {len(words)} tokens")
             found[f"{name}_token"] = words[place]
     return found
 
@@ -120,7 +121,7 @@ def tokenizer(file: str | pathlib.Path) -> Any:
     """The file's tokenizer, as a `tokenizers.Tokenizer`: byte-level BPE (`tokenizer.ggml.model` is `gpt2`).
 
     Raises:
-      ValueError: another kind of tokenizer, or a broken one.
+      InputError: another kind of tokenizer, or a broken one.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
@@ -128,7 +129,7 @@ def tokenizer(file: str | pathlib.Path) -> Any:
     metadata = opened.metadata
     kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or split not in (*_SPLITS, *_BYTE_LEVEL):
-        raise ValueError(
+        raise InputError(
             f"{opened.file}: its tokenizer is {kind!r} with the splitting {split!r}; 'gpt2' with "
             f"{', '.join(map(repr, (*_BYTE_LEVEL, *_SPLITS)))} can be read: give the model's tokenizer.json instead"
         )
@@ -136,11 +137,11 @@ def tokenizer(file: str | pathlib.Path) -> Any:
     kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(words))
     vocabulary = {word: i for i, word in enumerate(words)}
     if len(vocabulary) != len(words) or len(kinds) != len(words) or any(len(merge) != 2 for merge in merges):
-        raise ValueError(f"{opened.file}: its tokenizer is broken: tokens, token types and merges do not fit together")
+        raise InputError(f"{opened.file}: its tokenizer is broken: tokens, token types and merges do not fit together")
     try:
         made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
     except Exception as error:  # the package raises nothing narrower
-        raise ValueError(f"{opened.file}: its tokenizer is broken: {error}") from None
+        raise InputError(f"{opened.file}: its tokenizer is broken: {error}") from None
     _split(made, split)
     made.decoder = decoders.ByteLevel()
     added = [
@@ -191,5 +192,5 @@ def _frame(made: Any, opened: GgufFile, split: str) -> None:
 def _texts(opened: GgufFile, name: str) -> list[str]:
     value = opened.metadata.get(f"tokenizer.ggml.{name}")
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        raise ValueError(f"{opened.file} has no tokenizer.ggml.{name}, a list of texts")
+        raise InputError(f"{opened.file} has no tokenizer.ggml.{name}, a list of texts")
     return value

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core import paths
+from lora_jax.core.errors import InputError
 from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.gguf_reader import GgufFile
 from lora_jax.huggingface.names import HFName
@@ -215,14 +216,14 @@ def load(
       block: how many values share a scale (64 by default); only with `quantize`.
 
     Raises:
-      FileNotFoundError: the source, or one of its files, is missing.
-      ValueError: another architecture, a file that is truncated or not what its name says, tensors that are missing,
+      MissingError: the source, or one of its files, is missing.
+      InputError: another architecture, a file that is truncated or not what its name says, tensors that are missing,
         unexpected or of the wrong shape, a head that can't be tied, a dtype that is no float, or kernels that can't be
         quantised so.
       ImportError: a package for GGUF files or quantised kernels is missing.
     """
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be a float dtype, not {jnp.dtype(dtype).name}")
+        raise InputError(f"dtype must be a float dtype, not {jnp.dtype(dtype).name}")
     _check_remat(remat)
     source = pathlib.Path(source)
     if source.suffix == ".gguf":
@@ -293,7 +294,7 @@ def abstract(
 
 def _check_remat(remat: Any) -> None:
     if remat is not None and remat not in REMAT:
-        raise ValueError(f"remat must be None or one of {', '.join(map(repr, REMAT))}, not {remat!r}")
+        raise InputError(f"remat must be None or one of {', '.join(map(repr, REMAT))}, not {remat!r}")
 
 
 def _loaded(
@@ -315,7 +316,7 @@ def _read_directory(directory: pathlib.Path) -> LlamaConfig:
     try:
         return read_config(fields)
     except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+        raise InputError(f"{directory / 'config.json'}: {error}") from None
 
 
 def _check_layers(tensors: Any, config: LlamaConfig) -> None:
@@ -325,7 +326,7 @@ def _check_layers(tensors: Any, config: LlamaConfig) -> None:
     if count != config.num_hidden_layers:
         headless = "embed_tokens.weight" in tensors.shapes
         reason = ": it holds the decoder alone (no `model.` in its names); save the model with its head" if headless else ""
-        raise ValueError(f"{tensors.file} has {count} layers; the configuration asks for {config.num_hidden_layers}{reason}")
+        raise InputError(f"{tensors.file} has {count} layers; the configuration asks for {config.num_hidden_layers}{reason}")
 
 
 def _check_tied(tensors: Any, tied: bool) -> None:
@@ -339,7 +340,7 @@ def _check_tied(tensors: Any, tied: bool) -> None:
         return
     reason = "tie_word_embeddings is true" if tied else "tie=True asks for one matrix"
     advice = "correct the configuration" if tied else "leave tie out"
-    raise ValueError(f"{tensors.file}: {reason}, but lm_head.weight differs from model.embed_tokens.weight: {advice}")
+    raise InputError(f"{tensors.file}: {reason}, but lm_head.weight differs from model.embed_tokens.weight: {advice}")
 
 
 def _is_spare(name: str) -> bool:

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from lora_jax.adapters import quant
 from lora_jax.core import paths
+from lora_jax.core.errors import InputError
 from lora_jax.huggingface.checkpoint_files import Tensors
 from lora_jax.huggingface.names import HFName
 from lora_jax.sharding import part_shardings
@@ -82,7 +83,7 @@ class Reader:
       block: how many values share a scale; `None`: 64.
 
     Raises:
-      ValueError: there is no such kind or block, or a block without a kind.
+      InputError: there is no such kind or block, or a block without a kind.
     """
 
     tensors: Tensors
@@ -95,7 +96,7 @@ class Reader:
         if self.quantize is not None:
             quant.check("quantize", self.quantize, self.block)
         elif self.block is not None:
-            raise ValueError("block is for a quantised base: leave it out, or say how to quantise")
+            raise InputError("block is for a quantised base: leave it out, or say how to quantise")
 
     def place(self, path: str, shape: tuple[int, ...]) -> Any:
         """Where a parameter goes; `None` for the default device."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from lora_jax.core.errors import InputError
 from lora_jax.peft.slots import Slot, decode
 
 KINDS = {"pissa": ("linear", "conv1d"), "olora": ("linear",)}
@@ -22,10 +23,10 @@ def on_original_base(
       scale: s.
 
     Raises:
-      ValueError: PEFT's initialiser does not work for such a layer.
+      InputError: PEFT's initialiser does not work for such a layer.
     """
     if slot.name.kind not in KINDS[init]:
-        raise ValueError(
+        raise InputError(
             f"{slot.path}: init_lora_weights={init!r} can't be made again for a layer of the kind {slot.name.kind}"
         )
     matrix = np.asarray(weight, np.float64)

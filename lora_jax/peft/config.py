@@ -15,6 +15,7 @@ from typing import Any
 
 import regex
 
+from lora_jax.core.errors import InputError
 from lora_jax.huggingface.names import listing
 
 CHANGED_BASE = ("pissa", "olora")  # the change can be made again
@@ -35,7 +36,7 @@ class Settings:
     """The fields of a PEFT LoRA configuration that decide what an adapter computes.
 
     Raises:
-      ValueError: a field has a value that PEFT would not take.
+      InputError: a field has a value that PEFT would not take.
     """
 
     r: int = 8
@@ -67,28 +68,28 @@ class Settings:
             for name in names:
                 value = getattr(self, name)
                 if not fits(value):
-                    raise ValueError(f"{name} must be {what}, not {value!r:.80}")
+                    raise InputError(f"{name} must be {what}, not {value!r:.80}")
         if self.invocation and self.use_dora:
-            raise ValueError("alora_invocation_tokens: PEFT has no aLoRA with use_dora")
+            raise InputError("alora_invocation_tokens: PEFT has no aLoRA with use_dora")
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], source: Any) -> "Settings":
         """The configuration in a file's fields.
 
         Raises:
-          ValueError: another `peft_type`, a field that is unknown and not empty, or a bad value; the message names the source.
+          InputError: another `peft_type`, a field that is unknown and not empty, or a bad value; the message names the source.
         """
         fields = dict(fields)
         kind = fields.pop("peft_type", None)
         if kind != "LORA":
-            raise ValueError(f"{source}: the peft_type is {kind!r}; only 'LORA' and 'VERA' can be read")
+            raise InputError(f"{source}: the peft_type is {kind!r}; only 'LORA' and 'VERA' can be read")
         known = {field.name for field in dataclasses.fields(cls) if field.init}
         check_known(fields, known | NO_EFFECT, source)
         try:
             settings = cls(**{name: value for name, value in fields.items() if name in known})
             settings.check_init()
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+            raise InputError(f"{source}: {error}") from None
         return settings
 
     @property
@@ -98,9 +99,9 @@ class Settings:
         return init if init in CHANGED_BASE else ""
 
     def check_init(self) -> None:
-        """Raise a ValueError if the adapter belongs to a base that was changed in a way that can't be made again."""
+        """Raise an InputError if the adapter belongs to a base that was changed in a way that can't be made again."""
         if str(self.init_lora_weights).lower() not in (*PLAIN, *CHANGED_BASE):
-            raise ValueError(
+            raise InputError(
                 f"init_lora_weights is {self.init_lora_weights!r:.80}: the adapter belongs to base weights that this "
                 "initialiser changed by chance or by data, so it would be wrong on the original ones. Convert it in PEFT: "
                 "model.save_pretrained(directory, path_initial_model_for_weight_conversion=<the adapter as first saved>)"
@@ -179,10 +180,10 @@ class Settings:
 
 
 def check_known(fields: Mapping[str, Any], known: Collection[str], source: Any) -> None:
-    """Raise a ValueError if a field that is not known says something."""
+    """Raise an InputError if a field that is not known says something."""
     odd = [f"{name}={value!r:.80}" for name, value in fields.items() if name not in known and not _is_empty(value)]
     if odd:
-        raise ValueError(
+        raise InputError(
             f"{source} sets fields that are not supported, so the adapter could mean something else: {listing(odd)}"
         )
 
@@ -201,7 +202,7 @@ class _Matcher:
         """The match of a field's pattern with a name, or with its beginning.
 
         Raises:
-          ValueError: it is not a regular expression, or takes too long.
+          InputError: it is not a regular expression, or takes too long.
         """
         began = time.monotonic()
         try:
@@ -210,7 +211,7 @@ class _Matcher:
             compiled = _compiled(pattern, field)
             return (compiled.fullmatch if whole else compiled.match)(name, timeout=max(self._left, 1e-3))
         except TimeoutError:
-            raise ValueError(f"{field}: the regular expressions take too long, at {pattern!r:.80} on {name!r:.80}") from None
+            raise InputError(f"{field}: the regular expressions take too long, at {pattern!r:.80} on {name!r:.80}") from None
         finally:
             self._left -= time.monotonic() - began
 
@@ -218,14 +219,14 @@ class _Matcher:
 @functools.lru_cache(maxsize=1 << 15)
 def _compiled(pattern: str, field: str) -> Any:
     if len(pattern) > _LONGEST:
-        raise ValueError(f"{field}: a regular expression of {len(pattern)} characters is too long: list the modules instead")
+        raise InputError(f"{field}: a regular expression of {len(pattern)} characters is too long: list the modules instead")
     try:
         re.compile(pattern)  # PEFT uses this module, and the other one has more syntax
         if _FUZZY.search(pattern):
             raise regex.error("its braces have another meaning here")
         return regex.compile(pattern)
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{field}: {pattern!r:.80} is not a regular expression ({error})") from None
+        raise InputError(f"{field}: {pattern!r:.80} is not a regular expression ({error})") from None
 
 
 def _ends(name: str, targets: Sequence[str]) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, Full, LowRank, Rows, check
+from lora_jax.core.errors import InputError
 from lora_jax.huggingface.names import HFName, listing
 from lora_jax.peft import changed_bases, files, token_rows, vera
 from lora_jax.peft.config import Settings
@@ -48,8 +49,8 @@ def load(
       `{path: adapter}` in the dtype of the file. A stacked parameter has one adapter, with the true rank of each layer.
 
     Raises:
-      FileNotFoundError: a file is missing. An `adapter_model.bin` is never opened.
-      ValueError: a damaged file, an unknown field, a tensor that is missing, of the wrong shape or not taken, or an adapter of
+      MissingError: a file is missing. An `adapter_model.bin` is never opened.
+      InputError: a damaged file, an unknown field, a tensor that is missing, of the wrong shape or not taken, or an adapter of
         one use of a tied parameter; the message lists them.
 
     >>> import tempfile, jax.numpy as jnp, lora_jax as lj
@@ -69,7 +70,7 @@ def load(
     leaves, _ = paths.flatten(variables)
     unknown = [path for path in names if path not in leaves]
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"the names are those of another model: these paths are not in the variables: {listing(unknown)} (dots and slashes "
             "of a key are `%2E` and `%2F` in a path)"
         )
@@ -94,18 +95,18 @@ class _Reader:
         """Every adapter, in the order of the parameters."""
         pairs, whole, rows = self._pairs(), self._whole(), self._rows()
         if self.missing:
-            raise ValueError(
+            raise InputError(
                 f"{self.directory}: {files.CONFIG} asks for tensors that {files.WEIGHTS} lacks: {listing(self.missing)}"
             )
         both = sorted(set(pairs) & set(whole))
         if both:
-            raise ValueError(
+            raise InputError(
                 f"{self.directory}: {listing(both)} would get a pair in some layers and be trained whole in others: use a "
                 "model whose layers are not stacked"
             )
         both = sorted(set(rows) & (set(pairs) | set(whole)))
         if both:
-            raise ValueError(f"{self.directory}: {listing(both)} would get rows and something else: PEFT has no such adapters")
+            raise InputError(f"{self.directory}: {listing(both)} would get rows and something else: PEFT has no such adapters")
         made: dict[str, Adapter] = {path: self._low_rank(found) for path, found in pairs.items()}
         made |= {path: self._full(path, found) for path, found in whole.items()} | rows
         return {path: made[path] for path in self.leaves if path in made}
@@ -114,7 +115,7 @@ class _Reader:
         """Complain of tensors that are left."""
         for slot in self.slots.values():
             if slot.name.tied and any(name.startswith(f"{slot.name.tied.rpartition('.')[0]}.") for name in self.left):
-                raise ValueError(self._half_tied(slot, f"changes {slot.name.tied.rpartition('.')[0]} alone"))
+                raise InputError(self._half_tied(slot, f"changes {slot.name.tied.rpartition('.')[0]} alone"))
         if not self.left:
             return
         problem = (
@@ -122,7 +123,7 @@ class _Reader:
             f"{listing(sorted(map(files.full_name, self.left)))}"
         )
         if strict:
-            raise ValueError(
+            raise InputError(
                 f"{problem}. Is it an adapter of this model, and do the names cover it? strict=False leaves them out"
             )
         warnings.warn(problem, stacklevel=3)
@@ -178,7 +179,7 @@ class _Reader:
     def _check_linear(self, slot: Slot) -> None:
         special = "VeRA" if self.is_vera else "aLoRA" if self.settings.invocation else ""
         if special and slot.name.kind not in ("linear", "conv1d"):
-            raise ValueError(
+            raise InputError(
                 f"{self.directory}: PEFT has {special} for linear layers only, and {slot.tensor} is of another kind"
             )
 
@@ -208,12 +209,12 @@ class _Reader:
         tensor = self.tensors[name]
         self.left.pop(name, None)
         if tensor.ndim == len(shape) > 2 and tensor.shape[1] > shape[1] and tensor.shape[1] % shape[1] == 0:
-            raise ValueError(
+            raise InputError(
                 f"{path}: in a grouped convolution PEFT's adapter takes all channels to each group, which is no change of the "
                 f"kernel ({files.PREFIX + name} has the shape {tensor.shape}, the kernel's own would be {shape})"
             )
         if tensor.shape != shape:
-            raise ValueError(
+            raise InputError(
                 f"{self.file}: {files.PREFIX + name} has the shape {tensor.shape}; {path} of the shape "
                 f"{jnp.shape(self.leaves[path])} and the configuration's rank need {shape}"
             )
@@ -222,7 +223,7 @@ class _Reader:
     def _replayed(self, found: Found) -> Found:
         """A pair of twice the rank on the original base, from one on the base that the initialiser changed."""
         if self._is_abstract(found.slot.path):
-            raise ValueError(
+            raise InputError(
                 f"{found.slot.path}: init_lora_weights={self.settings.replays!r} needs the base's values, not shapes"
             )
         changed = changed_bases.on_original_base
@@ -270,14 +271,14 @@ class _Reader:
         modules = [tensor.rpartition(".")[0] for slot in tables for tensor in (slot.tensor, slot.name.tied)]
         for name in asked:
             if not any(module.endswith(name) for module in modules):
-                raise ValueError(f"{self.directory}: trainable_token_indices: no module is called {name!r}")
+                raise InputError(f"{self.directory}: trainable_token_indices: no module is called {name!r}")
 
     def _is_copy(self, twin: Slot, slot: Slot) -> bool:
         """Whether two parameters are one in PEFT's base: a head that was tied to the embedding gets its rows too."""
         if twin.name.shape(twin.shape) != slot.name.shape(slot.shape):
             return False
         if self._is_abstract(twin.path) or self._is_abstract(slot.path):
-            raise ValueError(f"{twin.path}: whether it is tied to {slot.path} needs the base's values, not shapes")
+            raise InputError(f"{twin.path}: whether it is tied to {slot.path} needs the base's values, not shapes")
         return self._is_base(twin, self._base(slot))
 
     # --- parameters trained whole ---
@@ -326,7 +327,7 @@ class _Reader:
         shape = jnp.shape(self.leaves[path])
         covered = len(listed) == len(listed[0][0].name.tensors(shape))
         if not covered and self._is_abstract(path):
-            raise ValueError(f"{path}: the file has only some of its layers, so the base's values are needed, not shapes")
+            raise InputError(f"{path}: the file has only some of its layers, so the base's values are needed, not shapes")
         value = np.empty(shape, listed[0][1].dtype) if covered else np.array(self.leaves[path], listed[0][1].dtype)
         for slot, tensor in listed:
             value[place(slot, range(len(shape)), len(shape))] = slot.name.restore(tensor, shape)
@@ -350,7 +351,7 @@ class _Reader:
             if copy not in self.left:
                 continue
             if not self._is_base(slot, self.tensors[copy]):
-                raise ValueError(
+                raise InputError(
                     f"{self.file}: {files.PREFIX + copy} of the shape {self.tensors[copy].shape} replaces "
                     f"the base's weight, but is not equal to {slot.path} of the shape {slot.shape}: give the base this weight"
                 )
@@ -368,16 +369,16 @@ class _Reader:
         own = tensor_names(slot)
         twins = [self.tensors[own["b"]].T, self.tensors[own["a"]].T]
         if not all(key in self.tensors and np.array_equal(self.tensors[key], twin) for key, twin in zip(keys, twins)):
-            raise ValueError(self._half_tied(slot, f"changes {slot.module} alone"))
+            raise InputError(self._half_tied(slot, f"changes {slot.module} alone"))
         if self.settings.scale(head) != found.scale:  # PEFT looks up each use's own rank and alpha
-            raise ValueError(self._half_tied(slot, f"has another scale for {slot.module} than for {head}"))
+            raise InputError(self._half_tied(slot, f"has another scale for {slot.module} than for {head}"))
         self._forget(keys)
 
     def _same_tied_value(self, slot: Slot, tensor: np.ndarray) -> None:
         if not slot.name.tied:
             return
         if slot.name.tied not in self.tensors or not np.array_equal(self.tensors[slot.name.tied], tensor):
-            raise ValueError(self._half_tied(slot, f"changes {slot.module} alone"))
+            raise InputError(self._half_tied(slot, f"changes {slot.module} alone"))
         self._forget([slot.name.tied])
 
     def _half_tied(self, slot: Slot, what: str) -> str:
@@ -392,5 +393,5 @@ class _Reader:
 
     def _array(self, array: np.ndarray) -> jax.Array:
         if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-            raise ValueError(f"{self.file} has {array.dtype} tensors: set jax_enable_x64 to read them as they are")
+            raise InputError(f"{self.file} has {array.dtype} tensors: set jax_enable_x64 to read them as they are")
         return jnp.asarray(array)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.adapter import Layout
+from lora_jax.core.errors import InputError
 from lora_jax.huggingface.names import HFName
 
 RANK = -1
@@ -64,7 +65,7 @@ def slots(names: Mapping[str, HFName], shapes: Mapping[str, tuple[int, ...]]) ->
     """The slots of parameters by the name of the tensor.
 
     Raises:
-      ValueError: two parameters share a tensor, or a parameter does not have the axes that its name tells.
+      InputError: two parameters share a tensor, or a parameter does not have the axes that its name tells.
     """
     found: dict[str, Slot] = {}
     for path, shape in shapes.items():
@@ -73,7 +74,7 @@ def slots(names: Mapping[str, HFName], shapes: Mapping[str, tuple[int, ...]]) ->
             slot = Slot(path, name, tuple(shape), index, tensor)
             other = found.setdefault(tensor, slot)
             if other is not slot:
-                raise ValueError(f"{other.path} and {path} are both {tensor} in Hugging Face: give each a name of its own")
+                raise InputError(f"{other.path} and {path} are both {tensor} in Hugging Face: give each a name of its own")
     return found
 
 
@@ -209,5 +210,5 @@ def nested(group: Sequence[Slot]) -> list[tuple[Slot, int]]:
     ordered = sorted(group, key=lambda slot: slot.name.order)
     if len({slot.name.order for slot in group}) != len(group):
         alike = ", ".join(slot.path for slot in group)
-        raise ValueError(f"{alike} are parameters of one module: give their names an `order`, as the module registers them")
+        raise InputError(f"{alike} are parameters of one module: give their names an `order`, as the module registers them")
     return [(slot, len(ordered) - 1 - i) for i, slot in enumerate(ordered)]

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.adapter import LowRank
+from lora_jax.core.errors import InputError
 from lora_jax.core.methods.dora import column_norm
 from lora_jax.peft.slots import RANK, Slot, encode, roles, stored_shape
 
@@ -26,7 +27,7 @@ class Cut:
         if not isinstance(adapter.scale, float):
             scales = np.unique(self._pick(np.asarray(adapter.scale), batch)[0])
             if len(scales) > 1:
-                raise ValueError(
+                raise InputError(
                     f"{slot.path}: PEFT has one alpha for all of {slot.tensor}, but the scale varies in it: {scales}"
                 )
             self.scale = scales[0]
@@ -51,7 +52,7 @@ class Cut:
             found.reverse()  # W = A B is the transpose of what Hugging Face has: W^T = B^T A^T
         for (_, labels), (part, axes) in zip(found, wanted.items()):
             if self._lies_along(labels) != axes:
-                raise ValueError(
+                raise InputError(
                     f"{self.slot.path}: {self.adapter.layout} does not go with {self.slot.tensor}, where PEFT's {part.upper()} "
                     f"lies along the axes {sorted(axes)} of the shape {self.slot.shape}: LoraConfig(batch_axes=...) can say so"
                 )
@@ -66,7 +67,7 @@ class Cut:
         value = self.adapter.magnitude
         if value is None:
             if base is None:
-                raise ValueError(
+                raise InputError(
                     f"{self.slot.path} has no magnitude, but other adapters have: PEFT has one for all or none, so pass "
                     "save(..., variables=) the base"
                 )
@@ -84,11 +85,11 @@ class Cut:
         """VeRA's lambda_d and lambda_b."""
         adapter = self.adapter
         if adapter.lambda_d is None:
-            raise ValueError(
+            raise InputError(
                 f"{self.slot.path} has no vectors of VeRA's, but other adapters have: PEFT has them for all or none"
             )
         if self.scale != 1:
-            raise ValueError(f"{self.slot.path}: PEFT's VeRA has no scale, but this adapter has {self.scale}")
+            raise InputError(f"{self.slot.path}: PEFT's VeRA has no scale, but this adapter has {self.scale}")
         d, labels = self._pick(adapter.lambda_d, (*adapter.layout.batch, RANK))
         d = encode(self.slot, "lambda_d", np.take(d, range(self.rank), axis=-1), labels, self.rank)
         return {"lambda_d": d, "lambda_b": self._along_outputs("lambda_b", adapter.lambda_b)}
@@ -96,5 +97,5 @@ class Cut:
     def _along_outputs(self, part: str, value: Any) -> np.ndarray:
         array, labels = self._pick(value, (*self.adapter.layout.batch, *self.adapter.layout.outputs))
         if set(labels) != set(self.roles.outputs):
-            raise ValueError(f"{self.slot.path}: the adapter's {part} does not lie along the outputs of {self.slot.tensor}")
+            raise InputError(f"{self.slot.path}: the adapter's {part} does not lie along the outputs of {self.slot.tensor}")
         return encode(self.slot, part, array, labels, self.rank)

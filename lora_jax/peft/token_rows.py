@@ -6,6 +6,7 @@ from collections.abc import Collection
 import numpy as np
 
 from lora_jax.core.adapter import Layout, Rows
+from lora_jax.core.errors import InputError
 from lora_jax.peft.slots import Slot
 
 DELTA = "token_adapter.trainable_tokens_delta"
@@ -28,14 +29,14 @@ def layout(slot: Slot, known: Collection[str]) -> Layout:
       known: the names of all tensors of the model.
 
     Raises:
-      ValueError: the tensor is one of several in the parameter, its rows are several axes there, or it is the weight of a
+      InputError: the tensor is one of several in the parameter, its rows are several axes there, or it is the weight of a
         linear layer with a bias.
     """
     first, *rest = slot.name.groups(len(slot.shape))
     if f"{slot.module}.bias" in known:
-        raise ValueError(f"{slot.path}: PEFT leaves out the bias of a linear layer whose rows it trains: {slot.module}.bias")
+        raise InputError(f"{slot.path}: PEFT leaves out the bias of a linear layer whose rows it trains: {slot.module}.bias")
     if slot.index or len(first) != 1:
-        raise ValueError(
+        raise InputError(
             f"{slot.path} of the shape {slot.shape} is more than the table {slot.tensor}, so it can't have its rows"
         )
     return Layout((), first, tuple(sorted(axis for group in rest for axis in group)))

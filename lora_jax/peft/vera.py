@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.errors import InputError
 from lora_jax.peft.config import NO_EFFECT, check_known
 from lora_jax.peft.slots import Slot, decode, stored_shape
 
@@ -23,17 +24,17 @@ def as_lora(fields: Mapping[str, Any], source: Any) -> dict[str, Any]:
     """VeRA's configuration as that of LoRA with a scale of 1.
 
     Raises:
-      ValueError: the shared matrices are not in the file, or a field is unknown or has a value that VeRA does not take.
+      InputError: the shared matrices are not in the file, or a field is unknown or has a value that VeRA does not take.
     """
     fields = {"r": 256, "bias": "none"} | dict(fields)
     check_known(fields, {"peft_type", *_FIELDS, *_START, *NO_EFFECT}, source)
     if not fields.get("save_projection", True):
-        raise ValueError(
+        raise InputError(
             f"{source}: save_projection is off, so the file lacks VeRA's random matrices, which torch alone can draw again: "
             "save the adapter with save_projection=True"
         )
     if not isinstance(fields["bias"], str) or fields["bias"] not in _BIAS:
-        raise ValueError(f"{source}: bias must be 'none', 'all' or 'vera_only', not {fields['bias']!r:.80}")
+        raise InputError(f"{source}: bias must be 'none', 'all' or 'vera_only', not {fields['bias']!r:.80}")
     found = {lora: fields[name] for name, lora in _FIELDS.items() if name in fields}
     return found | {"peft_type": "LORA", "lora_alpha": fields["r"], "bias": _BIAS[fields["bias"]]}
 
@@ -50,13 +51,13 @@ def factors(tensors: Mapping[str, np.ndarray], slot: Slot, rank: int) -> dict[st
     """A kernel's A and B: what fits it of the shared matrices.
 
     Raises:
-      ValueError: a matrix is too small for it, or of another rank.
+      InputError: a matrix is too small for it, or of another rank.
     """
     found = {}
     for part, name in SHARED.items():
         matrix, shape = tensors[name], stored_shape(slot, part, rank)
         if matrix.ndim != 2 or matrix.shape[_RANK_AXIS[part]] != rank or min(np.subtract(matrix.shape, shape)) < 0:
-            raise ValueError(f"{name} has the shape {matrix.shape}, of which {slot.tensor} needs a part of the shape {shape}")
+            raise InputError(f"{name} has the shape {matrix.shape}, of which {slot.tensor} needs a part of the shape {shape}")
         found[part] = decode(slot, part, matrix[: shape[0], : shape[1]], rank)
     return found
 
@@ -65,7 +66,7 @@ def share(known: Mapping[str, np.ndarray], path: str, parts: Mapping[str, np.nda
     """The shared matrices with those of one more pair, A `(r, in)` and B `(out, r)`.
 
     Raises:
-      ValueError: the smaller is no part of the larger.
+      InputError: the smaller is no part of the larger.
     """
     found = {}
     for part, name in SHARED.items():
@@ -73,7 +74,7 @@ def share(known: Mapping[str, np.ndarray], path: str, parts: Mapping[str, np.nda
         common = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape))
         axis = _RANK_AXIS[part]
         if one.shape[axis] != other.shape[axis] or not np.array_equal(one[common], other[common]):
-            raise ValueError(
+            raise InputError(
                 f"{path}: VeRA has one {part.upper()} for all kernels in PEFT, each of which has the first part of it, but "
                 "this one's is not a part of the others'"
             )

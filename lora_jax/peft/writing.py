@@ -15,6 +15,7 @@ import numpy as np
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, Full, LowRank, Rows
+from lora_jax.core.errors import InputError
 from lora_jax.huggingface.names import HFName, listing
 from lora_jax.peft import files, token_rows, vera
 from lora_jax.peft.slots import RANK, Slot, nested, slots, tensor_names
@@ -56,17 +57,17 @@ def save(
         them only if the vocabulary was changed.
 
     Raises:
-      ValueError: an adapter has no name, is abstract or can't be expressed in PEFT; the message names it and says what to do.
+      InputError: an adapter has no name, is abstract or can't be expressed in PEFT; the message names it and says what to do.
     """
     unnamed = [path for path in adapters if path not in names]
     if unnamed:
-        raise ValueError(f"names has no Hugging Face name for {listing(unnamed)}")
+        raise InputError(f"names has no Hugging Face name for {listing(unnamed)}")
     abstract = [path for path, a in adapters.items() if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(a))]
     if abstract:
-        raise ValueError(f"only arrays can be saved, but these adapters are abstract: {listing(abstract)}")
+        raise InputError(f"only arrays can be saved, but these adapters are abstract: {listing(abstract)}")
     broken = [path for path, a in adapters.items() if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(a))]
     if broken:
-        raise ValueError(f"these adapters hold NaN or infinite values: {listing(broken)}")
+        raise InputError(f"these adapters hold NaN or infinite values: {listing(broken)}")
     leaves = {} if variables is None else paths.flatten(variables)[0]
     writer = _Writer(adapters, names, config, leaves, task_type)
     fields = writer.fields() | {"base_model_name_or_path": base_model, "task_type": task_type}
@@ -117,11 +118,11 @@ class _Writer:
                 pair = Cut(slot, adapter)
                 if pair.rank:
                     if not slot.module:
-                        raise ValueError(f"{path}: the name {slot.tensor!r} has no module, and PEFT adapts modules")
+                        raise InputError(f"{path}: the name {slot.tensor!r} has no module, and PEFT adapts modules")
                     cut[slot.tensor] = pair
                     by_module[slot.module].append(slot)
         if not cut:
-            raise ValueError("PEFT needs a low-rank pair, and these adapters have none: save them with lora_jax.checkpoint")
+            raise InputError("PEFT needs a low-rank pair, and these adapters have none: save them with lora_jax.checkpoint")
         for group in by_module.values():
             for slot, depth in nested(group) if group[0].is_parameter else [(slot, 0) for slot in group]:
                 self._write_pair(cut[slot.tensor], tensor_names(slot, depth))
@@ -131,10 +132,10 @@ class _Writer:
         extra = [part for part, has in (("magnitude", self.dora), ("bias", self.lora_bias)) if has]
         for part in extra:
             if part not in keys or slot.is_parameter:
-                raise ValueError(f"{slot.path}: PEFT has no {part} for {slot.tensor} ({slot.name.kind}), so it can't be saved")
+                raise InputError(f"{slot.path}: PEFT has no {part} for {slot.tensor} ({slot.name.kind}), so it can't be saved")
         if (self.invocation or self.vera) and slot.name.kind not in ("linear", "conv1d"):
             what = _VERA if self.vera else "invocation sequences"
-            raise ValueError(f"{slot.path}: PEFT has {what} for linear layers only, not for {slot.name.kind} weights")
+            raise InputError(f"{slot.path}: PEFT has {what} for linear layers only, not for {slot.name.kind} weights")
         a, b = cut.factors()
         parts = {"a": a, "b": b}
         if self.vera:
@@ -157,7 +158,7 @@ class _Writer:
         """A tied parameter's adapter is there for both uses, as `ensure_weight_tying` makes it."""
         slot = cut.slot
         if len(parts) > 2:
-            raise ValueError(f"{slot.path} is also {slot.name.tied}: PEFT ties pairs only, not magnitudes or biases")
+            raise InputError(f"{slot.path} is also {slot.name.tied}: PEFT ties pairs only, not magnitudes or biases")
         head = dataclasses.replace(cut.slot, tensor=slot.name.tied)
         self.tensors |= {f"{head.module}.lora_A.weight": parts["b"].T, f"{head.module}.lora_B.weight": parts["a"].T}
         self.pairs.append(_Pair(head, cut.rank, cut.scale))  # PEFT looks up the rank and alpha of each use
@@ -167,10 +168,10 @@ class _Writer:
         """The one invocation sequence of all pairs."""
         found = {adapter.invocation for adapter in self.low_rank.values()}
         if len(found) > 1:
-            raise ValueError("PEFT has one invocation sequence for all pairs, but these have several, or only some have one")
+            raise InputError("PEFT has one invocation sequence for all pairs, but these have several, or only some have one")
         invocation = next(iter(found), None)
         if invocation and self.task_type != "CAUSAL_LM":
-            raise ValueError("PEFT looks for an invocation sequence in causal language models only: pass task_type='CAUSAL_LM'")
+            raise InputError("PEFT looks for an invocation sequence in causal language models only: pass task_type='CAUSAL_LM'")
         return invocation
 
     def _check_together(self) -> None:
@@ -178,7 +179,7 @@ class _Writer:
         has["trained rows"] = self.rows
         for one, other in _NEVER:
             if has[one] and has[other]:
-                raise ValueError(f"PEFT has no adapters with both {one} and {other}: save a set with one of them")
+                raise InputError(f"PEFT has no adapters with both {one} and {other}: save a set with one of them")
 
     # --- rows of tables ---
 
@@ -190,10 +191,10 @@ class _Writer:
         for slot in slots(self.names, shapes).values():
             rows = self.rows[slot.path]
             if not token_rows.is_table(slot) or token_rows.layout(slot, known) != rows.layout:
-                raise ValueError(f"{slot.path}: PEFT trains rows of tables, and {slot.tensor} is none with {rows.layout}")
+                raise InputError(f"{slot.path}: PEFT trains rows of tables, and {slot.tensor} is none with {rows.layout}")
             alike = sorted(other for other in modules - {slot.module} if other.endswith(slot.module))
             if alike:
-                raise ValueError(f"PEFT would train rows of {listing(alike)} along with {slot.module}, whose name ends alike")
+                raise InputError(f"PEFT would train rows of {listing(alike)} along with {slot.module}, whose name ends alike")
             self.tensors[token_rows.key(slot)] = token_rows.encode(slot, rows)
             listed[slot.module] = list(rows.indices)
         return listed
@@ -217,7 +218,7 @@ class _Writer:
             mode, wanted = ("lora_only", beside) if free & beside else ("none", set())
         clash = [path for path in (*self.low_rank, *self.rows) if module[path] in saved]
         if clash:
-            raise ValueError(f"PEFT can't give a pair or rows to a module that it saves whole: {listing(clash)}")
+            raise InputError(f"PEFT can't give a pair or rows to a module that it saves whole: {listing(clash)}")
         written = {path for path in self.names if module[path] in saved} | wanted
         self._check_at_hand(written)
         modules = {slot.module for path in written - wanted for slot in self._write_value(path)}
@@ -229,7 +230,7 @@ class _Writer:
     def _check_at_hand(self, paths: set[str]) -> None:
         missing = sorted(path for path in paths if path not in self.full and path not in self.leaves)
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"PEFT stores whole modules, and the biases of all adapted layers, so it needs {listing(missing)} too: train "
                 "them as well, or pass save(..., variables=) the base"
             )
@@ -239,7 +240,7 @@ class _Writer:
         for name in saved:
             alike = sorted(other for other in others if other.endswith(name))
             if alike:
-                raise ValueError(
+                raise InputError(
                     f"PEFT would save {listing(alike)} along with {name}, whose name ends alike: train them whole too"
                 )
 
@@ -277,7 +278,7 @@ class _Writer:
             elif mode == "all":
                 self.tensors[slot.tensor] = tensor
             elif self._is_alone(slot):
-                raise ValueError(
+                raise InputError(
                     f"{path}: {slot.module} has no pair, and PEFT trains the biases of adapted layers only (or all): give it "
                     "one, or if this bias is the base's, pass save(..., variables=) the base"
                 )
@@ -296,11 +297,11 @@ class _Writer:
         rank, alpha = common(ranks), common(alphas)
         dropouts = {a.dropout for a in self.low_rank.values()}
         if len(dropouts) > 1:
-            raise ValueError(f"PEFT has one dropout for all adapters, but these have {sorted(dropouts)}")
+            raise InputError(f"PEFT has one dropout for all adapters, but these have {sorted(dropouts)}")
         kernels = [pair.slot for pair in self.pairs if not pair.slot.is_parameter]
         parameters = [pair.slot.tensor for pair in self.pairs if pair.slot.is_parameter]
         if parameters and dropouts != {0.0}:
-            raise ValueError(f"PEFT has no dropout for parameters such as {parameters[0]}: set the adapters' dropout to 0.0")
+            raise InputError(f"PEFT has no dropout for parameters such as {parameters[0]}: set the adapters' dropout to 0.0")
         kinds = {slot.name.kind for slot in kernels} | ({"linear"} if self.tied else set())
         fields = {
             "peft_type": "LORA",

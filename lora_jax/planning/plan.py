@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 from lora_jax.adapters import quant
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.command.tasks.base import user_errors
+from lora_jax.core.errors import InputError, MissingError
 from lora_jax.models import presets
 from lora_jax.models.decoder_config import LlamaConfig, read_config
 from lora_jax.planning import memory_estimate, topology, train_steps
@@ -41,7 +42,7 @@ class Request:
       compare: other steps, of `COMPARISONS`.
 
     Raises:
-      ValueError: an option is out of range, or they do not go together.
+      InputError: an option is out of range, or they do not go together.
     """
 
     model: str
@@ -59,24 +60,24 @@ class Request:
         for name in ("batch", "sequence"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+                raise InputError(f"{name} must be at least 1, not {value}")
         if self.quantize not in QUANTISATIONS:
-            raise ValueError(f"quantize must be one of {', '.join(QUANTISATIONS)}, not {self.quantize!r}")
+            raise InputError(f"quantize must be one of {', '.join(QUANTISATIONS)}, not {self.quantize!r}")
         if self.quantize != "none":
             quant.check("quantize", self.quantize, self.block)
         elif self.block is not None:
-            raise ValueError("block is for a quantised base only: leave it out, or say how to quantise")
+            raise InputError("block is for a quantised base only: leave it out, or say how to quantise")
         unknown = [name for name in self.compare if name not in COMPARISONS]
         if unknown:
-            raise ValueError(f"compare takes {', '.join(COMPARISONS)}, not {', '.join(map(repr, unknown))}")
+            raise InputError(f"compare takes {', '.join(COMPARISONS)}, not {', '.join(map(repr, unknown))}")
         chips, axes = topology.read(self.topology).count, self.axes()
         if math.prod(axes.values()) != chips:
-            raise ValueError(
+            raise InputError(
                 f"mesh: {_axes(axes)} has {math.prod(axes.values())} places, but {self.topology} has {chips} chips, and all "
                 "are used"
             )
         if self.rows() % self._parts():
-            raise ValueError(
+            raise InputError(
                 f"batch: the {self.batch} rows are cut along data and fsdp into {self._parts()} parts: take a multiple of that"
             )
 
@@ -86,7 +87,7 @@ class Request:
             return {"fsdp": topology.read(self.topology).count}
         for name, size in self.mesh.items():
             if name not in AXES or size < 1:
-                raise ValueError(f"mesh takes {', '.join(AXES)}, each with a size of at least 1, not {name}={size}")
+                raise InputError(f"mesh takes {', '.join(AXES)}, each with a size of at least 1, not {name}={size}")
         return dict(self.mesh)
 
     def rows(self) -> int:
@@ -179,7 +180,7 @@ def make(request: Request, progress: Callable[[str], None] = lambda text: None) 
       progress: called with what is being done.
 
     Raises:
-      UserError: the model can't be read, a target is not there, a mesh axis does not divide a parameter, or the TPU compiler
+      InputError: the model can't be read, a target is not there, a mesh axis does not divide a parameter, or the TPU compiler
         does not know the topology.
     """
     target = topology.read(request.topology)
@@ -236,17 +237,17 @@ def _config(model: str) -> LlamaConfig:
     path = pathlib.Path(model)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"model: {model} is neither a config.json nor one of {', '.join(presets.NAMES)}")
+        raise MissingError(f"model: {model} is neither a config.json nor one of {', '.join(presets.NAMES)}")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"model: {file} is not JSON: {error}") from None
+        raise InputError(f"model: {file} is not JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"model: {file} must hold a JSON object, not {type(fields).__name__}")
+        raise InputError(f"model: {file} must hold a JSON object, not {type(fields).__name__}")
     try:
         return read_config(fields)
     except ValueError as error:
-        raise ValueError(f"model: {file}: {error}") from None
+        raise InputError(f"model: {file}: {error}") from None
 
 
 def _step_plan(name: str, setup: train_steps.Setup, source: str, target: topology.Topology) -> StepPlan:

@@ -7,15 +7,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lora_jax.core.errors import InputError
 from lora_jax.planning.plan import Plan
 
 
 def check(file: pathlib.Path) -> None:
-    """Raise a ValueError unless a picture can be written there, before it takes minutes to make."""
+    """Raise an InputError unless a picture can be written there, before it takes minutes to make."""
     if file.suffix != ".png" or file.is_dir():
-        raise ValueError(f"plot: {file} must be the name of a .png file")
+        raise InputError(f"plot: {file} must be the name of a .png file")
     if not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ValueError(f"plot: {file} can't be written: is {file.parent} a directory that you may write to?")
+        raise InputError(f"plot: {file} can't be written: is {file.parent} a directory that you may write to?")
 
 
 def draw(plan: Plan) -> bytes:

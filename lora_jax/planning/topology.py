@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 from jax.experimental import topologies
 
+from lora_jax.core.errors import InputError
 from lora_jax.planning import collectives
 
 # The compiler needs no TPU, but asks where it is; as it holds none, several processes may use it at once.
@@ -93,7 +94,7 @@ def read(name: str) -> Topology:
     """The topology of a name: a TPU and its shape, or a GPU or `cpu` and how many.
 
     Raises:
-      ValueError: it is no such name.
+      InputError: it is no such name.
 
     >>> read("v5e:2x4").count, read("h100:8").chip, read("cpu").count
     (8, 'NVIDIA H100', 1)
@@ -101,7 +102,7 @@ def read(name: str) -> Topology:
     if found := _TPU.fullmatch(name):
         (chip, largest, hbm), shape = _TPUS[found[1]], [int(size) for size in found[2].split("x")]
         if len(shape) != len(largest) or any(size > most for size, most in zip(sorted(shape), largest)):
-            raise ValueError(
+            raise InputError(
                 f"topology: {name} is not within {found[1]}:{'x'.join(map(str, largest))}, the largest of its kind"
             )
         return Topology(name, "tpu", chip, math.prod(shape), int(hbm))
@@ -111,7 +112,7 @@ def read(name: str) -> Topology:
             return Topology(name, "cpu", "cpu", count, None)
         chip, hbm = _GPUS[found[1]]
         return Topology(name, "gpu", chip, count, int(hbm))
-    raise ValueError(
+    raise InputError(
         f"topology must be a TPU and its shape, such as v5e:2x2, v5p:1x1x1 or v6e:4x4 (of {', '.join(_TPUS)}), or one of "
         f"{', '.join(_GPUS)}, cpu, with a number of chips such as h100:8, not {name!r}"
     )
@@ -121,7 +122,7 @@ def devices(topology: Topology) -> list[Any]:
     """The devices to compile for: those of a TPU, or as many CPUs as there are chips.
 
     Raises:
-      ValueError: the TPU compiler knows no such topology, or JAX was started with fewer CPU devices.
+      InputError: the TPU compiler knows no such topology, or JAX was started with fewer CPU devices.
     """
     if topology.platform != "tpu":
         return _cpus(topology.count)
@@ -132,9 +133,9 @@ def devices(topology: Topology) -> list[Any]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"topology: the TPU compiler does not take {topology.name!r}: {_first_line(error)}") from None
+        raise InputError(f"topology: the TPU compiler does not take {topology.name!r}: {_first_line(error)}") from None
     if len(found) != topology.count:
-        raise ValueError(f"topology: {topology.name} has {len(found)} devices for the TPU compiler, not {topology.count}")
+        raise InputError(f"topology: {topology.name} has {len(found)} devices for the TPU compiler, not {topology.count}")
     return list(found)
 
 
@@ -144,7 +145,7 @@ def _cpus(count: int) -> list[Any]:
             jax.config.update("jax_num_cpu_devices", count)
     found = jax.devices("cpu")
     if len(found) < count:
-        raise ValueError(
+        raise InputError(
             f"topology: {count} CPU devices are needed and JAX has {len(found)}: set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )

@@ -84,7 +84,7 @@ def prepare(
       block: how many of their values share a scale.
 
     Raises:
-      ValueError: a mesh axis does not divide an axis of a parameter that it cuts.
+      InputError: a mesh axis does not divide an axis of a parameter that it cuts.
     """
     options: Any = {"scan_layers": True, "remat": "full", "attention_block": ATTENTION_BLOCK}
     model = llama.abstract(config, dtype=jnp.bfloat16, **options).on_mesh(mesh)

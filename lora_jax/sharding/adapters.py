@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from lora_jax.core import paths
 from lora_jax.core.adapter import PARTS, Adapter, Full, LowRank
+from lora_jax.core.errors import InputError
 from lora_jax.sharding.mesh import checked, entries, named
 
 
@@ -34,7 +35,7 @@ def adapter_shardings(variables: Any, adapters: Mapping[str, Adapter]) -> dict[s
       The set with a `NamedSharding` in the place of each array, for `jax.device_put` or `jit`.
 
     Raises:
-      ValueError: a path is not in the tree, its parameter has no `NamedSharding`, or that does not fit the adapter's shape.
+      InputError: a path is not in the tree, its parameter has no `NamedSharding`, or that does not fit the adapter's shape.
 
     >>> from lora_jax.sharding.mesh import make_mesh
     >>> mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
@@ -48,9 +49,9 @@ def adapter_shardings(variables: Any, adapters: Mapping[str, Adapter]) -> dict[s
     for path in adapters:
         if path not in leaves:
             near = "".join(f"\n  {near}" for near in paths.near_misses(leaves, path))
-            raise ValueError(f"the adapter {path!r} has no parameter in this tree. The nearest paths are:{near}")
+            raise InputError(f"the adapter {path!r} has no parameter in this tree. The nearest paths are:{near}")
         if not on_mesh(leaves[path]):
-            raise ValueError(f"{path}: the parameter has no NamedSharding: put it on a mesh with jax.device_put first")
+            raise InputError(f"{path}: the parameter has no NamedSharding: put it on a mesh with jax.device_put first")
     return {path: _follow(path, _sharding(leaves[path]), adapter) for path, adapter in adapters.items()}
 
 

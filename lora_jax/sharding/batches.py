@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from lora_jax.core.errors import InputError
 from lora_jax.sharding.mesh import AXES, named, ways
 
 
@@ -35,10 +36,10 @@ def batch_parts(mesh: Mesh | None) -> int:
 
 
 def check_batch(mesh: Mesh | None, size: int) -> None:
-    """Raise a ValueError unless a batch of this size can be cut so."""
+    """Raise an InputError unless a batch of this size can be cut so."""
     if mesh is not None and size % batch_parts(mesh):
         axes = " and ".join(_batch_axes(mesh))
-        raise ValueError(
+        raise InputError(
             f"batch_size {size} can't be cut into the {batch_parts(mesh)} equal parts that the mesh axes {axes} ask for: "
             f"take a multiple of {batch_parts(mesh)}"
         )

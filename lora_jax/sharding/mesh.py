@@ -10,6 +10,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from lora_jax.core.errors import InputError
+
 Spec = tuple[tuple[str, ...], ...]  # the mesh axes of each axis of an array
 
 
@@ -27,7 +29,7 @@ def read_axes(text: str) -> dict[str, int]:
         name, _, size = part.partition("=")
         if name not in AXES or name in axes or not re.fullmatch("[1-9][0-9]*", size):
             form = f"each of {', '.join(AXES)} at most once and with a size, as in data=2,model=4"
-            raise ValueError(f"--mesh must have {form}; {part!r} in {text!r} can't be used")
+            raise InputError(f"--mesh must have {form}; {part!r} in {text!r} can't be used")
         axes[name] = int(size)
     return axes
 
@@ -44,7 +46,7 @@ def make_mesh(axes: Mapping[str, int], devices: Any = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else list(devices)
     if math.prod(axes.values()) != len(devices):
-        raise ValueError(f"axes: {dict(axes)} needs {math.prod(axes.values())} devices, and there are {len(devices)}")
+        raise InputError(f"axes: {dict(axes)} needs {math.prod(axes.values())} devices, and there are {len(devices)}")
     # A TPU's axes may be split: 4 x 4 chips as 8 x 2, too.
     grid = mesh_utils.create_device_mesh(tuple(axes.values()), devices, allow_split_physical_axes=True)
     return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
@@ -57,7 +59,7 @@ def entries(partition: Any, ndim: int) -> Spec:
 
 
 def checked(path: str, mesh: Any, spec: Spec, shape: tuple[int, ...]) -> Spec:
-    """The same, or a ValueError where an array of this shape can't be cut so."""
+    """The same, or an InputError where an array of this shape can't be cut so."""
     problem, used = "", collections.Counter(sum(spec, ()))
     if unknown := set(used) - set(mesh.shape):
         problem = f"the mesh has no axis {', '.join(sorted(unknown))}; its axes are {dict(mesh.shape)}"
@@ -68,7 +70,7 @@ def checked(path: str, mesh: Any, spec: Spec, shape: tuple[int, ...]) -> Spec:
     elif uneven := [axis for axis, names in enumerate(spec) if shape[axis] % ways(mesh, names)]:
         problem = f"the axis {uneven[0]} can't be cut into {ways(mesh, spec[uneven[0]])} equal parts"
     if problem:
-        raise ValueError(f"{path} of the shape {shape} can't have the sharding {partition(spec)}: {problem}")
+        raise InputError(f"{path} of the shape {shape} can't have the sharding {partition(spec)}: {problem}")
     return spec
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from lora_jax.core import paths
+from lora_jax.core.errors import InputError
 from lora_jax.sharding.mesh import AXES, checked, entries, named, where_it_divides
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ def parameter_shardings(
       The same tree of `NamedSharding`s, for `jax.device_put` or `jit`.
 
     Raises:
-      ValueError: a pattern matches nothing; a rule names a mesh axis that does not exist, or one axis twice, or does not fit
+      InputError: a pattern matches nothing; a rule names a mesh axis that does not exist, or one axis twice, or does not fit
         a parameter's shape.
 
     >>> from lora_jax.sharding.mesh import make_mesh
@@ -45,7 +46,7 @@ def parameter_shardings(
     for pattern in table:
         paths.select(leaves, [pattern], "rules")
     if fsdp is not None and fsdp not in mesh.shape:
-        raise ValueError(f"fsdp: the mesh has no axis {fsdp!r}; its axes are {dict(mesh.shape)}")
+        raise InputError(f"fsdp: the mesh has no axis {fsdp!r}; its axes are {dict(mesh.shape)}")
     rule = lambda path: next((spec for pattern, spec in table.items() if paths.matches(path, pattern)), jax.P())
     return jax.tree.unflatten(treedef, [_by_rule(mesh, path, leaf, rule(path), fsdp) for path, leaf in leaves.items()])
 
@@ -63,10 +64,10 @@ def model_shardings(mesh: Mesh, variables: Any, *, columns: Sequence[str], rows:
       rows: the names of modules of which it cuts the last axis but one.
 
     Raises:
-      ValueError: the mesh has another axis, or one that does not divide a parameter's.
+      InputError: the mesh has another axis, or one that does not divide a parameter's.
     """
     if unknown := set(mesh.shape) - set(AXES):
-        raise ValueError(f"mesh: the axes are {', '.join(AXES)}; there is no {', '.join(sorted(unknown))}")
+        raise InputError(f"mesh: the axes are {', '.join(AXES)}; there is no {', '.join(sorted(unknown))}")
     rules = {}
     for path, leaf in paths.flatten(variables)[0].items() if "model" in mesh.shape else ():
         (module, name), ndim = path.split("/")[-2:], len(leaf.shape)

@@ -25,6 +25,7 @@ from lora_jax import sharding
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, check
+from lora_jax.core.errors import InputError, MissingError
 from lora_jax.training import packing, train
 
 FORMAT_VERSION = 1
@@ -57,12 +58,12 @@ class Manager:
       keep: how many of the newest checkpoints to keep; `None` for all.
 
     Raises:
-      ValueError: `keep` is below 1.
+      InputError: `keep` is below 1.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int | None = None):
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-            raise ValueError(f"keep must be None (all checkpoints) or a whole number of at least 1, not {keep!r}")
+            raise InputError(f"keep must be None (all checkpoints) or a whole number of at least 1, not {keep!r}")
         self._directory, self._keep = _absolute(directory), keep
         self._orbax: ocp.CheckpointManager | None = None
 
@@ -90,7 +91,7 @@ class Manager:
         self.wait()
         newest = self.latest_step()
         if newest is not None and step <= newest:
-            raise ValueError(
+            raise InputError(
                 f"{self._directory} has a checkpoint of step {newest} already, so one of step {step} can't be added: "
                 "steps must grow. Save at a later step, or in another directory."
             )
@@ -153,7 +154,7 @@ def save(
       data: the position of the data pipeline, of JSON's own types (no tuples, string keys only).
 
     Raises:
-      ValueError: the directory has this step or a later one, the state holds other adapters, `data` would not come back
+      InputError: the directory has this step or a later one, the state holds other adapters, `data` would not come back
         from JSON as it is, or an adapter is abstract.
 
     >>> import tempfile
@@ -184,8 +185,8 @@ def restore(directory: str | os.PathLike[str], *, step: int | None = None, tx: A
         the adapters go where `sharding.adapter_shardings` says, and the state where `sharding.state_shardings` does.
 
     Raises:
-      FileNotFoundError: there is no complete checkpoint, or none of this step.
-      ValueError: the checkpoint is damaged or of another format version; some adapters do not fit `variables`, and all their
+      MissingError: there is no complete checkpoint, or none of this step.
+      InputError: the checkpoint is damaged or of another format version; some adapters do not fit `variables`, and all their
         paths are named; or `tx` is given and the checkpoint has no training state, or that of another optimiser.
     """
     folder = _find(_absolute(directory), step)
@@ -198,7 +199,7 @@ def restore(directory: str | os.PathLike[str], *, step: int | None = None, tx: A
             adapters |= _on_mesh(adapters, variables)
         state = None if tx is None else _unpack_state(meta["state"], vectors.get("state", {}), adapters, tx)
     except ValueError as error:
-        raise ValueError(f"the checkpoint {folder} can't be used: {error}") from None
+        raise InputError(f"the checkpoint {folder} can't be used: {error}") from None
     config = None if meta["config"] is None else LoraConfig.from_json(json.dumps(meta["config"]))
     return Checkpoint(adapters, config, meta["step"], state, meta["data"])
 
@@ -212,7 +213,7 @@ def _absolute(directory: str | os.PathLike[str]) -> epath.Path:
 def _step(step: int | None, state: train.TrainState | None) -> int:
     step = step if step is not None else 0 if state is None else int(state.step)
     if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
-        raise ValueError(f"step must be a whole number of at least 0, not {step!r}")
+        raise InputError(f"step must be a whole number of at least 0, not {step!r}")
     return int(step)
 
 
@@ -256,11 +257,11 @@ def _clear_incomplete(directory: epath.Path, remove_old: bool) -> None:
 def _find(directory: epath.Path, step: int | None) -> epath.Path:
     steps = _steps(directory)
     if not steps:
-        raise FileNotFoundError(f"{directory} has no complete checkpoint: check the path, or save one there first")
+        raise MissingError(f"{directory} has no complete checkpoint: check the path, or save one there first")
     if step is None:
         return steps[max(steps)]
     if step not in steps:
-        raise FileNotFoundError(f"{directory} has no complete checkpoint of step {step}, only of {sorted(steps)}")
+        raise MissingError(f"{directory} has no complete checkpoint of step {step}, only of {sorted(steps)}")
     return steps[step]
 
 
@@ -268,7 +269,7 @@ def _read_meta(folder: epath.Path) -> dict[str, Any]:
     meta = json.loads((folder / "meta" / "metadata").read_text())
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint {folder} has the format version {version!r}, but this lora_jax reads {FORMAT_VERSION}: "
             "use the lora_jax that wrote it"
         )
@@ -280,7 +281,7 @@ def _read_vectors(folder: epath.Path) -> dict[str, np.ndarray]:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             return reader.restore(folder)
     except Exception as error:  # Orbax and TensorStore have no error class of their own for a damaged file
-        raise ValueError(f"the arrays in {folder} can't be read; `step` takes another checkpoint: {error}") from error
+        raise InputError(f"the arrays in {folder} can't be read; `step` takes another checkpoint: {error}") from error
 
 
 def _pack(
@@ -288,7 +289,7 @@ def _pack(
 ) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
     """The JSON, and the vectors of each item."""
     if not adapters:
-        raise ValueError("there are no adapters to save: the adapter set is empty")
+        raise InputError("there are no adapters to save: the adapter set is empty")
     table, vectors = packing.pack_adapters(adapters)
     items, leaves = {"adapters": vectors}, None
     if state is not None:
@@ -314,7 +315,7 @@ def _json_value(data: Any) -> Any:
     except (TypeError, ValueError):
         same = False
     if not same:
-        raise ValueError(
+        raise InputError(
             f"data must come back from JSON as it is (no tuples, arrays or NaN, and string keys only), not {data!r}"
         )
     return data
@@ -324,7 +325,7 @@ def _check_same(adapters: Mapping[str, Adapter], others: Mapping[str, Adapter]) 
     mine, treedef = jax.tree.flatten(dict(adapters))
     theirs, other = jax.tree.flatten(dict(others))
     if treedef != other or any(x is not y and _differ(x, y) for x, y in zip(mine, theirs)):
-        raise ValueError("the adapters to save are not those of the state: pass state.adapters, or leave the state out")
+        raise InputError("the adapters to save are not those of the state: pass state.adapters, or leave the state out")
 
 
 def _differ(one: Any, other: Any) -> bool:
@@ -335,7 +336,7 @@ def _differ(one: Any, other: Any) -> bool:
 def _unpack_state(leaves: Any, vectors: Mapping[str, np.ndarray], adapters: dict[str, Adapter], tx: Any) -> train.TrainState:
     """The training state: its structure is that of a new one, its arrays are the saved ones."""
     if leaves is None:
-        raise ValueError("it was saved without a training state, so there is none to restore with `tx`")
+        raise InputError("it was saved without a training state, so there is none to restore with `tx`")
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), adapters)
     new = train.init_state(shapes, tx, key=jax.random.key(0))
     wanted, treedef = paths.flatten(dataclasses.replace(new, adapters=None))
@@ -343,7 +344,7 @@ def _unpack_state(leaves: Any, vectors: Mapping[str, np.ndarray], adapters: dict
     odd = [path for path in dict.fromkeys([*wanted, *values]) if not _alike(wanted.get(path), values.get(path))]
     if odd:
         lines = [f"\n  {path}: {_text(values.get(path))}, `tx` has {_text(wanted.get(path))}" for path in odd[:10]]
-        raise ValueError("its training state is that of another optimiser than `tx`. It has" + "".join(lines))
+        raise InputError("its training state is that of another optimiser than `tx`. It has" + "".join(lines))
     leaves = [_like(leaf, values[path]) for path, leaf in wanted.items()]
     return dataclasses.replace(jax.tree.unflatten(treedef, leaves), adapters=adapters)
 
@@ -391,4 +392,4 @@ def _check_fit(adapters: Mapping[str, Adapter], variables: Any) -> None:
             problems.append(str(error))
     if problems:
         listing = "".join(f"\n  {problem}" for problem in problems)
-        raise ValueError(f"{len(problems)} of {len(adapters)} adapters do not fit the base's parameters:{listing}")
+        raise InputError(f"{len(problems)} of {len(adapters)} adapters do not fit the base's parameters:{listing}")

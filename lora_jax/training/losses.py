@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.adapter import wide_dtype
+from lora_jax.core.errors import InputError
 
 LOGITS_AT_ONCE = 2**24  # numbers; 64 MiB in float32
 
@@ -36,7 +37,7 @@ def token_cross_entropy(
       `(*batch)`, in float32 at least.
 
     Raises:
-      ValueError: the shapes do not go together, `chunk` is below 1, or `parts` does not divide the first axis.
+      InputError: the shapes do not go together, `chunk` is below 1, or `parts` does not divide the first axis.
 
     >>> import optax
     >>> hidden, weights = jax.random.normal(jax.random.key(0), (2, 5, 4)), jax.random.normal(jax.random.key(1), (4, 7))
@@ -46,11 +47,11 @@ def token_cross_entropy(
     True
     """
     if hidden.shape[:-1] != labels.shape:
-        raise ValueError(f"hidden has the shape {hidden.shape} and labels {labels.shape}; labels need {hidden.shape[:-1]}")
+        raise InputError(f"hidden has the shape {hidden.shape} and labels {labels.shape}; labels need {hidden.shape[:-1]}")
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, not {chunk}")
+        raise InputError(f"chunk must be at least 1, not {chunk}")
     if parts != 1 and (not labels.shape or parts < 1 or labels.shape[0] % parts):
-        raise ValueError(f"labels of the shape {labels.shape} can't be cut into {parts} equal parts along the first axis")
+        raise InputError(f"labels of the shape {labels.shape} can't be cut into {parts} equal parts along the first axis")
     width, count = hidden.shape[-1], math.prod(labels.shape) // parts
     if chunk is None:
         vocabulary = jax.eval_shape(head, jax.ShapeDtypeStruct((1, width), hidden.dtype)).shape[-1]

@@ -17,6 +17,7 @@ import optax
 from lora_jax.adapters.algebra import fold_scale, pad_rank
 from lora_jax.core import paths, transform
 from lora_jax.core.adapter import Adapter, Full, LowRank, Rows, attach, static_fields
+from lora_jax.core.errors import InputError
 from lora_jax.core.methods.dora import column_norm
 from lora_jax.training import ragged, train
 
@@ -34,7 +35,7 @@ def stack(sets: Sequence[Adapters]) -> dict[str, Adapter]:
       sets: adapter sets of one base.
 
     Raises:
-      ValueError: adapters of a parameter are of different kinds, layouts, dropouts or shapes, or a set lacks one that has no
+      InputError: adapters of a parameter are of different kinds, layouts, dropouts or shapes, or a set lacks one that has no
         neutral value (a `Full`, say); the message names the parameter.
 
     >>> import jax.numpy as jnp, lora_jax as lj
@@ -44,7 +45,7 @@ def stack(sets: Sequence[Adapters]) -> dict[str, Adapter]:
     ((2, 3, 4), (2, 4, 2), Array([2. , 0.5], dtype=float32))
     """
     if not sets:
-        raise ValueError("there are no adapter sets to stack")
+        raise InputError("there are no adapter sets to stack")
     found = dict.fromkeys(path for one in sets for path in one)
     return {path: _stacked(path, [one.get(path) for one in sets]) for path in found}
 
@@ -58,7 +59,7 @@ def _stacked(path: str, adapters: Sequence[Adapter | None]) -> Adapter:
     shapes = {tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(adapter)) for adapter in filled}
     if len(structures) > 1 or len(shapes) > 1:
         kinds = "\n  ".join(dict.fromkeys(map(_describe, filled)))
-        raise ValueError(f"{path}: these adapters can't be stacked, since they are more than different values:\n  {kinds}")
+        raise InputError(f"{path}: these adapters can't be stacked, since they are more than different values:\n  {kinds}")
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
 
 
@@ -66,7 +67,7 @@ def _zeros(path: str, adapter: Adapter) -> Adapter:
     """A pair that changes nothing."""
     if not isinstance(adapter, LowRank) or adapter.magnitude is not None:
         what = "a pair with a magnitude" if isinstance(adapter, LowRank) else f"a {type(adapter).__name__} adapter"
-        raise ValueError(f"{path}: one set has {what} and another has nothing, for which no value stands: give each set one")
+        raise InputError(f"{path}: one set has {what} and another has nothing, for which no value stands: give each set one")
     return jax.tree.map(jnp.zeros_like, adapter)
 
 
@@ -96,7 +97,7 @@ def unstack(stacked: Any, like: Sequence[Any] | None = None) -> list[Any]:
         alone. Without it all have the stacked ranks, and scales stay arrays where they are.
 
     Raises:
-      ValueError: `like` has another number of members, or an array that `stacked` lacks.
+      InputError: `like` has another number of members, or an array that `stacked` lacks.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> pair = lambda rank: lj.LowRank(jnp.ones((3, rank)), jnp.ones((rank, 2)), lj.Layout((), (0,), (1,)), scale=rank / 2)
@@ -108,7 +109,7 @@ def unstack(stacked: Any, like: Sequence[Any] | None = None) -> list[Any]:
     if like is None:
         return [jax.tree.map(functools.partial(_member, number=i), stacked) for i in range(count)]
     if len(like) != count:
-        raise ValueError(f"{count} members are stacked, but `like` has {len(like)}")
+        raise InputError(f"{count} members are stacked, but `like` has {len(like)}")
     leaves, _ = paths.flatten(stacked)
     return [_cut(leaves, i, one) for i, one in enumerate(like)]
 
@@ -118,7 +119,7 @@ def _cut(leaves: Mapping[str, Any], number: int, like: Any) -> Any:
     wanted, treedef = paths.flatten(like)
     missing = [path for path in wanted if path not in leaves]
     if missing:
-        raise ValueError(f"the stacked tree has no {', '.join(missing)}, which `like` has")
+        raise InputError(f"the stacked tree has no {', '.join(missing)}, which `like` has")
     corner = lambda path, leaf: _member(leaves[path], number)[tuple(slice(size) for size in jnp.shape(leaf))]
     return jax.tree.unflatten(treedef, [corner(path, leaf) for path, leaf in wanted.items()])
 
@@ -131,7 +132,7 @@ def _count(stacked: Any) -> int:
     """How many members a stacked tree has."""
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(stacked)}
     if len(counts) != 1 or counts == {()}:
-        raise ValueError(f"the arrays have the leading axes {sorted(counts)}, not one size: make the tree with `many.stack`")
+        raise InputError(f"the arrays have the leading axes {sorted(counts)}, not one size: make the tree with `many.stack`")
     return counts.pop()[0]
 
 
@@ -177,7 +178,7 @@ def lora(
       on_unsupported: as in `lora_jax.lora`.
 
     Raises:
-      ValueError: `index` has another shape or dtype or is beyond the last set, or an argument's row axis is no multiple of its
+      InputError: `index` has another shape or dtype or is beyond the last set, or an argument's row axis is no multiple of its
         length.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -222,13 +223,13 @@ def lora(
 def _checked(index: Any, count: int) -> jax.Array:
     index = jnp.asarray(index)
     if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
-        raise ValueError(f"index must be integers of the shape (rows,), not {index.dtype} of the shape {index.shape}")
+        raise InputError(f"index must be integers of the shape (rows,), not {index.dtype} of the shape {index.shape}")
     try:
         last = int(index.max(initial=-1))
     except jax.errors.ConcretizationTypeError:  # inside `jit`
         return index
     if last >= count:
-        raise ValueError(f"index asks for the set {last}, but there are {count}, numbered from 0")
+        raise InputError(f"index asks for the set {last}, but there are {count}, numbered from 0")
     return index
 
 
@@ -248,7 +249,7 @@ def _split(leaf: Any, axis: int, count: int) -> Any:
     """The row axis as (count, rows for each), of which the first is mapped."""
     shape = jnp.shape(leaf)
     if not 0 <= axis < len(shape) or not count or shape[axis] % count:
-        raise ValueError(
+        raise InputError(
             f"an argument of the shape {shape} has no axis {axis} (from 0 up) with a row, or an equal number of rows, for "
             f"each of the {count} in index: see in_axes"
         )
@@ -304,11 +305,11 @@ def init_states(
       keys: `(members,)` PRNG keys, one each.
 
     Raises:
-      ValueError: the sets can't be stacked, or the hyperparameters or keys are not one for each.
+      InputError: the sets can't be stacked, or the hyperparameters or keys are not one for each.
     """
     hyperparameters = _per_member(len(sets), hyperparameters)
     if jnp.shape(keys) != (len(sets),):
-        raise ValueError(f"keys has the shape {jnp.shape(keys)}: {len(sets)} members need ({len(sets)},)")
+        raise InputError(f"keys has the shape {jnp.shape(keys)}: {len(sets)} members need ({len(sets)},)")
     start = lambda adapters, values, key: train.init_state(adapters, make_tx(**values), key=key)
     return jax.vmap(start)(stack(sets), hyperparameters, keys)
 
@@ -353,7 +354,7 @@ def make_train_step(
     """
     train.check_options(accumulate, max_grad_norm)
     if batch_axis not in (None, 0):
-        raise ValueError(f"batch_axis must be 0 or None, not {batch_axis!r}")
+        raise InputError(f"batch_axis must be 0 or None, not {batch_axis!r}")
 
     loss = lambda params, batch, key: ragged.call(loss_fn, params, batch, key)
 
@@ -381,5 +382,5 @@ def _per_member(count: int, hyperparameters: Mapping[str, Any]) -> dict[str, jax
     arrays = {name: jnp.asarray(values) for name, values in hyperparameters.items()}
     for name, values in arrays.items():
         if values.shape != (count,):
-            raise ValueError(f"the hyperparameter {name} has the shape {values.shape}: {count} members need ({count},)")
+            raise InputError(f"the hyperparameter {name} has the shape {values.shape}: {count} members need ({count},)")
     return arrays

@@ -11,6 +11,7 @@ import optax
 
 from lora_jax.core import paths
 from lora_jax.core.adapter import ADAPTER, FROZEN, Adapted, Adapter, Full, LowRank, is_adapted, labels, wide_dtype
+from lora_jax.core.errors import InputError
 
 Rate = Any  # a number, or a schedule from the count of steps to one
 _VECTORS = ("bias", "scale")  # what parameters that are a vector for each layer are called, stacked or not
@@ -61,7 +62,7 @@ def lora_plus(
       An optimiser for `optimizer`, `train.init_state` and `train.make_train_step`.
 
     Raises:
-      ValueError: the ratio is not positive. When its state is made: A or B of a pair is frozen, there is no pair, or a pattern
+      InputError: the ratio is not positive. When its state is made: A or B of a pair is frozen, there is no pair, or a pattern
         matches no adapter.
 
     >>> import lora_jax as lj
@@ -72,9 +73,9 @@ def lora_plus(
     (-0.5, -2.0)
     """
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
-        raise ValueError(f"ratio must be a positive, finite number, not {ratio!r}")
+        raise InputError(f"ratio must be a positive, finite number, not {ratio!r}")
     if rates is not None and not isinstance(rates, Mapping):
-        raise ValueError(f"rates must be a dict from pattern to learning rate, not {rates!r}")
+        raise InputError(f"rates must be a dict from pattern to learning rate, not {rates!r}")
     own = {paths.normalize(pattern): rate for pattern, rate in (rates or {}).items()}
     groups: dict[Hashable, Any] = {
         "a": make(learning_rate),
@@ -112,7 +113,7 @@ def lora_fa(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
       An optimiser for `optimizer`, `train.init_state` and `train.make_train_step`.
 
     Raises:
-      ValueError: when its state is made: A of a pair is trained, B is frozen, or there is no pair.
+      InputError: when its state is made: A of a pair is trained, B is frozen, or there is no pair.
 
     >>> import lora_jax as lj
     >>> pair = LowRank(2 * jnp.ones((1, 1)), jnp.ones((1, 1)), lj.Layout((), (0,), (1,)), scale=0.5, frozen=("a",))
@@ -129,7 +130,7 @@ def lora_fa(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
 
     def update(updates: Any, state: Any, params: Any = None, *, whole: Any = None, **extra: Any) -> Any:
         if whole is None:
-            raise ValueError(
+            raise InputError(
                 "lora_fa needs A, which is frozen: use it as lora_jax.optimizer(lora_fa(tx)), and pass `params`; "
                 "optax.MultiSteps and what else drops extra arguments goes around that"
             )
@@ -208,16 +209,16 @@ def _is_vector(path: str, adapter: Adapter) -> bool:
 
 
 def _check_pairs(method: str, adapters: Mapping[str, Adapter], trained: tuple[str, ...], frozen: tuple[str, ...]) -> None:
-    """Raise a ValueError unless there are pairs, of all of which these arrays are trained and these are frozen."""
+    """Raise an InputError unless there are pairs, of all of which these arrays are trained and these are frozen."""
     pairs = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, LowRank)}
     if not pairs:
-        raise ValueError(f"{method} is for low-rank pairs, and these adapters have none: use another optimiser")
+        raise InputError(f"{method} is for low-rank pairs, and these adapters have none: use another optimiser")
     for path, pair in pairs.items():
         for name in (*trained, *frozen):
             wanted = name in frozen
             if (name in pair.frozen) != wanted:
                 state = ("trained", "frozen") if wanted else ("frozen", "trained")
-                raise ValueError(
+                raise InputError(
                     f"{path}: {name.upper()} is {state[0]}, and {method} is for pairs whose {name.upper()} is {state[1]}: "
                     f"make them with LoraConfig(method={'lora_fa' if frozen else 'lora'!r}), or use another optimiser"
                 )

@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_jax import sharding
 from lora_jax.core.adapter import Adapter, Full, LowRank, Rows, from_json, static_fields, to_json
+from lora_jax.core.errors import InputError
 
 KINDS: dict[str, Any] = {"LowRank": LowRank, "Full": Full, "Rows": Rows}
 Spec = Sequence[Any]
@@ -35,7 +36,7 @@ def pack(named: Mapping[str, Any]) -> tuple[Sequence[Spec], dict[str, np.ndarray
       which share no memory with the arrays.
 
     Raises:
-      ValueError: some of them are abstract.
+      InputError: some of them are abstract.
 
     >>> specs, vectors = pack({"a": np.ones((2, 3), np.float32), "b": np.zeros(2, np.int32)})
     >>> specs, vectors["float32"].shape
@@ -43,7 +44,7 @@ def pack(named: Mapping[str, Any]) -> tuple[Sequence[Spec], dict[str, np.ndarray
     """
     abstract = [name for name, leaf in named.items() if isinstance(leaf, jax.ShapeDtypeStruct)]
     if abstract:
-        raise ValueError(f"only arrays can be saved, but these are abstract: {', '.join(abstract)}")
+        raise InputError(f"only arrays can be saved, but these are abstract: {', '.join(abstract)}")
     leaves = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in named.values()]
     generators = [[str(jax.random.key_impl(leaf))] if is_key(leaf) else [] for leaf in leaves]
     arrays = jax.device_get(sharding.gather([jax.random.key_data(leaf) if is_key(leaf) else leaf for leaf in leaves]))
@@ -58,7 +59,7 @@ def unpack(specs: Sequence[Spec], vectors: Mapping[str, np.ndarray]) -> list[jax
     """The inverse of `pack`: arrays on the default device.
 
     Raises:
-      ValueError: an array is missing, or has 64 bits where JAX has them switched off.
+      InputError: an array is missing, or has 64 bits where JAX has them switched off.
     """
     offsets = dict.fromkeys(vectors, 0)
     arrays = []
@@ -66,9 +67,9 @@ def unpack(specs: Sequence[Spec], vectors: Mapping[str, np.ndarray]) -> list[jax
         size, start = int(np.prod(shape)), offsets.get(dtype, 0)
         part = vectors.get(dtype, np.empty(0))[start : start + size]
         if part.size != size or dtype not in vectors:
-            raise ValueError(f"an array of the dtype {dtype} and the shape {tuple(shape)} is missing")
+            raise InputError(f"an array of the dtype {dtype} and the shape {tuple(shape)} is missing")
         if jax.dtypes.canonicalize_dtype(part.dtype) != part.dtype:
-            raise ValueError(f"there are {dtype} arrays: set jax_enable_x64 to read them as they are")
+            raise InputError(f"there are {dtype} arrays: set jax_enable_x64 to read them as they are")
         offsets[dtype] = start + size
         array = jnp.array(part.reshape(shape))  # a copy, never a view of the vector: it may be donated
         arrays.append(jax.random.wrap_key_data(array, impl=generator[0]) if generator else array)
@@ -82,7 +83,7 @@ def pack_adapters(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Any], dict
     and array shapes that occurs, and `paths` says which one each path has.
 
     Raises:
-      ValueError: an adapter is abstract, or of an unknown kind.
+      InputError: an adapter is abstract, or of an unknown kind.
     """
     named = {(path, name): getattr(adapter, name) for path, adapter in adapters.items() for name in adapter.children()}
     specs, vectors = pack({f"{path} ({name})": leaf for (path, name), leaf in named.items()})
@@ -103,7 +104,7 @@ def unpack_adapters(table: Mapping[str, Any], vectors: Mapping[str, np.ndarray])
     """The inverse of `pack_adapters`.
 
     Raises:
-      ValueError: a kind or a field is unknown, or an array is missing.
+      InputError: a kind or a field is unknown, or an array is missing.
     """
     kinds, index = table["kinds"], table["paths"]
     for path, number in index.items():
@@ -121,13 +122,13 @@ def _kind(path: str, adapter: Adapter) -> str:
     for name, kind in KINDS.items():
         if type(adapter) is kind:
             return name
-    raise ValueError(f"{path}: can't save an adapter of the kind {type(adapter).__name__}, only {', '.join(KINDS)}")
+    raise InputError(f"{path}: can't save an adapter of the kind {type(adapter).__name__}, only {', '.join(KINDS)}")
 
 
 def _check_kind(path: str, kind: Mapping[str, Any]) -> None:
     if kind["kind"] not in KINDS:
-        raise ValueError(f"{path} is an adapter of the kind {kind['kind']!r}; this lora_jax knows {', '.join(KINDS)}")
+        raise InputError(f"{path} is an adapter of the kind {kind['kind']!r}; this lora_jax knows {', '.join(KINDS)}")
     known = {field.name for field in dataclasses.fields(KINDS[kind["kind"]])}
     unknown = sorted({*kind["arrays"], *kind["fields"]} - known)
     if unknown:
-        raise ValueError(f"{path} has fields that this lora_jax does not know: {', '.join(unknown)}")
+        raise InputError(f"{path} has fields that this lora_jax does not know: {', '.join(unknown)}")

@@ -11,6 +11,7 @@ import optax
 
 from lora_jax import sharding
 from lora_jax.core.adapter import Adapter, attach
+from lora_jax.core.errors import InputError
 from lora_jax.training.optim import optimizer
 
 LossFn = Callable[[Any, Any, jax.Array], Any]
@@ -147,11 +148,11 @@ def make_eval_step(metric_fn: Callable[[Any, Any], Any]) -> Callable[[Mapping[st
 
 
 def check_options(accumulate: int, max_grad_norm: float | None) -> None:
-    """Raise a ValueError where an option of a step is out of range."""
+    """Raise an InputError where an option of a step is out of range."""
     if not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"accumulate must be a whole number of at least 1, not {accumulate!r}")
+        raise InputError(f"accumulate must be a whole number of at least 1, not {accumulate!r}")
     if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be positive, not {max_grad_norm!r}")
+        raise InputError(f"max_grad_norm must be positive, not {max_grad_norm!r}")
 
 
 def update(
@@ -220,7 +221,7 @@ def _gradient(
 
 def _cut(leaf: Any, accumulate: int) -> Any:
     if jnp.ndim(leaf) == 0 or leaf.shape[0] % accumulate:
-        raise ValueError(
+        raise InputError(
             f"accumulate: a leaf of the batch has the shape {jnp.shape(leaf)}; its leading axis can't be cut into "
             f"{accumulate} equal microbatches"
         )

@@ -12,6 +12,7 @@ from lora_jax.adapters.algebra import fit, from_matrices, kernel_matrices, true_
 from lora_jax.adapters.initializers.common import Adapters, sides, smallest_first, split_off, svd, with_kernels
 from lora_jax.adapters.initializers.moments import Moments, check_reached
 from lora_jax.core.adapter import Adapter, LowRank
+from lora_jax.core.errors import InputError
 
 DAMPING = 0.01
 
@@ -19,13 +20,13 @@ DAMPING = 0.01
 def _moments_of(path: str, pair: LowRank, moments: Mapping[str, Moments]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The moments of a pair's kernel as stacks: second `(count, in, in)`, total `(count, in)`, count `(count,)`."""
     if path not in moments:
-        raise ValueError(f"{path}: there are no moments of its inputs: make them with moments(fn, variables, adapters, ...)")
+        raise InputError(f"{path}: there are no moments of its inputs: make them with moments(fn, variables, adapters, ...)")
     check_reached({path: moments[path]})
     found = moments[path]
     batch = pair.a.shape[: len(pair.layout.batch)]
     fan_in, _ = sides(pair)
     if found.second.shape != (*batch, fan_in, fan_in):
-        raise ValueError(
+        raise InputError(
             f"{path}: the second moments have the shape {found.second.shape}; the kernel needs {(*batch, fan_in, fan_in)}"
         )
     return found.second.reshape(-1, fan_in, fan_in), found.total.reshape(-1, fan_in), found.count.reshape(-1)
@@ -54,10 +55,10 @@ def eva(
       rho: how far ranks may move; 1 leaves them where they are.
 
     Raises:
-      ValueError: an adapter can't be initialised so, moments are missing or of another shape, or rho is below 1.
+      InputError: an adapter can't be initialised so, moments are missing or of another shape, or rho is below 1.
     """
     if not rho >= 1:
-        raise ValueError(f"rho must be at least 1, not {rho!r}")
+        raise InputError(f"rho must be at least 1, not {rho!r}")
     pairs = {path: pair for path, (_, pair) in with_kernels(variables, adapters, quantized=True).items()}
     found = {path: _components(*_moments_of(path, pair, moments)) for path, pair in pairs.items()}
     ranks = _redistributed(pairs, {path: np.asarray(share) for path, (share, _) in found.items()}, rho)
@@ -123,10 +124,10 @@ def corda(
         (knowledge-preserved: the smallest, of inputs whose answers are to stay).
 
     Raises:
-      ValueError: an adapter can't be initialised so, moments are missing or of another shape, or the mode is unknown.
+      InputError: an adapter can't be initialised so, moments are missing or of another shape, or the mode is unknown.
     """
     if mode not in ("ipm", "kpm"):
-        raise ValueError(f"mode must be 'ipm' or 'kpm', not {mode!r}")
+        raise InputError(f"mode must be 'ipm' or 'kpm', not {mode!r}")
     make = lambda path, kernel, pair: _corda(kernel, pair, _moments_of(path, pair, moments)[0], mode)
     return split_off(variables, adapters, make)
 

@@ -12,6 +12,7 @@ from lora_jax.adapters.algebra import matrices, scales
 from lora_jax.adapters.merging import unmerge
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, Layout, LowRank, attach, is_adapted
+from lora_jax.core.errors import InputError
 
 Adapters = Mapping[str, Adapter]
 
@@ -25,34 +26,34 @@ def with_kernels(variables: Any, adapters: Adapters, *, quantized: bool = False)
       quantized: whether a kernel may be quantised.
 
     Raises:
-      ValueError: there is no pair; a pair is more than `scale A B`, its scale is not positive, or it does not fit the tree; or
+      InputError: there is no pair; a pair is more than `scale A B`, its scale is not positive, or it does not fit the tree; or
         its kernel is not at hand as floats.
     """
     pairs = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, LowRank)}
     if not pairs:
-        raise ValueError("the adapters have no low-rank pair, so there is nothing to initialise")
+        raise InputError("the adapters have no low-rank pair, so there is nothing to initialise")
     for path, pair in pairs.items():
         _check(path, pair)
     nodes, _ = paths.flatten(attach(variables, pairs), is_leaf=is_adapted)
     found = {path: (nodes[path].base, pair) for path, pair in pairs.items()}
     for path, (kernel, _) in found.items():
         if isinstance(kernel, jax.ShapeDtypeStruct):
-            raise ValueError(f"{path}: an initialiser needs the kernel itself, not its shape alone")
+            raise InputError(f"{path}: an initialiser needs the kernel itself, not its shape alone")
         if paths.is_quantized(kernel) and not quantized:
-            raise ValueError(f"{path}: the kernel is quantised, and this needs the dense one: quantise after it")
+            raise InputError(f"{path}: the kernel is quantised, and this needs the dense one: quantise after it")
         if not jnp.issubdtype(kernel.dtype, jnp.floating):
-            raise ValueError(f"{path}: a kernel of the dtype {kernel.dtype} can't be split; give the one before quantisation")
+            raise InputError(f"{path}: a kernel of the dtype {kernel.dtype} can't be split; give the one before quantisation")
     return found
 
 
 def _check(path: str, pair: LowRank) -> None:
     if pair.more:
-        raise ValueError(
+        raise InputError(
             f"{path}: the adapter's {pair.more[0]} is set, so it is more than the change scale A B that an initialiser makes: "
             "its start is that of LoraConfig(init=...)"
         )
     if isinstance(pair.scale, float) and pair.scale <= 0:
-        raise ValueError(f"{path}: the adapter's scale is {pair.scale}; an initialiser needs a positive one")
+        raise InputError(f"{path}: the adapter's scale is {pair.scale}; an initialiser needs a positive one")
 
 
 def split_off(

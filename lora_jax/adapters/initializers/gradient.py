@@ -13,6 +13,7 @@ from lora_jax.adapters.algebra import kernel_matrices, scales, true_ranks, withi
 from lora_jax.adapters.initializers.common import Adapters, sides, split_off, svd, with_kernels
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, LowRank, wide_dtype
+from lora_jax.core.errors import InputError
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
@@ -34,7 +35,7 @@ def gradients(
       `{path: gradient}`, each of its kernel's shape.
 
     Raises:
-      ValueError: there is no batch, or no pair.
+      InputError: there is no batch, or no pair.
 
     >>> import lora_jax as lj
     >>> base, fn = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, lambda p, x: x @ p["w"] + p["b"]
@@ -56,7 +57,7 @@ def gradients(
     for batch in batches:
         count, total = count + 1, add(total, kernels, others, batch)
     if not count:
-        raise ValueError("batches: there is none, so there is no gradient")
+        raise InputError("batches: there is none, so there is no gradient")
     return {path: grad / count for path, grad in total.items()}
 
 
@@ -87,7 +88,7 @@ def lora_ga(
       key: a PRNG key, for `"random"`.
 
     Raises:
-      ValueError: an adapter can't be initialised so; a gradient is missing, is of another shape or is zero; 2r is above the
+      InputError: an adapter can't be initialised so; a gradient is missing, is of another shape or is zero; 2r is above the
         kernel's smaller side; an option is unknown, missing, or given where it is not used.
     """
     _check_options(direction, scale, gamma, key)
@@ -103,27 +104,27 @@ def lora_ga(
 def _check_options(direction: str, scale: str, gamma: float | None, key: jax.Array | None) -> None:
     for name, value, choices in (("direction", direction, DIRECTIONS), ("scale", scale, SCALES)):
         if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+            raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
     if (direction == "random") != (key is not None):
-        raise ValueError("direction='random' and key belong together: give both or neither")
+        raise InputError("direction='random' and key belong together: give both or neither")
     if gamma is not None and (scale != "stable" or not gamma > 0):
-        raise ValueError(f"gamma is a positive number for scale='stable'; it is {gamma!r} with scale={scale!r}")
+        raise InputError(f"gamma is a positive number for scale='stable'; it is {gamma!r} with scale={scale!r}")
 
 
 def _check_gradient(path: str, kernel: jax.Array, pair: LowRank, gradient: jax.Array | None) -> None:
     if gradient is None:
-        raise ValueError(
+        raise InputError(
             f"{path}: there is no gradient for it: make them with gradients(loss_fn, variables, adapters, batches)"
         )
     if gradient.shape != kernel.shape:
-        raise ValueError(f"{path}: the gradient has the shape {gradient.shape}, the kernel {kernel.shape}")
+        raise InputError(f"{path}: the gradient has the shape {gradient.shape}, the kernel {kernel.shape}")
     side = min(sides(pair))
     if 2 * pair.rank > side:
-        raise ValueError(
+        raise InputError(
             f"{path}: LoRA-GA takes 2 x {pair.rank} directions, and the kernel's smaller side is {side}: lower the rank"
         )
     if not bool(jnp.any(gradient)):
-        raise ValueError(f"{path}: the gradient is zero; lora(fn) stops it at the base, so differentiate the function itself")
+        raise InputError(f"{path}: the gradient is zero; lora(fn) stops it at the base, so differentiate the function itself")
 
 
 def _places(direction: str, pair: LowRank, key: jax.Array | None) -> tuple[np.ndarray, np.ndarray]:

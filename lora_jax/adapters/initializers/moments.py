@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, Layout, LowRank, attach, is_adapted
+from lora_jax.core.errors import InputError
 from lora_jax.core.transform import Walk, trace
 from lora_jax.core.weight import RANK, Factor, Term, Weight
 
@@ -47,7 +48,7 @@ def moments(
       adapters: from `init`; only their layouts are used.
 
     Raises:
-      ValueError: no adapter is a pair, or (outside `jit`) no input reached a kernel, or a matrix of its stack.
+      InputError: no adapter is a pair, or (outside `jit`) no input reached a kernel, or a matrix of its stack.
       NotLowRankError: a kernel is used other than as a whole by plain products (by a convolution or a lookup, say).
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -62,7 +63,7 @@ def moments(
     leaves = [node.base if is_adapted(node) else node for node in nodes.values()]
     layouts = {path: adapter.layout for path, adapter in adapters.items() if isinstance(adapter, LowRank)}
     if not layouts:
-        raise ValueError("no adapter is a low-rank pair, so there is no kernel whose inputs could be taken")
+        raise InputError("no adapter is a low-rank pair, so there is no kernel whose inputs could be taken")
     shapes = {path: leaf.shape for path, leaf in zip(nodes, leaves) if path in layouts}
 
     def total(taps: dict[str, jax.Array]) -> jax.Array:
@@ -80,7 +81,7 @@ def moments(
 
 
 def check_reached(found: Mapping[str, Moments]) -> None:
-    """Raise a ValueError for a kernel, or a matrix of a stack, that no input reached; inside `jit` nothing can be said."""
+    """Raise an InputError for a kernel, or a matrix of a stack, that no input reached; inside `jit` nothing can be said."""
     for path, sums in found.items():
         try:
             idle = np.argwhere(np.asarray(sums.count) == 0).tolist()
@@ -88,7 +89,7 @@ def check_reached(found: Mapping[str, Moments]) -> None:
             return
         if idle:
             which = f" (matrices {idle} of its stack)" if idle[0] else ""
-            raise ValueError(f"no input reached {path}{which}: the function's float results must depend on all of it")
+            raise InputError(f"no input reached {path}{which}: the function's float results must depend on all of it")
 
 
 def _is_float(leaf: Any) -> bool:

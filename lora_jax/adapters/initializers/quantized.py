@@ -11,6 +11,7 @@ from lora_jax.adapters.algebra import fit, kernel_matrices
 from lora_jax.adapters.initializers.common import Adapters, as_kernel, change, sides, svd, with_kernels
 from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, LowRank
+from lora_jax.core.errors import InputError
 
 DTYPES = ("nf4", "int4", "int8")
 
@@ -39,13 +40,13 @@ def loftq(
       iterations: how many times both steps are made.
 
     Raises:
-      ValueError: an adapter can't be initialised so, an option is out of range, or a kernel's in axes can't be cut into blocks.
+      InputError: an adapter can't be initialised so, an option is out of range, or a kernel's in axes can't be cut into blocks.
       ImportError: qwix is not installed.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, not {dtype!r}")
+        raise InputError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, not {dtype!r}")
     if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, not {iterations}")
+        raise InputError(f"iterations must be at least 1, not {iterations}")
     pairs = with_kernels(variables, adapters)
     for path, (kernel, pair) in pairs.items():
         _check_block(path, kernel.shape, pair, block)
@@ -59,7 +60,7 @@ def loftq(
 def _check_block(path: str, shape: tuple[int, ...], pair: LowRank, block: int | None) -> None:
     fan_in, _ = sides(pair)
     if block is not None and (block < 1 or fan_in % block):
-        raise ValueError(
+        raise InputError(
             f"block: the {fan_in} values along the in axes of {path} (shape {shape}) can't be cut into blocks of {block}: "
             "give a divisor, or None for one scale for each output"
         )

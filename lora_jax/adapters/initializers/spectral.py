@@ -11,6 +11,7 @@ from lora_jax.adapters.algebra import fit, kernel_matrices, within_ranks
 from lora_jax.adapters.initializers.common import Adapters, smallest_first, split_off, svd
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, LowRank
+from lora_jax.core.errors import InputError
 
 _OVERSAMPLE = 8
 
@@ -33,7 +34,7 @@ def pissa(
       The changed base and the new adapters, which together act as the base did.
 
     Raises:
-      ValueError: an adapter can't be initialised so, or only one of `iterations` and `key` is given.
+      InputError: an adapter can't be initialised so, or only one of `iterations` and `key` is given.
 
     >>> import lora_jax as lj
     >>> base = {"w": jnp.diag(jnp.array([3.0, 2.0, 1.0]))}
@@ -43,9 +44,9 @@ def pissa(
     ([0.0, 2.0, 1.0], [3.0, 2.0, 1.0])
     """
     if (iterations is None) != (key is None):
-        raise ValueError("iterations and key belong together: the randomised SVD needs both, the exact one neither")
+        raise InputError("iterations and key belong together: the randomised SVD needs both, the exact one neither")
     if iterations is not None and iterations < 0:
-        raise ValueError(f"iterations must be at least 0, not {iterations}")
+        raise InputError(f"iterations must be at least 0, not {iterations}")
     own = lambda path: None if key is None else paths.fold_in(key, path)
     return split_off(variables, adapters, lambda path, kernel, pair: _pissa(kernel, pair, own(path), iterations))
 
@@ -77,7 +78,7 @@ def milora(variables: Any, adapters: Adapters) -> tuple[Any, dict[str, Adapter]]
     of zero gives zeros in both A and B, which then don't train: a kernel of low rank wants another initialiser.
 
     Raises:
-      ValueError: an adapter can't be initialised so.
+      InputError: an adapter can't be initialised so.
     """
     return split_off(variables, adapters, lambda path, kernel, pair: _milora(kernel, pair))
 
@@ -94,7 +95,7 @@ def olora(variables: Any, adapters: Adapters) -> tuple[Any, dict[str, Adapter]]:
     `W - scale A B`. As in PEFT the factors don't depend on the scale.
 
     Raises:
-      ValueError: an adapter can't be initialised so.
+      InputError: an adapter can't be initialised so.
     """
     return split_off(variables, adapters, lambda path, kernel, pair: _olora(kernel, pair))
 
@@ -120,7 +121,7 @@ def convert(adapters: Adapters, initial: Adapters) -> dict[str, Adapter]:
       initial: before it, as the initialiser returned them.
 
     Raises:
-      ValueError: the two have not the same pairs, or pairs that can't be added.
+      InputError: the two have not the same pairs, or pairs that can't be added.
 
     >>> import dataclasses, lora_jax as lj
     >>> pair = lj.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)), scale=0.5)
@@ -132,7 +133,7 @@ def convert(adapters: Adapters, initial: Adapters) -> dict[str, Adapter]:
     after, before = ({path: a for path, a in one.items() if isinstance(a, LowRank)} for one in (adapters, initial))
     lone = sorted(after.keys() ^ before.keys())
     if lone:
-        raise ValueError(
+        raise InputError(
             f"{', '.join(lone)}: a low-rank pair in one of the two sets only; convert needs the set before training"
         )
     return {**adapters, **algebra.add(after, algebra.negate(before))}

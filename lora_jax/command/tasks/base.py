@@ -12,20 +12,17 @@ import jax
 from lora_jax.command import run
 from lora_jax.command.metrics import Metric
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.errors import InputError
 from lora_jax.data import fetch
-
-
-class UserError(Exception):
-    """What was asked for can't be done, in one sentence for the user."""
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Report the errors that checks of the user's input raise as a UserError. For those checks alone."""
+    """Report the errors that checks of the user's input raise as an InputError. For those checks alone."""
     try:
         yield
     except (ValueError, OSError, fetch.FetchError) as error:
-        raise UserError(str(error)) from error
+        raise InputError(str(error)) from error
 
 
 def digest(source: pathlib.Path) -> str:
@@ -38,15 +35,15 @@ def digest(source: pathlib.Path) -> str:
 
 
 def check_data(config: run.RunConfig, found: str) -> None:
-    """Raise a UserError unless the data has the digest that the run was made with; a new run has none yet."""
+    """Raise an InputError unless the data has the digest that the run was made with; a new run has none yet."""
     if config.data_sha256 not in ("", found):
-        raise UserError(f"{config.data} has changed since the run began, so the run can't go on: start a new one")
+        raise InputError(f"{config.data} has changed since the run began, so the run can't go on: start a new one")
 
 
 def check_weights(config: run.RunConfig, source: pathlib.Path, found: str) -> None:
-    """Raise a UserError unless the base has the digest that the run was made with; a new run has none yet."""
+    """Raise an InputError unless the base has the digest that the run was made with; a new run has none yet."""
     if config.model_sha256 not in ("", found):
-        raise UserError(f"{source} is not the model that the run was trained on: its weights have changed")
+        raise InputError(f"{source} is not the model that the run was trained on: its weights have changed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ from lora_jax import sharding
 from lora_jax.adapters.init import init
 from lora_jax.command import run
 from lora_jax.command.metrics import ACCURACY
-from lora_jax.command.tasks.base import Session, Task, UserError, check_data, check_weights, digest, user_errors
+from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest, user_errors
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
 from lora_jax.data import fetch, labelled
 from lora_jax.data import tokenizer as text_tokenizer
@@ -46,7 +47,7 @@ def base_directory(config: run.RunConfig) -> pathlib.Path:
     """Where the run's base model is, fetched if it is the pinned one.
 
     Raises:
-      UserError: it could not be fetched.
+      InputError: it could not be fetched.
     """
     with user_errors():
         return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
@@ -56,7 +57,7 @@ def load_base(directory: pathlib.Path, config: run.RunConfig, mesh: Mesh | None 
     """The base model with a head for the run's labels, on the mesh if there is one.
 
     Raises:
-      UserError: the directory does not hold a BERT and its tokenizer, or another one than the run was made with.
+      InputError: the directory does not hold a BERT and its tokenizer, or another one than the run was made with.
     """
     with user_errors():
         place = None if mesh is None else sharding.by_path(functools.partial(bert.shardings, mesh))
@@ -66,7 +67,7 @@ def load_base(directory: pathlib.Path, config: run.RunConfig, mesh: Mesh | None 
     check_weights(config, directory, weights)
     positions = model.config.max_position_embeddings
     if config.max_length > positions:
-        raise UserError(f"max_length {config.max_length} is above the {positions} positions of the model {directory}")
+        raise InputError(f"max_length {config.max_length} is above the {positions} positions of the model {directory}")
     return Base(model, load_tokenizer(directory, model.config.vocab_size), weights)
 
 
@@ -74,13 +75,15 @@ def load_tokenizer(directory: pathlib.Path, vocab_size: int) -> tokenizers.Token
     """The `tokenizer.json` of a directory.
 
     Raises:
-      UserError: there is none, it is damaged, or its ids do not fit the model's vocabulary.
+      InputError: there is none, it is damaged, or its ids do not fit the model's vocabulary.
     """
     with user_errors():
         tokenizer = text_tokenizer.read_tokenizer(directory)
     tokens = tokenizer.get_vocab_size()
     if tokens > vocab_size:
-        raise UserError(f"{directory / 'tokenizer.json'} has {tokens} tokens, but the model's vocabulary has {vocab_size} only")
+        raise InputError(
+            f"{directory / 'tokenizer.json'} has {tokens} tokens, but the model's vocabulary has {vocab_size} only"
+        )
     return tokenizer
 
 
@@ -88,7 +91,7 @@ def load_texts(config: run.RunConfig) -> labelled.Texts:
     """The run's data.
 
     Raises:
-      UserError: it can't be read, or is not what the run was made with.
+      InputError: it can't be read, or is not what the run was made with.
     """
     with user_errors():
         if config.data is None:
@@ -103,7 +106,7 @@ def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
     """Check everything and bring it into memory, on the mesh if there is one.
 
     Raises:
-      UserError: any of it can't be used.
+      InputError: any of it can't be used.
     """
     texts = load_texts(config)
     config = dataclasses.replace(config, labels=config.labels or texts.classes(), data_sha256=texts.digest())

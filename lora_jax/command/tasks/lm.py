@@ -17,8 +17,9 @@ from lora_jax import sharding
 from lora_jax.adapters.init import init
 from lora_jax.command import run
 from lora_jax.command.metrics import PERPLEXITY
-from lora_jax.command.tasks.base import Session, Task, UserError, check_data, check_weights, digest, user_errors
+from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest, user_errors
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
 from lora_jax.data import fetch, labelled, language, packing
 from lora_jax.data import tokenizer as text_tokenizer
@@ -47,7 +48,7 @@ def base_directory(config: run.RunConfig) -> pathlib.Path:
     """Where the run's base model is, a directory or a `.gguf` file, fetched if it is the pinned one.
 
     Raises:
-      UserError: it could not be fetched.
+      InputError: it could not be fetched.
     """
     with user_errors():
         return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
@@ -57,7 +58,7 @@ def load_base(source: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = N
     """The base model, on the mesh if there is one, and its tokenizer.
 
     Raises:
-      UserError: there is no Llama and its tokenizer, or another one than the run was made with.
+      InputError: there is no Llama and its tokenizer, or another one than the run was made with.
     """
     with user_errors():
         place = None if mesh is None else sharding.by_path(functools.partial(llama.shardings, mesh))
@@ -80,7 +81,7 @@ def load_corpus(config: run.RunConfig) -> language.Corpus:
     """The run's data.
 
     Raises:
-      UserError: it can't be read, or is not what the run was made with.
+      InputError: it can't be read, or is not what the run was made with.
     """
     with user_errors():
         if config.data is None:
@@ -98,7 +99,7 @@ def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
     """Check everything and bring it into memory, on the mesh if there is one.
 
     Raises:
-      UserError: any of it can't be used.
+      InputError: any of it can't be used.
     """
     corpus = load_corpus(config)
     date = config.date or datetime.date.today().isoformat()
@@ -106,7 +107,7 @@ def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
     config = dataclasses.replace(config, data_sha256=corpus.digest(), model_sha256=base.sha256, date=date)
     positions = base.model.config.max_position_embeddings
     if config.max_length > positions:
-        raise UserError(f"max_length {config.max_length} is above the {positions} positions of the model")
+        raise InputError(f"max_length {config.max_length} is above the {positions} positions of the model")
     with user_errors():
         documents, counts = _encode(corpus, base.tokenizer, config)
         training, held_out = language.split(corpus, documents, config.held_out)
@@ -128,7 +129,7 @@ def _encode(corpus: language.Corpus, tokenizer: TextTokenizer, config: run.RunCo
     try:
         return language.encode(corpus, tokenizer, config.max_length, datetime.date.fromisoformat(config.date))
     except ValueError as error:
-        raise ValueError(f"{config.data or 'movie reviews'}: {error}") from None
+        raise InputError(f"{config.data or 'movie reviews'}: {error}") from None
 
 
 def without_end(document: language.Document, end: int) -> language.Document:

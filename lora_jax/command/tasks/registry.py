@@ -6,7 +6,8 @@ from jax.sharding import Mesh
 
 from lora_jax.command import run
 from lora_jax.command.tasks import classify, lm
-from lora_jax.command.tasks.base import Session, UserError
+from lora_jax.command.tasks.base import Session
+from lora_jax.core.errors import InputError
 
 _TASKS: dict[str, ModuleType] = {"classify": classify, "lm": lm}
 _COMMANDS = {"classify": "predict", "lm": "generate"}
@@ -16,7 +17,7 @@ def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
     """Check everything that a run needs and bring it into memory, on the mesh if there is one.
 
     Raises:
-      UserError: any of it can't be used.
+      InputError: any of it can't be used.
     """
     return _TASKS[config.task].prepare(config, mesh)
 
@@ -27,7 +28,7 @@ def task_module(config: run.RunConfig) -> ModuleType:
 
 
 def check_task(config: run.RunConfig, task: str) -> None:
-    """Raise a UserError unless the run is of this task."""
+    """Raise an InputError unless the run is of this task."""
     if config.task != task:
         known = _COMMANDS[config.task]
-        raise UserError(f"the run is of the task {config.task!r}: use `lora-jax {known}` with it, not `{_COMMANDS[task]}`")
+        raise InputError(f"the run is of the task {config.task!r}: use `lora-jax {known}` with it, not `{_COMMANDS[task]}`")
