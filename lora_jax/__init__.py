@@ -25,8 +25,8 @@ from lora_jax.core.adapter import attach as attach
 from lora_jax.core.adapter import detach as detach
 from lora_jax.core.adapter import labels as labels
 from lora_jax.core.errors import InputError as InputError
+from lora_jax.core.errors import NotLowRankError as NotLowRankError
 from lora_jax.core.methods.alora import active_from as active_from
-from lora_jax.core.transform import NotLowRankError as NotLowRankError
 from lora_jax.core.transform import lora as lora
 from lora_jax.core.usage import explain as explain
 from lora_jax.training import losses as losses

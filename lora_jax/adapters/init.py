@@ -301,7 +301,7 @@ def _extra(
     """What the method adds to A and B, where it starts."""
     extra: dict[str, Any] = {}
     if config.method == "vera":
-        extra |= vera.scales(pair.layout, parameter.shape, pair.rank, config.d_initial, config.dtype)
+        extra |= vera.vera_scales(pair.layout, parameter.shape, pair.rank, config.d_initial, config.dtype)
     if config.dora:
         extra["magnitude"] = column_norm(quantized.dense(leaf), pair).astype(config.dtype)
     if config.lora_bias:

@@ -10,9 +10,9 @@ from lora_jax.adapters import quant
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, Full, LowRank, Rows, attach, is_adapted, wide_dtype
 from lora_jax.core.errors import InputError
-from lora_jax.core.methods.dora import gain
+from lora_jax.core.factor import Factor
+from lora_jax.core.methods.dora import magnitude_gain
 from lora_jax.core.quantized import dense
-from lora_jax.core.weight import Factor
 
 Quantized = Literal["error", "dense", "requantize"]
 
@@ -122,7 +122,9 @@ def _folded(base: Any, adapter: Any, sign: float) -> Any:
     result = base.astype(wide) + sign * adapter.delta().astype(wide)
     if adapter.magnitude is not None:
         layout = adapter.layout
-        result = result * Factor(gain(base, adapter), (*layout.batch, *layout.outputs)).laid_along(range(base.ndim), wide)
+        result = result * Factor(magnitude_gain(base, adapter), (*layout.batch, *layout.outputs)).laid_along(
+            range(base.ndim), wide
+        )
     return result.astype(base.dtype)
 
 

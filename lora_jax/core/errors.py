@@ -11,3 +11,7 @@ class MissingError(InputError, FileNotFoundError):
 
 class OccupiedError(InputError, FileExistsError):
     """What was to be written would replace something."""
+
+
+class NotLowRankError(InputError):
+    """A function uses an adapted parameter in a way that needs `W + AB` as one array."""

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core import paths
-from lora_jax.core.weight import Deferred, Weight
+from lora_jax.core.deferred import Deferred
+from lora_jax.core.weight import Weight
 
 
 def qwix() -> Any:

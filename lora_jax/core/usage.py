@@ -1,16 +1,42 @@
-"""How a function uses each of its parameters: the walk of `transform` with probes in place of adapters, on shapes alone."""
+"""How a function uses each of its parameters: the walk of `transform` with probes in place of weights, on shapes alone."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core import paths, quantized
+from lora_jax.core import jax_compat, paths, quantized
 from lora_jax.core.adapter import Layout, is_adapted
-from lora_jax.core.transform import Walk, is_array, trace
-from lora_jax.core.weight import Factor, Term, Use, Weight
+from lora_jax.core.contraction import contract
+from lora_jax.core.factor import Factor
+from lora_jax.core.interpreter import Context, Equation, NotLowRank
+from lora_jax.core.rules import RULES
+from lora_jax.core.rules.products import Product
+from lora_jax.core.tracing import is_array, trace
+from lora_jax.core.weight import Factored, Term
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a parameter, read off the equation that consumes it.
+
+    Args:
+      kind: `"product"` (contracted with an activation), `"lookup"` (rows picked by index) or `"other"` (not low-rank).
+      primitive: the consuming JAX primitive.
+      site: `file:line (function)`.
+      roles: the role of each axis of the parameter: `"in"`, `"out"`, `"batch"` (a batch axis of the product) or `"stack"` (one
+        index of it reaches each product, as in a scan over layers).
+      reason: why the use is not low-rank.
+    """
+
+    kind: str
+    primitive: str
+    site: str
+    roles: tuple[str, ...] = ()
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,16 +137,17 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
     """
     nodes, treedef = paths.flatten(params, is_leaf=is_adapted)
     leaves = [quantized.dense_shape(node.base if is_adapted(node) else node) for node in nodes.values()]
-    walk, reached = Walk(probing=True), set()
+    context, reached = ProbeContext(RULES), set()
 
     def run(leaves: list[Any], args: Any, kwargs: Any) -> None:
         traced = trace(fn, treedef, leaves, args, kwargs)
         reached.update(traced.reached_inputs(list(nodes)))
-        traced.run([_probe(path, leaf, walk) for path, leaf in zip(nodes, leaves)], walk)
+        traced.run(context, [_probe(path, leaf) for path, leaf in zip(nodes, leaves)])
 
     abstractly(run, leaves, args, kwargs)
     arrays = {path: leaf for path, leaf in zip(nodes, leaves) if hasattr(leaf, "dtype")}
-    return Explanation({path: _parameter(path, leaf, walk, path in reached) for path, leaf in arrays.items()})
+    uses = {path: tuple(context.uses.get(path, ())) for path in arrays}
+    return Explanation({path: _parameter(path, leaf, uses[path], path in reached) for path, leaf in arrays.items()})
 
 
 def abstractly(fn: Callable[..., Any], *trees: Any) -> None:
@@ -135,16 +162,125 @@ def abstractly(fn: Callable[..., Any], *trees: Any) -> None:
     jax.eval_shape(run, [leaf for d, leaf in zip(dynamic, flat) if d])
 
 
-def _probe(path: str, leaf: Any, walk: Walk) -> Any:
-    """One factor for each axis, each of which remembers its axis."""
-    if not is_array(leaf) or leaf.ndim == 0 or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf
-    factors = [Factor(jnp.zeros((size,)), (axis,), (axis,)) for axis, size in enumerate(leaf.shape)]
-    return Weight(leaf, (Term(tuple(factors), path, walk),))
-
-
-def _parameter(path: str, leaf: Any, walk: Walk, reached: bool) -> Parameter:
-    uses = tuple(walk.uses.get(path, ()))
+def _parameter(path: str, leaf: Any, uses: tuple[Use, ...], reached: bool) -> Parameter:
     if not uses and reached and (leaf.ndim == 0 or not jnp.issubdtype(leaf.dtype, jnp.floating)):
         uses = (Use("other", "", "", reason="it is a scalar" if leaf.ndim == 0 else f"its dtype is {leaf.dtype}"),)
     return Parameter(path, tuple(leaf.shape), leaf.dtype, uses)
+
+
+# --- probes
+
+
+@dataclasses.dataclass(eq=False)
+class ProbeContext(Context):
+    """A walk with probes: the uses of each parameter, in order and each once."""
+
+    uses: dict[str, dict[Use, None]] = dataclasses.field(default_factory=dict)
+
+    def record(self, path: str, use: Use) -> None:
+        self.uses.setdefault(path, {})[use] = None
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes", "indexed", "origin"])
+@dataclasses.dataclass(frozen=True)
+class AxisFactor(Factor):
+    """A factor that stands for some axes of the parameter, its `origin`, and moves as they do."""
+
+    origin: tuple[int, ...] = ()
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["factors"], meta_fields=["path"])
+@dataclasses.dataclass(frozen=True)
+class ProbeTerm(Term):
+    """One factor for each axis of a parameter."""
+
+    factors: tuple[AxisFactor, ...]
+    path: str
+
+    def roles(self, role: Callable[[AxisFactor], str]) -> tuple[str, ...]:
+        """The role of each axis of the parameter, by that of its factor."""
+        by_axis = {axis: role(factor) for factor in self.factors for axis in factor.origin}
+        return tuple(by_axis[axis] for axis in sorted(by_axis))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "terms"], meta_fields=[])
+@dataclasses.dataclass(eq=False)
+class Probe(Factored):
+    """A parameter that is moved like a weight, and records what it meets; its value is its base."""
+
+    def join_axes(self, groups: Sequence[set[int]]) -> Self:
+        """Axes that a reshape merges share a role from here on: one factor stands for them."""
+        return type(self)(self.base, tuple(_joined(term, groups) for term in self.terms))
+
+    def joined(self, base: Any, terms: Sequence[Any], alone: bool) -> Self:
+        if not alone:
+            raise NotLowRank("it is joined to something that is not a parameter")
+        return super().joined(base, terms, alone)
+
+    def can_index(self, axes: Sequence[int]) -> bool:
+        return True
+
+    def settled(self, context: ProbeContext) -> Self:
+        return self
+
+    def multiply(self, context: ProbeContext, product: Product) -> Any:
+        self._record_product(context, product.eqn, product.roles)
+        return product.result
+
+    def multiply_pair(
+        self, context: ProbeContext, eqn: Equation, roles: Mapping[int, str], other: Self, others: Mapping[int, str]
+    ) -> Any:
+        if set(self.paths()) & set(other.paths()):
+            raise NotLowRank("it is multiplied with itself")
+        self._record_product(context, eqn, roles)
+        other._record_product(context, eqn, others)
+        return jax_compat.bind(eqn, [self.base, other.base])[0]
+
+    def _record_product(self, context: ProbeContext, eqn: Equation, roles: Mapping[int, str]) -> None:
+        def role(factor: Factor) -> str:
+            held = {roles[axis] for axis in factor.axes}
+            return next((role for role in ("in", "out", "batch") if role in held), "stack")
+
+        self._record(context, "product", eqn, role)
+
+    def looked_up(self, context: ProbeContext, eqn: Equation | None) -> Any:
+        """Gathered axes are in, the others out."""
+        self._record(context, "lookup", eqn, lambda factor: "in" if factor.indexed else "out")
+        return self.base
+
+    def _record(self, context: ProbeContext, kind: str, eqn: Equation | None, role: Callable[[AxisFactor], str]) -> None:
+        name, site = context.place(eqn)
+        for term in self.terms:
+            context.record(term.path, Use(kind, name, site, term.roles(role)))
+
+    def as_array(self, context: ProbeContext, eqn: Equation | None, reason: str) -> Any:
+        rows = self.as_activation(context, eqn)
+        if rows is not self:
+            return rows
+        name, site = context.place(eqn)
+        for term in self.terms:
+            context.record(term.path, Use("other", name, site, reason=reason))
+        return self.base
+
+
+def _probe(path: str, leaf: Any) -> Any:
+    """One factor for each axis, each of which remembers its axis."""
+    if not is_array(leaf) or leaf.ndim == 0 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    factors = [AxisFactor(jnp.zeros((size,)), (axis,), origin=(axis,)) for axis, size in enumerate(leaf.shape)]
+    return Probe(leaf, (ProbeTerm(tuple(factors), path),))
+
+
+def _joined(term: ProbeTerm, groups: Sequence[set[int]]) -> ProbeTerm:
+    factors = list(term.factors)
+    for axes in groups:
+        together = [factor for factor in factors if axes & set(factor.axes)]
+        apart = [factor for factor in factors if not axes & set(factor.axes)]
+        factors = [*apart, functools.reduce(_outer, together)] if together else factors
+    return dataclasses.replace(term, factors=tuple(factors))
+
+
+def _outer(f: AxisFactor, g: AxisFactor) -> AxisFactor:
+    labels = tuple(dict.fromkeys((*f.axes, *g.axes)))  # both may have been gathered by one index
+    array = contract(f.array, f.axes, g.array, g.axes, labels)
+    return AxisFactor(array, labels, f.indexed or g.indexed, f.origin + g.origin)

@@ -1,29 +1,29 @@
 """Ragged products in a function that is vmapped over rows.
 
 JAX cannot vmap a ragged product whose matrices all rows share (experts), and where each row picks a matrix of a stack it
-gathers them. `evaluate` runs such a function with a vmap rule for either: the rows are joined to one ragged product, sorted by
-the matrix that each needs. Everything else is evaluated as it stands.
+gathers them. `call` walks over such a function with a vmap rule for either: the rows are joined to one ragged product, sorted
+by the matrix that each needs. Everything else is evaluated as it stands.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core import jax_compat
-from lora_jax.core.transform import is_array
-
-Equation = jax_compat.Equation
+from lora_jax.core.interpreter import Context, Equation, ImplicitArray, NotLowRank, Rule, evaluate, is_implicit
+from lora_jax.core.rules.control_flow import CONTROL_FLOW
+from lora_jax.core.tracing import is_array
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["stack", "number"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, eq=False)
-class Picked:
+class Picked(ImplicitArray):
     """`stack[number]`, zero for a number below 0, not gathered yet.
 
     Args:
@@ -35,12 +35,32 @@ class Picked:
     number: Any
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
     def value(self) -> jax.Array:
+        """The matrix, gathered."""
         return _gathered(self.stack, self.number)
 
-    def map(self, fn: Callable[[Any], Any]) -> "Picked":
+    def as_array(self, context: Context, eqn: Equation | None, reason: str) -> jax.Array:
+        return self.value()
+
+    def map(self, fn: Callable[[Any], Any]) -> Self:
         """`fn` applied to each matrix."""
-        return Picked(jax.vmap(fn)(self.stack), self.number)
+        return dataclasses.replace(self, stack=jax.vmap(fn)(self.stack))
+
+    def unstack(self) -> tuple[Any, Callable[[Any], Self]]:
+        """A picked stack of layers is scanned with its layers in front."""
+        return jnp.moveaxis(self.stack, 1, 0), lambda layer: dataclasses.replace(self, stack=layer)
+
+    def in_iteration(self, index: Any) -> Self:
+        return self
+
+    def constrained(self, sharding: Any) -> jax.Array:
+        return lax.with_sharding_constraint(self.value(), sharding)
+
+    def shard_specs(self, spec: Any) -> Any:
+        raise NotLowRank("a shard would need to know its place")
 
 
 def _gathered(stack: Any, number: Any) -> jax.Array:
@@ -49,79 +69,68 @@ def _gathered(stack: Any, number: Any) -> jax.Array:
     return jnp.where(number < 0, jnp.zeros_like(found), found)
 
 
-def _is_picked(value: Any) -> bool:
-    return isinstance(value, Picked)
+class RowContext(Context):
+    """A walk over a function of one row: ragged products get a vmap rule wherever they are."""
+
+    def handles(self, eqn: Equation, values: Sequence[Any]) -> bool:
+        return super().handles(eqn, values) or _has_ragged(eqn)
 
 
-def _plain(value: Any) -> Any:
-    return value.value if _is_picked(value) else value
+def _has_ragged(eqn: Equation) -> bool:
+    """Whether an equation is a ragged product, or calls a function that has one."""
+    if eqn.primitive.name == "ragged_dot_general":
+        return True
+    if eqn.primitive.name not in CONTROL_FLOW:
+        return False
+    inner = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple | list) else [value])]
+    jaxprs = [jaxpr for jaxpr, _ in map(jax_compat.open_jaxpr, inner) if hasattr(jaxpr, "eqns")]
+    return any(_has_ragged(sub) for jaxpr in jaxprs for sub in jaxpr.eqns)
 
 
 def call(fn: Callable[..., Any], *args: Any) -> Any:
     """`fn(*args)`, of which some leaves are `Picked`, with the rules of this module."""
-    leaves, treedef = jax.tree.flatten(args, is_leaf=_is_picked)
-    traced = [leaf for leaf in leaves if _is_picked(leaf) or is_array(leaf)]
+    leaves, treedef = jax.tree.flatten(args, is_leaf=is_implicit)
+    is_traced = [is_implicit(leaf) or is_array(leaf) for leaf in leaves]
 
     def flat(*arrays: Any) -> Any:
         rest = iter(arrays)
-        return fn(*jax.tree.unflatten(treedef, [next(rest) if _is_picked(x) or is_array(x) else x for x in leaves]))
+        return fn(*jax.tree.unflatten(treedef, [next(rest) if traced else x for traced, x in zip(is_traced, leaves)]))
 
+    traced = [leaf for traced, leaf in zip(is_traced, leaves) if traced]
     jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*[jax.eval_shape(_plain, leaf) for leaf in traced])
-    results = evaluate(*jax_compat.open_jaxpr(jaxpr), traced)
-    return jax.tree.unflatten(jax.tree.structure(out), results)
+    context = RowContext(RULES)
+    results = evaluate(context, *jax_compat.open_jaxpr(jaxpr), traced)
+    return jax.tree.unflatten(jax.tree.structure(out), context.arrays(results, None, "the function returns it"))
 
 
-def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """Evaluate an open jaxpr on values of which some are `Picked`; the results are plain."""
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
-    read = lambda v: v.val if isinstance(v, jax_compat.Literal) else env[v]
-    for eqn in jaxpr.eqns:
-        with jax_compat.source_scope(eqn):
-            env.update(zip(eqn.outvars, _apply(eqn, [read(v) for v in eqn.invars])))
-    return [_plain(read(v)) for v in jaxpr.outvars]
+def _plain(value: Any) -> Any:
+    return value.value() if is_implicit(value) else value
 
 
-def _apply(eqn: Equation, values: list[Any]) -> list[Any]:
-    name = eqn.primitive.name
-    if name in _PRODUCTS:
-        return [_PRODUCTS[name](eqn, *values)]
-    if any(map(_is_picked, values)) and name in _MOVES:
-        (picked,) = values
-        return [picked.map(lambda matrix: jax_compat.bind(eqn, [matrix])[0])]
-    if name in _CONTROL and (any(map(_is_picked, values)) or _has_ragged(eqn)):
-        return _CONTROL[name](eqn, values)
-    return jax_compat.bind(eqn, list(map(_plain, values)))
+def _move(context: Context, eqn: Equation, picked: Picked) -> list[Any]:
+    return [picked.map(lambda matrix: jax_compat.bind(eqn, [matrix])[0])]
 
 
-def _has_ragged(eqn: Equation) -> bool:
-    inner = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple | list) else [value])]
-    jaxprs = [jaxpr for jaxpr, _ in map(jax_compat.open_jaxpr, inner) if hasattr(jaxpr, "eqns")]
-    return any(sub.primitive.name == "ragged_dot_general" or _has_ragged(sub) for jaxpr in jaxprs for sub in jaxpr.eqns)
-
-
-# --- products ---------------------------------------------------------------------------------------------------------
-
-
-def _dot_general(eqn: Equation, lhs: Any, rhs: Any) -> Any:
+def _dot_general(context: Context, eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
     """A product of an activation with a picked matrix."""
     (lc, rc), (lb, _) = eqn.params["dimension_numbers"]
-    if _is_picked(lhs) == _is_picked(rhs) or lb:
-        return jax_compat.bind(eqn, [_plain(lhs), _plain(rhs)])[0]
-    x, picked, xc, pc = (rhs, lhs, rc, lc) if _is_picked(lhs) else (lhs, rhs, lc, rc)
+    if is_implicit(lhs) == is_implicit(rhs) or lb:
+        return jax_compat.bind(eqn, [_plain(lhs), _plain(rhs)])
+    x, picked, xc, pc = (rhs, lhs, rc, lc) if is_implicit(lhs) else (lhs, rhs, lc, rc)
     x_free = [d for d in range(x.ndim) if d not in xc]
-    p_shape = picked.stack.shape[1:]
+    p_shape = picked.shape
     p_free = [d for d in range(len(p_shape)) if d not in pc]
     size = math.prod(x.shape[d] for d in xc)
     rows = lax.transpose(x, (*x_free, *xc)).reshape(-1, size)
     matrices = lax.transpose(picked.stack, (0, *(d + 1 for d in (*pc, *p_free)))).reshape(len(picked.stack), size, -1)
     precision, dtype = eqn.params["precision"], eqn.params["preferred_element_type"]
-    if isinstance(precision, tuple) and _is_picked(lhs):
+    if isinstance(precision, tuple) and is_implicit(lhs):
         precision = precision[::-1]
     result = _pick_and_multiply(precision, dtype)(rows, matrices, picked.number)
     x_sizes, p_sizes = [x.shape[d] for d in x_free], [p_shape[d] for d in p_free]
     result = result.reshape(*x_sizes, *p_sizes)
     n = len(x_free)
-    return lax.transpose(result, (*range(n, result.ndim), *range(n))) if _is_picked(lhs) else result
+    return [lax.transpose(result, (*range(n, result.ndim), *range(n))) if is_implicit(lhs) else result]
 
 
 @functools.cache
@@ -147,16 +156,16 @@ def _pick_and_multiply(precision: Any, dtype: Any) -> Callable[..., Any]:
     return product
 
 
-def _ragged_dot(eqn: Equation, x: Any, matrices: Any, sizes: Any, *offset: Any) -> Any:
+def _ragged_dot(context: Context, eqn: Equation, x: Any, matrices: Any, sizes: Any, *offset: Any) -> list[Any]:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (xc, wc), (xb, _) = numbers.dot_dimension_numbers
     group = numbers.rhs_group_dimensions
     values = x, _plain(matrices), sizes, *offset
     if (xc, xb) != ((1,), ()) or numbers.lhs_ragged_dimensions != (0,) or len(group) != 1 or offset:
-        return jax_compat.bind(eqn, list(map(_plain, values)))[0]
+        return jax_compat.bind(eqn, list(map(_plain, values)))
     free = next(d for d in range(3) if d not in (*group, *wc))
     ordered = lax.transpose(values[1], (group[0], wc[0], free))
-    return _shared(eqn.params["precision"], eqn.params["preferred_element_type"])(_plain(x), ordered, sizes)
+    return [_shared(eqn.params["precision"], eqn.params["preferred_element_type"])(_plain(x), ordered, sizes)]
 
 
 @functools.cache
@@ -207,47 +216,10 @@ def _spread(axis_size: int, batched: Sequence[bool], values: Sequence[Any]) -> l
     return [x if has else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, has in zip(values, batched)]
 
 
-# --- control flow -----------------------------------------------------------------------------------------------------
-
-
-def _jit(eqn: Equation, values: list[Any]) -> list[Any]:
-    return evaluate(*jax_compat.open_jaxpr(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))), values)
-
-
-def _remat(eqn: Equation, values: list[Any]) -> list[Any]:
-    jaxpr, consts = jax_compat.open_jaxpr(eqn.params["jaxpr"])
-    body = lambda *args: evaluate(jaxpr, consts, args)
-    return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])(*values)
-
-
-def _cond(eqn: Equation, values: list[Any]) -> list[Any]:
-    index, *operands = values
-    branch = lambda jaxpr: lambda *args: evaluate(*jax_compat.open_jaxpr(jaxpr), args)
-    return lax.switch(index, [branch(jaxpr) for jaxpr in eqn.params["branches"]], *operands)
-
-
-def _scan(eqn: Equation, values: list[Any]) -> list[Any]:
-    """A picked stack of layers is scanned with its layers in front."""
-    parts = jax_compat.scan_parts(eqn, values)
-    jaxpr, consts = jax_compat.open_jaxpr(parts.jaxpr)
-    carry = list(map(_plain, parts.carry))
-    xs = [jnp.moveaxis(x.stack, 1, 0) if _is_picked(x) else x for x in parts.xs]
-
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        own = [Picked(x, whole.number) if _is_picked(whole) else x for x, whole in zip(xs, parts.xs)]
-        results = evaluate(jaxpr, consts, [*parts.consts, *carry, *own])
-        return results[: len(carry)], results[len(carry) :]
-
-    options = {"length": parts.length, "reverse": parts.reverse, "unroll": parts.unroll}
-    carry, ys = lax.scan(body, carry, xs, **options)
-    return [*carry, *ys]
-
-
-_PRODUCTS: dict[str, Callable[..., Any]] = {"dot_general": _dot_general, "ragged_dot_general": _ragged_dot}
-_MOVES = ("convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "rev", "copy", "name")
-_CONTROL: dict[str, Callable[[Equation, list[Any]], list[Any]]] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), _jit),
-    **dict.fromkeys(("remat2", "checkpoint", "remat"), _remat),
-    "cond": _cond,
-    "scan": _scan,
+MOVES = ("convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "rev", "copy", "name")
+RULES: dict[str, Rule] = {
+    **CONTROL_FLOW,
+    **dict.fromkeys(MOVES, _move),
+    "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot,
 }

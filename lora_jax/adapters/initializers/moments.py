@@ -12,8 +12,11 @@ import numpy as np
 from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, Layout, LowRank, attach, is_adapted
 from lora_jax.core.errors import InputError
-from lora_jax.core.transform import Walk, trace
-from lora_jax.core.weight import RANK, Factor, Term, Weight
+from lora_jax.core.factor import RANK, Factor
+from lora_jax.core.methods.moments import ObservedTerm
+from lora_jax.core.rules import RULES
+from lora_jax.core.tracing import trace
+from lora_jax.core.weight import Weight, WeightContext
 
 
 @jax.tree_util.register_dataclass
@@ -66,16 +69,17 @@ def moments(
         raise InputError("no adapter is a low-rank pair, so there is no kernel whose inputs could be taken")
     shapes = {path: leaf.shape for path, leaf in zip(nodes, leaves) if path in layouts}
 
-    def total(taps: dict[str, jax.Array]) -> jax.Array:
-        walk = Walk()
+    def value(path: str, leaf: Any, sums: dict[str, jax.Array]) -> Any:
+        return _observed(path, leaf, layouts[path], sums[path]) if path in layouts else quantized.frozen(leaf)
+
+    def total(sums: dict[str, jax.Array]) -> jax.Array:
         traced = trace(fn, treedef, leaves, args, kwargs)
-        tapped = lambda path, leaf: _tapped(path, leaf, layouts[path], taps[path], walk)
-        values = [tapped(path, leaf) if path in layouts else quantized.frozen(leaf) for path, leaf in zip(nodes, leaves)]
-        results = [leaf for leaf in jax.tree.leaves(traced.run(values, walk)) if _is_float(leaf)]
+        out = traced.run(WeightContext(RULES), [value(path, leaf, sums) for path, leaf in zip(nodes, leaves)])
+        results = [leaf for leaf in jax.tree.leaves(out) if _is_float(leaf)]
         return sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in results), jnp.zeros(()))
 
-    grads = jax.grad(total)({path: jnp.zeros(_tap_shape(layouts[path], shapes[path])) for path in layouts})
-    found = {path: _split(tap, layouts[path], shapes[path]) for path, tap in grads.items()}
+    grads = jax.grad(total)({path: jnp.zeros(_sums_shape(layouts[path], shapes[path])) for path in layouts})
+    found = {path: _split(sums, layouts[path], shapes[path]) for path, sums in grads.items()}
     check_reached(found)
     return found
 
@@ -101,20 +105,20 @@ def _sizes(layout: Layout, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int
     return tuple(shape[axis] for axis in layout.batch), math.prod(shape[axis] for axis in layout.inputs)
 
 
-def _tap_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _sums_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
     batch, inputs = _sizes(layout, shape)
     return (*batch, (inputs + 1) ** 2)
 
 
-def _tapped(path: str, leaf: Any, layout: Layout, tap: jax.Array, walk: Walk) -> Weight:
+def _observed(path: str, leaf: Any, layout: Layout, sums: jax.Array) -> Weight:
     """A weight whose only term takes in what its products meet; an identity matrix brings the in axes into order."""
     _, inputs = _sizes(layout, leaf.shape)
     eye = jnp.eye(inputs).reshape(*(leaf.shape[axis] for axis in layout.inputs), inputs)
-    term = Term((Factor(eye, (*layout.inputs, RANK)),), path, walk, tap=Factor(tap, (*layout.batch, RANK)))
-    return Weight(quantized.base(leaf), (term,))
+    factors = (Factor(eye, (*layout.inputs, RANK)),)
+    return Weight(quantized.base(leaf), (ObservedTerm(factors, path, Factor(sums, (*layout.batch, RANK))),))
 
 
-def _split(tap: jax.Array, layout: Layout, shape: tuple[int, ...]) -> Moments:
+def _split(sums: jax.Array, layout: Layout, shape: tuple[int, ...]) -> Moments:
     batch, inputs = _sizes(layout, shape)
-    sums = tap.reshape(*batch, inputs + 1, inputs + 1)
-    return Moments(sums[..., -1, -1], sums[..., -1, :-1], sums[..., :-1, :-1])
+    grid = sums.reshape(*batch, inputs + 1, inputs + 1)
+    return Moments(grid[..., -1, -1], grid[..., -1, :-1], grid[..., :-1, :-1])

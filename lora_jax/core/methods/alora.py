@@ -3,13 +3,19 @@
 Before the sequence the model is the base itself, so that a cache of keys and values made with the base stays good.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.core.errors import InputError
+from lora_jax.core.factor import Factor, scaled_along
+from lora_jax.core.interpreter import NotLowRank
+from lora_jax.core.rules.products import Product
+from lora_jax.core.weight import LowRankTerm, Method
 
 
 def active_from(input_ids: Any, invocation_tokens: Sequence[int]) -> jax.Array:
@@ -35,3 +41,23 @@ def active_from(input_ids: Any, invocation_tokens: Sequence[int]) -> jax.Array:
     windows = jnp.stack([ids[:, i : i + places] == token for i, token in enumerate(invocation_tokens)])
     start = jnp.max(jnp.where(windows.all(0), jnp.arange(places)[None], -1), axis=1, initial=-1)
     return (start >= 0)[:, None] & (jnp.arange(ids.shape[1])[None] >= start[:, None])
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["active"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Invocation(Method):
+    """The branch counts where `active` is: booleans `(batch, tokens)`, or one for all."""
+
+    active: Any
+    rowwise: ClassVar[str] = "an invocation sequence"
+
+    def after(self, term: LowRankTerm, product: Product, x: Any, y: Any) -> Any:
+        """x has `(batch, tokens)` as its first free axes, or merged."""
+        rows, mask = product.rows(self.rowwise), self.active
+        sizes = dict(zip(product.x_labels, product.x.shape))
+        shape = tuple(sizes[label] for label in rows)
+        if shape[: mask.ndim] != mask.shape:
+            mask = mask.reshape(-1)
+        if shape[: mask.ndim] != mask.shape:
+            raise NotLowRank(f"`active` has the shape {self.active.shape}, but the rows of this product's input are {shape}")
+        return scaled_along(y, [Factor(mask, tuple(rows[: mask.ndim]))], product.out_labels)

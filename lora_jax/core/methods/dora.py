@@ -1,16 +1,49 @@
 """DoRA: a trained magnitude for each output of a kernel (https://arxiv.org/abs/2402.09353), as PEFT computes it."""
 
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.adapter import LowRank, wide_dtype
-from lora_jax.core.weight import contract, use
+from lora_jax.core.contraction import contract
+from lora_jax.core.deferred import use
+from lora_jax.core.factor import Factor, scaled_along
+from lora_jax.core.rules.products import Product
+from lora_jax.core.weight import LowRankTerm, Method
 
 
-def gain(base: Any, adapter: LowRank) -> jax.Array:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["gains"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Magnitude(Method):
+    """`x (W + s A B) g = x W + s (x A) (B g) + (g - 1) x W`: B holds its g already, and this adds the last part.
+
+    `gains` is `g - 1`, as a product of factors.
+    """
+
+    gains: tuple[Factor, ...]
+
+    def map(self, fn: Callable[[Factor], Factor]) -> Self:
+        return dataclasses.replace(self, gains=tuple(map(fn, self.gains)))
+
+    def with_axis(self, axis: int, size: int) -> Self:
+        if any(axis in gain.axes for gain in self.gains):
+            return self
+        ones = Factor(jnp.ones(size, self.gains[0].array.dtype), (axis,))
+        return dataclasses.replace(self, gains=(*self.gains, ones))
+
+    def after(self, term: LowRankTerm, product: Product, x: Any, y: Any) -> Any:
+        return y + product.scaled_base(x, self.gains)
+
+    def dense(self, value: Any, base: Any) -> Any:
+        return value + scaled_along(base, self.gains, range(base.ndim))
+
+
+def magnitude_gain(base: Any, adapter: LowRank) -> jax.Array:
     """`g = m / ||W + s A B||`, `(*batch, *out)`: the factor of each output; 1 where the norm is 0 (PEFT has NaN there), and
     where a stack's matrix has rank 0.
 
@@ -23,7 +56,7 @@ def gain(base: Any, adapter: LowRank) -> jax.Array:
 
     >>> from lora_jax.core.adapter import Layout
     >>> pair = LowRank(jnp.ones((2, 1)), jnp.ones((1, 1)), Layout((), (0,), (1,)), scale=2.0, magnitude=jnp.array([10.0]))
-    >>> gain(jnp.array([[1.0], [2.0]]), pair)
+    >>> magnitude_gain(jnp.array([[1.0], [2.0]]), pair)
     Array([2.], dtype=float32)
     """
     norm = lax.stop_gradient(use(lambda base: column_norm(base, adapter), base))

@@ -4,13 +4,18 @@
 """
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.core.adapter import Layout
+from lora_jax.core.factor import RANK, Factor, scaled_along
+from lora_jax.core.rules.products import Product
+from lora_jax.core.weight import LowRankTerm, Method, WeightContext
 
 
 @dataclasses.dataclass
@@ -50,9 +55,54 @@ class Shared:
         return self.made[name]
 
 
-def scales(layout: Layout, shape: tuple[int, ...], rank: int, d_initial: float, dtype: Any) -> dict[str, jax.Array]:
+def vera_scales(layout: Layout, shape: tuple[int, ...], rank: int, d_initial: float, dtype: Any) -> dict[str, jax.Array]:
     """A kernel's d `(*batch, r)`, all `d_initial`, and b `(*batch, *out)`, zero: step 0 is the base model."""
     _, (*b_shape,) = layout.factor_shapes(shape, rank)
     batch = len(layout.batch)
     out_shape = (*b_shape[:batch], *b_shape[batch + 1 :])
     return {"lambda_d": jnp.full(b_shape[: batch + 1], d_initial, dtype), "lambda_b": jnp.zeros(out_shape, dtype)}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["scales"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class VeraScales(Method):
+    """The diagonals d and b, each a factor that lies along axes of one of the two matrices.
+
+    In a product each scales the smallest array that it lies along: the inner one, the result or x. Where none has its axes it
+    is multiplied into its matrix.
+    """
+
+    scales: tuple[Factor, ...]
+
+    def map(self, fn: Callable[[Factor], Factor]) -> Self:
+        return dataclasses.replace(self, scales=tuple(map(fn, self.scales)))
+
+    def before(self, context: WeightContext, product: Product, x: Any) -> Any:
+        return scaled_along(x, self._at("x", product), product.x_labels)
+
+    def inside(self, product: Product, z: Any, labels: Sequence[int]) -> Any:
+        return scaled_along(z, self._at("inner", product), labels)
+
+    def after(self, term: LowRankTerm, product: Product, x: Any, y: Any) -> Any:
+        return scaled_along(y, self._at("result", product), product.out_labels)
+
+    def folded(self, factors: tuple[Factor, ...], product: Product | None) -> tuple[Factor, ...]:
+        changed = list(factors)
+        for scale in self._at("factor", product):
+            at = next(i for i, factor in enumerate(changed) if set(scale.axes) <= set(factor.axes))
+            array = scaled_along(changed[at].array, [scale], changed[at].axes)
+            changed[at] = dataclasses.replace(changed[at], array=array)
+        return tuple(changed)
+
+    def _at(self, place: str, product: Product | None) -> list[Factor]:
+        """The scales that a product applies at a place."""
+        return [scale for scale in self.scales if _place(scale, product) == place]
+
+
+def _place(scale: Factor, product: Product | None) -> str:
+    axes = set(scale.axes)
+    if product is None or not product.labelled:
+        return "factor"
+    if RANK in axes:
+        return "inner"
+    return "result" if axes <= set(product.out_labels) else "x" if axes <= set(product.x_labels) else "factor"

@@ -1,1 +1,15 @@
-"""What each JAX primitive does with a `Weight`."""
+"""What each JAX primitive does with a weight: a table from its name to `rule(context, eqn, *operands) -> results`."""
+
+from lora_jax.core.interpreter import Rule
+from lora_jax.core.rules.control_flow import CONTROL_FLOW
+from lora_jax.core.rules.convolution import convolution
+from lora_jax.core.rules.moves import MOVES
+from lora_jax.core.rules.products import dot_general
+from lora_jax.core.rules.ragged_dot import ragged_dot
+
+PRODUCTS: dict[str, Rule] = {
+    "dot_general": dot_general,
+    "conv_general_dilated": convolution,
+    "ragged_dot_general": ragged_dot,
+}
+RULES: dict[str, Rule] = MOVES | PRODUCTS | CONTROL_FLOW

@@ -1,11 +1,10 @@
-"""What each JAX primitive that moves a `Weight` does with it: one function per primitive.
+"""What each JAX primitive that moves a weight does with it: the same weight, with its axes elsewhere.
 
-A rule takes the equation and its operands, of which at least one is a `Weight`, and returns the results: the same weight with
-its axes elsewhere. It raises `NotLowRank` where the terms cannot stay factors.
+A rule takes the equation and its operands, of which at least one is a weight (or `explain`'s probe), and returns the results.
+It raises `NotLowRank` where the terms cannot stay factors.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,46 +13,50 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core import jax_compat
-from lora_jax.core.weight import RANK, Factor, NotLowRank, Term, Weight, contract, is_weight, on_bases
-
-Equation = jax_compat.Equation
-Rule = Callable[..., list[Any]]
+from lora_jax.core.deferred import on_bases
+from lora_jax.core.factor import RANK, Factor
+from lora_jax.core.interpreter import Context, Equation, NotLowRank, Rule, is_implicit
+from lora_jax.core.weight import Factored
 
 
 def _on_base(eqn: Equation, *operands: Any) -> list[Any]:
-    bases = [v.base if is_weight(v) else v for v in operands]
+    bases = [v.base if is_implicit(v) else v for v in operands]
     return on_bases(lambda *arrays: jax_compat.bind(eqn, arrays), *bases)
 
 
-def _pass(eqn: Equation, *operands: Any) -> list[Any]:
+def _pass(context: Context, eqn: Equation, *operands: Any) -> list[Any]:
     """The equation acts on the base alone, results one to one: name, copy, pvary, constraints, barriers."""
     results = _on_base(eqn, *operands)
-    return [v.move(r, lambda f: f) if is_weight(v) else r for v, r in zip(operands, results)]
+    return [v.move(result, _unchanged) if is_implicit(v) else result for v, result in zip(operands, results)]
 
 
-def _cast(eqn: Equation, weight: Weight) -> list[Any]:
+def _unchanged(factor: Factor) -> Factor:
+    return factor
+
+
+def _cast(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         raise NotLowRank(f"a cast to {eqn.params['new_dtype']} is not linear")
-    return _pass(eqn, weight)
+    return _pass(context, eqn, weight)
 
 
-def _stop_gradient(eqn: Equation, weight: Weight) -> list[Any]:
+def _stop_gradient(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     hold = lambda factor: dataclasses.replace(factor, array=lax.stop_gradient(factor.array))
     return [weight.move(_on_base(eqn, weight)[0], hold)]
 
 
-def _transpose(eqn: Equation, weight: Weight) -> list[Any]:
+def _transpose(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     new = {old: position for position, old in enumerate(eqn.params["permutation"])}
     return [weight.move(_on_base(eqn, weight)[0], lambda factor: factor.relabel(new))]
 
 
-def _broadcast_in_dim(eqn: Equation, weight: Weight, *dynamic: Any) -> list[Any]:
+def _broadcast_in_dim(context: Context, eqn: Equation, weight: Factored, *dynamic: Any) -> list[Any]:
     shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     new = {old: dim for old, dim in enumerate(dims) if weight.shape[old] == shape[dim]}
     return [weight.move(_on_base(eqn, weight, *dynamic)[0], lambda factor: factor.relabel(new))]
 
 
-def _squeeze(eqn: Equation, weight: Weight) -> list[Any]:
+def _squeeze(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     kept = [axis for axis in range(len(weight.shape)) if axis not in eqn.params["dimensions"]]
     new = {old: position for position, old in enumerate(kept)}
     return [weight.move(_on_base(eqn, weight)[0], lambda factor: factor.relabel(new))]
@@ -75,7 +78,7 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     return groups
 
 
-def _reshape(eqn: Equation, weight: Weight, *dynamic: Any) -> list[Any]:
+def _reshape(context: Context, eqn: Equation, weight: Factored, *dynamic: Any) -> list[Any]:
     """In-axes may be merged with in-axes and split again, out-axes with out-axes; not one with the other."""
     new_shape, order = eqn.params["new_sizes"], eqn.params["dimensions"]
     base = _on_base(eqn, weight, *dynamic)[0]
@@ -84,8 +87,7 @@ def _reshape(eqn: Equation, weight: Weight, *dynamic: Any) -> list[Any]:
         (ordered,) = on_bases(lambda base: [lax.transpose(base, order)], weight.base)
         weight = weight.move(ordered, lambda factor: factor.relabel(new))
     groups = _groups(weight.shape, new_shape)
-    if weight.probing:
-        weight = _join_probes(weight, [set(olds) for olds, news in groups if len(olds) > 1])
+    weight = weight.join_axes([set(olds) for olds, _ in groups if len(olds) > 1])
 
     def reshape(factor: Factor) -> Factor:
         held = [(olds, news) for olds, news in groups if set(olds) & set(factor.axes)]
@@ -104,27 +106,7 @@ def _reshape(eqn: Equation, weight: Weight, *dynamic: Any) -> list[Any]:
     return [weight.move(base, reshape)]
 
 
-def _join_probes(weight: Weight, merged: Sequence[set[int]]) -> Weight:
-    """Make one probe factor of those whose axes a reshape merges: from here on they share a role."""
-
-    def join(term: Term) -> Term:
-        factors = list(term.factors)
-        for axes in merged:
-            together = [factor for factor in factors if axes & set(factor.axes)]
-            apart = [factor for factor in factors if not axes & set(factor.axes)]
-            factors = [*apart, functools.reduce(_outer, together)] if together else factors
-        return dataclasses.replace(term, factors=tuple(factors))
-
-    return Weight(weight.base, tuple(map(join, weight.terms)))
-
-
-def _outer(f: Factor, g: Factor) -> Factor:
-    labels = tuple(dict.fromkeys((*f.axes, *g.axes)))  # both may have been picked by one index
-    array = contract(f.array, f.axes, g.array, g.axes, labels)
-    return Factor(array, labels, f.origin + g.origin, f.indexed or g.indexed)
-
-
-def _rev(eqn: Equation, weight: Weight) -> list[Any]:
+def _rev(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     def reverse(factor: Factor) -> Factor:
         for axis in eqn.params["dimensions"]:
             factor = factor.along(axis, lambda array, dim: lax.rev(array, (dim,)))
@@ -133,7 +115,7 @@ def _rev(eqn: Equation, weight: Weight) -> list[Any]:
     return [weight.move(_on_base(eqn, weight)[0], reverse)]
 
 
-def _slice(eqn: Equation, weight: Weight) -> list[Any]:
+def _slice(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
     whole = zip(starts, limits, strides, weight.shape)
@@ -148,7 +130,7 @@ def _slice(eqn: Equation, weight: Weight) -> list[Any]:
     return [weight.move(_on_base(eqn, weight)[0], cut)]
 
 
-def _split(eqn: Equation, weight: Weight) -> list[Any]:
+def _split(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     axis, start, parts = eqn.params["axis"], 0, []
     weight.divide([axis])
     for base, size in zip(_on_base(eqn, weight), eqn.params["sizes"]):
@@ -158,21 +140,19 @@ def _split(eqn: Equation, weight: Weight) -> list[Any]:
     return parts
 
 
-def _index(weight: Weight, axes: Sequence[int], factor: Factor, how: str) -> Factor:
-    """Mark a factor that an index into these axes picks from: a lookup does so from one factor of a term only, an index into
-    a stack of pairs from both."""
-    holders = [f for term in weight.terms for f in term.factors if set(axes) & set(f.axes)]
-    alone = weight.probing or len(holders) == len(weight.terms)
-    return dataclasses.replace(factor, indexed=how) if alone and set(axes) & set(factor.axes) else factor
+def _indexed(weight: Factored, axes: Sequence[int], factor: Factor, how: str) -> Factor:
+    """Mark a factor that an index into these axes picks from."""
+    picks = set(axes) & set(factor.axes) and weight.can_index(axes)
+    return dataclasses.replace(factor, indexed=how) if picks else factor
 
 
-def _dynamic_slice(eqn: Equation, weight: Weight, *starts: Any) -> list[Any]:
+def _dynamic_slice(context: Context, eqn: Equation, weight: Factored, *starts: Any) -> list[Any]:
     sizes = eqn.params["slice_sizes"]
     cut_axes = [axis for axis, size in enumerate(sizes) if size != weight.shape[axis]]
     weight.divide(cut_axes)
 
     def cut(factor: Factor) -> Factor:
-        factor = _index(weight, cut_axes, factor, "slice")
+        factor = _indexed(weight, cut_axes, factor, "slice")
         for axis in cut_axes:
             slice_one = lambda x, d, axis=axis: lax.dynamic_slice_in_dim(x, starts[axis], sizes[axis], d)
             factor = factor.along(axis, slice_one)
@@ -181,12 +161,12 @@ def _dynamic_slice(eqn: Equation, weight: Weight, *starts: Any) -> list[Any]:
     return [weight.move(_on_base(eqn, weight, *starts)[0], cut)]
 
 
-def _gather(eqn: Equation, weight: Weight, indices: Any) -> list[Any]:
+def _gather(context: Context, eqn: Equation, weight: Factored, indices: Any) -> list[Any]:
     """`w[indices]`: each factor is gathered along the axes that it has.
 
     An index into a batch axis picks matrices of a stack; one into an in or out axis looks rows up, and ends the weight.
     """
-    if is_weight(indices):
+    if is_implicit(indices):
         raise NotLowRank("it is used as an index")
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     removed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
@@ -202,11 +182,10 @@ def _gather(eqn: Equation, weight: Weight, indices: Any) -> list[Any]:
         if not picked & set(factor.axes):
             return factor.relabel(offsets)
         array, labels = _gather_factor(eqn, factor, indices, index_labels, offsets)
-        factor = _index(weight, one_row or indexed, factor, "rows")
+        factor = _indexed(weight, one_row or indexed, factor, "rows")
         return dataclasses.replace(factor, array=array, axes=labels)
 
-    result = weight.move(base, pick)
-    return [result if result.probing or not result.picked else result.value]
+    return [weight.move(base, pick).settled(context)]
 
 
 def _gather_factor(
@@ -239,91 +218,86 @@ def _gather_factor(
     return array, (*index_labels, *(axis if axis == RANK else offsets[axis] for axis in kept))
 
 
-def _join(eqn: Equation, weights: Sequence[Any], axis: int, base: Any) -> list[Any]:
+def _join(eqn: Equation, operands: Sequence[Any], axis: int, base: Any) -> list[Any]:
     """Terms of weights laid end to end along an axis: each is zero outside its own place."""
-    if any(v.probing for v in weights if is_weight(v)) and not all(map(is_weight, weights)):
-        raise NotLowRank("it is joined to something that is not a parameter")
-    total, start, terms = sum(v.shape[axis] for v in weights), 0, []
-    for v in weights:
-        if is_weight(v):
-            here, size = start, v.shape[axis]
-            terms += [_padded(term, axis, size, (here, total - here - size, 0)) for term in v.terms]
-        start += v.shape[axis]
-    return [Weight(base, tuple(terms))]
+    total, start, terms = sum(v.shape[axis] for v in operands), 0, []
+    for v in operands:
+        size = v.shape[axis]
+        if is_implicit(v):
+            terms += [_padded(term, axis, size, (start, total - start - size, 0)) for term in v.terms]
+        start += size
+    first = next(filter(is_implicit, operands))
+    return [first.joined(base, terms, alone=all(map(is_implicit, operands)))]
 
 
-def _padded(term: Term, axis: int, size: int, config: tuple[int, int, int]) -> Term:
+def _padded(term: Any, axis: int, size: int, config: tuple[int, int, int]) -> Any:
     """A term of `size` along an axis with zeros around it (and between)."""
-    has_axis = lambda factors: any(axis in factor.axes for factor in factors)
-    if not has_axis(term.factors):
-        term = dataclasses.replace(term, factors=(term.factors[0].explicit(axis, size), *term.factors[1:]))
-    if term.excess and not has_axis(term.excess):
-        ones = Factor(jnp.ones(size, term.excess[0].array.dtype), (axis,))
-        term = dataclasses.replace(term, excess=(*term.excess, ones))
-    if term.bias and not has_axis([term.bias]):
-        term = dataclasses.replace(term, bias=term.bias.explicit(axis, size))
 
     def pad(x: Any, dim: int) -> Any:
         return lax.pad(x, jnp.zeros((), x.dtype), [config if d == dim else (0, 0, 0) for d in range(x.ndim)])
 
-    return term.map(lambda part: part.along(axis, pad))
+    return term.with_axis(axis, size).map(lambda part: part.along(axis, pad))
 
 
-def _pad(eqn: Equation, weight: Any, value: Any) -> list[Any]:
+def _pad(context: Context, eqn: Equation, weight: Any, value: Any) -> list[Any]:
     """The base takes the padding value, the terms take zeros."""
-    if is_weight(value):
+    if is_implicit(value):
         raise NotLowRank("it is the value that something is padded with")
     terms = weight.terms
     for axis, config in enumerate(eqn.params["padding_config"]):
         if config != (0, 0, 0):
             terms = tuple(_padded(term, axis, weight.shape[axis], config) for term in terms)
-    return [Weight(_on_base(eqn, weight, value)[0], terms)]
+    return [weight.joined(_on_base(eqn, weight, value)[0], terms, alone=True)]
 
 
-def _concatenate(eqn: Equation, *operands: Any) -> list[Any]:
-    return _join(eqn, operands, eqn.params["dimension"], _on_base(eqn, *operands)[0])
+def _joined_operands(context: Context, eqn: Equation, operands: Sequence[Any]) -> list[Any]:
+    """Rows that were looked up, beside something else, are arrays; a stack of looked-up rows of weights is one of weights."""
+    if all(is_implicit(v) and v.gathered for v in operands):
+        return list(operands)
+    return [v.as_activation(context, eqn) if is_implicit(v) else v for v in operands]
 
 
-def _stack(eqn: Equation, *operands: Any) -> list[Any]:
-    axis = eqn.params["axis"]
+def _concatenate(context: Context, eqn: Equation, *operands: Any) -> list[Any]:
+    parts = _joined_operands(context, eqn, operands)
+    if not any(map(is_implicit, parts)):
+        return jax_compat.bind(eqn, parts)
+    return _join(eqn, parts, eqn.params["dimension"], _on_base(eqn, *parts)[0])
+
+
+def _stack(context: Context, eqn: Equation, *operands: Any) -> list[Any]:
+    parts, axis = _joined_operands(context, eqn, operands), eqn.params["axis"]
+    if not any(map(is_implicit, parts)):
+        return jax_compat.bind(eqn, parts)
 
     def expand(v: Any) -> Any:
-        if not is_weight(v):
+        if not is_implicit(v):
             return jnp.expand_dims(v, axis)
         new = {old: old + (old >= axis) for old in range(len(v.shape))}
         (base,) = on_bases(lambda base: [jnp.expand_dims(base, axis)], v.base)
         return v.move(base, lambda factor: factor.relabel(new))
 
-    return _join(eqn, [expand(v) for v in operands], axis, _on_base(eqn, *operands)[0])
+    return _join(eqn, [expand(v) for v in parts], axis, _on_base(eqn, *parts)[0])
 
 
-def _scale(eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
+def _scale(context: Context, eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
     """`w * s`, `s * w` and `w / s` with a scalar s."""
-    weight, other = (lhs, rhs) if is_weight(lhs) else (rhs, lhs)
+    weight, other = (lhs, rhs) if is_implicit(lhs) else (rhs, lhs)
     divides = eqn.primitive.name == "div"
-    if is_weight(other) or jnp.ndim(other) > 0 or (divides and weight is rhs):
+    if is_implicit(other) or jnp.ndim(other) > 0 or (divides and weight is rhs):
         raise NotLowRank("it enters elementwise arithmetic with an array")
     operation = lax.div if divides else lax.mul
-    return [_scaled(weight, _on_base(eqn, lhs, rhs)[0], lambda x: operation(x, jnp.asarray(other, x.dtype)))]
+    return [_times(weight, _on_base(eqn, lhs, rhs)[0], lambda x: operation(x, jnp.asarray(other, x.dtype)))]
 
 
-def _scaled(weight: Weight, base: Any, fn: Callable[[Any], Any]) -> Weight:
-    if any(term.bias is not None for term in weight.terms):
-        raise NotLowRank("it is multiplied with a number, and its adapter has a bias")
-
-    def scale(term: Term) -> Term:
-        *others, last = term.factors
-        changed = dataclasses.replace(last, array=fn(last.array))
-        return term if term.tap else dataclasses.replace(term, factors=(*others, changed))
-
-    return Weight(base, tuple(map(scale, weight.terms)))
+def _times(weight: Factored, base: Any, fn: Callable[[Any], Any]) -> Factored:
+    return weight.joined(base, [term.times(fn) for term in weight.terms], alone=True)
 
 
-def _neg(eqn: Equation, weight: Weight) -> list[Any]:
-    return [_scaled(weight, _on_base(eqn, weight)[0], lax.neg)]
+def _neg(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
+    return [_times(weight, _on_base(eqn, weight)[0], lax.neg)]
 
 
-def _all_gather(eqn: Equation, weight: Weight) -> list[Any]:
+def _all_gather(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     if not eqn.params["tiled"]:
         raise NotLowRank("an untiled all_gather adds an axis")
     axis = eqn.params["all_gather_dimension"]

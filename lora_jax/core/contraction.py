@@ -1,0 +1,58 @@
+"""`einsum` of two arrays with integer labels, as the one `dot_general` that it is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def contract(x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], out: Sequence[int], **options: Any) -> jax.Array:
+    """The product of two arrays, summed over the labels that `out` lacks (and a transpose where its order asks for one).
+
+    A label of `out` that neither operand has is a new axis of size 1.
+
+    Args:
+      x: any array.
+      x_labels: a number for each of its axes.
+      y: any array.
+      y_labels: the same for y.
+      out: the labels of the result, in order.
+      options: of `lax.dot_general`.
+
+    >>> contract(jnp.ones((2, 3)), [0, 1], jnp.ones((3, 4)), [1, 2], [2, 0]).shape
+    (4, 2)
+    """
+    keep, shared = set(out), set(x_labels) & set(y_labels)
+    x, x_labels = _sum_out(x, x_labels, keep | shared)
+    y, y_labels = _sum_out(y, y_labels, keep | shared)
+    batch = [label for label in x_labels if label in shared and label in keep]
+    summed = [label for label in x_labels if label in shared and label not in keep]
+    dims = lambda labels, chosen: tuple(labels.index(label) for label in chosen)
+    numbers = ((dims(x_labels, summed), dims(y_labels, summed)), (dims(x_labels, batch), dims(y_labels, batch)))
+    labels = [*batch, *(i for i in x_labels if i not in shared), *(i for i in y_labels if i not in shared)]
+    result = lax.dot_general(x, y, numbers, out_sharding=_out_sharding(x, x_labels, y, y_labels, labels), **options)
+    order = [labels.index(label) for label in out if label in labels]
+    if order != sorted(order):
+        result = lax.transpose(result, order)
+    missing = [position for position, label in enumerate(out) if label not in labels]
+    return lax.expand_dims(result, missing) if missing else result
+
+
+def _out_sharding(x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], out: Sequence[int]) -> jax.P | None:
+    """On a mesh with explicit axes, the sharding of a product: each axis as in the operand that has it, x before y."""
+    entries: dict[int, tuple[str, ...]] = {}
+    for array, labels in ((x, x_labels), (y, y_labels)):
+        for label, entry in zip(labels, jax.typeof(array).sharding.spec):
+            names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+            taken = {name for kept in out for name in entries.get(kept, ())}
+            if not entries.get(label):
+                entries[label] = tuple(name for name in names if name not in taken)
+    return jax.P(*(entries[label] or None for label in out)) if any(entries.values()) else None
+
+
+def _sum_out(x: Any, labels: Sequence[int], keep: set[int]) -> tuple[Any, list[int]]:
+    """Sum over the axes whose label nothing else needs."""
+    gone = tuple(d for d, label in enumerate(labels) if label not in keep)
+    return (jnp.sum(x, gone) if gone else x), [label for label in labels if label in keep]
