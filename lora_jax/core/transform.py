@@ -22,8 +22,8 @@ becomes, for a pair A `(8, 2)` and B `(2, 6)`,
       in (z,) }
 
 Read next: `weight.py` (what a `Weight` is), then one rule: `rules/moves.py` for an equation that moves a weight, or
-`dot_general` in `rules/products.py` for one that uses it. What no rule covers is an error that names the primitive, the parameter
-and the call site, never a silent `W + AB`.
+`dot_general` in `rules/products.py` for one that uses it. What no rule covers is an error that names the primitive, the
+parameter and the call site, never a silent `W + AB`.
 """
 
 import functools

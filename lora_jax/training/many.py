@@ -265,8 +265,8 @@ def _pick(variables: Any, stacked: Adapters, number: Any, grouped: bool) -> dict
     """The set of a row; where it has none, one that changes nothing. Where `grouped`, A and B are not gathered yet."""
     late = {path: a for path, a in stacked.items() if grouped and isinstance(a, LowRank) and a.magnitude is None}
     gathered = _gather(variables, stacked, number)
-    picked = lambda a: {name: ragged.Picked(getattr(a, name), number) for name in ("a", "b")}
-    return gathered | {path: dataclasses.replace(gathered[path], **picked(a)) for path, a in late.items()}
+    indexed = lambda a: {name: ragged.IndexedMatrix(getattr(a, name), number) for name in ("a", "b")}
+    return gathered | {path: dataclasses.replace(gathered[path], **indexed(a)) for path, a in late.items()}
 
 
 def _gather(variables: Any, stacked: Adapters, number: Any) -> dict[str, Adapter]:

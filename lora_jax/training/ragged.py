@@ -23,7 +23,7 @@ from lora_jax.core.tracing import is_array
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["stack", "number"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, eq=False)
-class Picked(ImplicitArray):
+class IndexedMatrix(ImplicitArray):
     """`stack[number]`, zero for a number below 0, not gathered yet.
 
     Args:
@@ -50,7 +50,7 @@ class Picked(ImplicitArray):
         return dataclasses.replace(self, stack=jax.vmap(fn)(self.stack))
 
     def unstack(self) -> tuple[Any, Callable[[Any], Self]]:
-        """A picked stack of layers is scanned with its layers in front."""
+        """An indexed stack of layers is scanned with its layers in front."""
         return jnp.moveaxis(self.stack, 1, 0), lambda layer: dataclasses.replace(self, stack=layer)
 
     def in_iteration(self, index: Any) -> Self:
@@ -88,7 +88,7 @@ def _has_ragged(eqn: Equation) -> bool:
 
 
 def call(fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn(*args)`, of which some leaves are `Picked`, with the rules of this module."""
+    """`fn(*args)`, of which some leaves are `IndexedMatrix`, with the rules of this module."""
     leaves, treedef = jax.tree.flatten(args, is_leaf=is_implicit)
     is_traced = [is_implicit(leaf) or is_array(leaf) for leaf in leaves]
 
@@ -107,26 +107,26 @@ def _plain(value: Any) -> Any:
     return value.value() if is_implicit(value) else value
 
 
-def _move(context: Context, eqn: Equation, picked: Picked) -> list[Any]:
-    return [picked.map(lambda matrix: jax_compat.bind(eqn, [matrix])[0])]
+def _move(context: Context, eqn: Equation, indexed: IndexedMatrix) -> list[Any]:
+    return [indexed.map(lambda matrix: jax_compat.bind(eqn, [matrix])[0])]
 
 
 def _dot_general(context: Context, eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
-    """A product of an activation with a picked matrix."""
+    """A product of an activation with an indexed matrix."""
     (lc, rc), (lb, _) = eqn.params["dimension_numbers"]
     if is_implicit(lhs) == is_implicit(rhs) or lb:
         return jax_compat.bind(eqn, [_plain(lhs), _plain(rhs)])
-    x, picked, xc, pc = (rhs, lhs, rc, lc) if is_implicit(lhs) else (lhs, rhs, lc, rc)
+    x, indexed, xc, pc = (rhs, lhs, rc, lc) if is_implicit(lhs) else (lhs, rhs, lc, rc)
     x_free = [d for d in range(x.ndim) if d not in xc]
-    p_shape = picked.shape
+    p_shape = indexed.shape
     p_free = [d for d in range(len(p_shape)) if d not in pc]
     size = math.prod(x.shape[d] for d in xc)
     rows = lax.transpose(x, (*x_free, *xc)).reshape(-1, size)
-    matrices = lax.transpose(picked.stack, (0, *(d + 1 for d in (*pc, *p_free)))).reshape(len(picked.stack), size, -1)
+    matrices = lax.transpose(indexed.stack, (0, *(d + 1 for d in (*pc, *p_free)))).reshape(len(indexed.stack), size, -1)
     precision, dtype = eqn.params["precision"], eqn.params["preferred_element_type"]
     if isinstance(precision, tuple) and is_implicit(lhs):
         precision = precision[::-1]
-    result = _pick_and_multiply(precision, dtype)(rows, matrices, picked.number)
+    result = _pick_and_multiply(precision, dtype)(rows, matrices, indexed.number)
     x_sizes, p_sizes = [x.shape[d] for d in x_free], [p_shape[d] for d in p_free]
     result = result.reshape(*x_sizes, *p_sizes)
     n = len(x_free)
