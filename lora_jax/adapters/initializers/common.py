@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.algebra import matrices, scales
 from lora_jax.adapters.merging import unmerge
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, Layout, LowRank, attach, is_adapted
@@ -78,12 +77,6 @@ def as_kernel(flat: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
     order = (*layout.batch, *layout.inputs, *layout.outputs)
     shape = [like.shape[axis] for axis in order]
     return flat.reshape(shape).transpose(np.argsort(order)).astype(like.dtype)
-
-
-def change(pair: LowRank) -> jax.Array:
-    """`scale A B` of each matrix, `(count, in, out)`."""
-    a, b = matrices(pair)
-    return jnp.matmul(a, b, precision="highest") * scales(pair, a.dtype)[..., None]
 
 
 def svd(flat: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
