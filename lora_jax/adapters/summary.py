@@ -15,7 +15,7 @@ from lora_jax.core.text_table import text_table
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One adapted parameter: its shape, its adapter's kind, rank and scale, and the sizes of both.
 
     `trainable` counts the numbers that are trained (true ranks, where a stack is padded); `bytes` is what the arrays hold.
@@ -44,7 +44,7 @@ class Summary:
       optimizer_bytes: bytes of Adam's two moments for the trained arrays, in their dtype.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[SummaryRow, ...]
     parameters: int
     parameter_bytes: int
     trainable: int
@@ -96,7 +96,7 @@ def summary(variables: Any, adapters: Mapping[str, Adapter]) -> Summary:
     )
 
 
-def _row(path: str, shape: tuple[int, ...], adapter: Adapter) -> Row:
+def _row(path: str, shape: tuple[int, ...], adapter: Adapter) -> SummaryRow:
     rank, scale = "-", "-"
     sizes = {name: math.prod(array.shape) for name, array in _trained(adapter).items()}
     if isinstance(adapter, LowRank):
@@ -109,7 +109,7 @@ def _row(path: str, shape: tuple[int, ...], adapter: Adapter) -> Row:
             share = lambda name: ranked if "rank" in PARTS[name] else whole
             sizes = {name: count * share(name)[0] // share(name)[1] for name, count in sizes.items()}
     size = sum(map(_bytes, jax.tree.leaves(adapter)))
-    return Row(path, shape, type(adapter).__name__, rank, scale, math.prod(shape), sum(sizes.values()), size)
+    return SummaryRow(path, shape, type(adapter).__name__, rank, scale, math.prod(shape), sum(sizes.values()), size)
 
 
 def _trained(adapter: Adapter) -> dict[str, Any]:
