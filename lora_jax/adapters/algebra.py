@@ -200,7 +200,7 @@ def difference(template: Adapters, base: Any, finetuned: Any) -> dict[str, Adapt
     True
     """
     for path, adapter in template.items():
-        if isinstance(adapter, LowRank) and adapter.more:
+        if isinstance(adapter, LowRank) and adapter.extras:
             raise InputError(f"{path}: the template is more than a pair, for which alone a difference can be found")
     before, after = (
         paths.flatten(tree, is_leaf=is_adapted)[0] for tree in (attach(base, template), attach(finetuned, template))

@@ -46,10 +46,10 @@ def with_kernels(variables: Any, adapters: Adapters, *, quantized: bool = False)
 
 
 def _check(path: str, pair: LowRank) -> None:
-    if pair.more:
+    if pair.extras:
         raise InputError(
-            f"{path}: the adapter's {pair.more[0]} is set, so it is more than the change scale A B that an initialiser makes: "
-            "its start is that of LoraConfig(init=...)"
+            f"{path}: the adapter's {pair.extras[0]} is set, so it is more than the change scale A B that an initialiser "
+            "makes: its start is that of LoraConfig(init=...)"
         )
     if isinstance(pair.scale, float) and pair.scale <= 0:
         raise InputError(f"{path}: the adapter's scale is {pair.scale}; an initialiser needs a positive one")
