@@ -1,6 +1,7 @@
 """Adapters as changes `scale A B` that can be added, scaled and truncated.
 
-What is done with them is done on their factors: no `A B` is formed.
+What is done with them is done on their factors; only `delta_matrices` forms an `A B`, for those who need the kernel's changes
+themselves.
 """
 
 import dataclasses
@@ -199,7 +200,7 @@ def difference(template: Adapters, base: Any, finetuned: Any) -> dict[str, Adapt
     True
     """
     for path, adapter in template.items():
-        if isinstance(adapter, LowRank) and adapter.more:
+        if isinstance(adapter, LowRank) and adapter.extras:
             raise InputError(f"{path}: the template is more than a pair, for which alone a difference can be found")
     before, after = (
         paths.flatten(tree, is_leaf=is_adapted)[0] for tree in (attach(base, template), attach(finetuned, template))
@@ -272,6 +273,11 @@ def kernel_matrices(kernel: jax.Array, layout: Layout) -> jax.Array:
     order = (*layout.batch, *layout.inputs, *layout.outputs)
     flat = kernel.transpose(order).reshape(size(layout.batch), size(layout.inputs), size(layout.outputs))
     return flat.astype(wide_dtype(kernel))
+
+
+def delta_matrices(pair: LowRank) -> jax.Array:
+    """`scale A B` of each matrix, `(count, in, out)`, in float32 at least."""
+    return kernel_matrices(pair.widened().delta(), pair.layout)
 
 
 def balanced(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

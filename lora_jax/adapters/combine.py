@@ -142,10 +142,9 @@ def _mixed_factors(path: str, listed: Sequence[tuple[LowRank, float]], mix: Mix,
 
 def _mixed_changes(path: str, listed: Any, mix: Mix, key: jax.Array, sets: Sequence[Any], rank: int | None) -> LowRank:
     first = listed[0][0]
-    changes = jnp.stack([jnp.matmul(*algebra.matrices(pair), precision="highest") for pair, _ in listed], 1)
-    scales = jnp.stack([_weights(pair, 1.0) for pair, _ in listed], 1)[..., None, None]
+    changes = jnp.stack([algebra.delta_matrices(pair) for pair, _ in listed], 1)
     weights = jnp.broadcast_to(jnp.array([weight for _, weight in listed], jnp.float32)[None], changes.shape[:2])
-    mixed = jax.vmap(mix)(changes * scales, weights, jax.random.split(key, changes.shape[0]))
+    mixed = jax.vmap(mix)(changes, weights, jax.random.split(key, changes.shape[0]))
     u, s, vt = jnp.linalg.svd(mixed, full_matrices=False)
     kept = min(_rank_of(path, sets, rank), s.shape[-1])
     return _unscaled(algebra.from_matrices(first, *algebra.balanced(u, s, vt, kept), None))

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from lora_jax.core import paths
 from lora_jax.core.adapter import ADAPTER, PARTS, Adapter, LowRank, check
 from lora_jax.core.errors import InputError
+from lora_jax.core.text_table import text_table
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One adapted parameter: its shape, its adapter's kind, rank and scale, and the sizes of both.
 
     `trainable` counts the numbers that are trained (true ranks, where a stack is padded); `bytes` is what the arrays hold.
@@ -43,7 +44,7 @@ class Summary:
       optimizer_bytes: bytes of Adam's two moments for the trained arrays, in their dtype.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[SummaryRow, ...]
     parameters: int
     parameter_bytes: int
     trainable: int
@@ -55,16 +56,13 @@ class Summary:
         for r in self.rows:
             shape = "x".join(map(str, r.shape))
             table.append((r.path, shape, r.kind, r.rank, r.scale, f"{r.parameters:,}", f"{r.trainable:,}", f"{r.bytes:,}"))
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        align = [str.ljust] * 3 + [str.rjust] * 5
-        lines = ["  ".join(pad(cell, w) for pad, cell, w in zip(align, row, widths)).rstrip() for row in table]
         share = 100 * self.trainable / max(self.parameters, 1)
-        lines.append(
+        return (
+            f"{text_table(table, 'lllrrrrr')}\n"
             f"{self.trainable:,} trainable of {self.parameters:,} parameters ({share:.2f}%); "
             f"adapters {_size(self.adapter_bytes)} beside a base of {_size(self.parameter_bytes)}; "
             f"Adam's state {_size(self.optimizer_bytes)}"
         )
-        return "\n".join(lines)
 
 
 def summary(variables: Any, adapters: Mapping[str, Adapter]) -> Summary:
@@ -98,7 +96,7 @@ def summary(variables: Any, adapters: Mapping[str, Adapter]) -> Summary:
     )
 
 
-def _row(path: str, shape: tuple[int, ...], adapter: Adapter) -> Row:
+def _row(path: str, shape: tuple[int, ...], adapter: Adapter) -> SummaryRow:
     rank, scale = "-", "-"
     sizes = {name: math.prod(array.shape) for name, array in _trained(adapter).items()}
     if isinstance(adapter, LowRank):
@@ -111,7 +109,7 @@ def _row(path: str, shape: tuple[int, ...], adapter: Adapter) -> Row:
             share = lambda name: ranked if "rank" in PARTS[name] else whole
             sizes = {name: count * share(name)[0] // share(name)[1] for name, count in sizes.items()}
     size = sum(map(_bytes, jax.tree.leaves(adapter)))
-    return Row(path, shape, type(adapter).__name__, rank, scale, math.prod(shape), sum(sizes.values()), size)
+    return SummaryRow(path, shape, type(adapter).__name__, rank, scale, math.prod(shape), sum(sizes.values()), size)
 
 
 def _trained(adapter: Adapter) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class LowRank(Adapter):
         return dataclasses.replace(super().roles(), **scaled)
 
     @property
-    def more(self) -> tuple[str, ...]:
+    def extras(self) -> tuple[str, ...]:
         """The fields that make it more than `scale A B`."""
         return tuple(name for name in (*EXTRA, "invocation") if getattr(self, name) is not None)
 

@@ -18,7 +18,7 @@ _OPEN = 64  # rows that are looked through for a free place
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class PackedRows:
     """Packed documents; all arrays are `(rows, length)`.
 
     Args:
@@ -44,7 +44,7 @@ class Rows:
         return {field.name: fill(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
-def pack(documents: Sequence[Document], length: int) -> Rows:
+def pack(documents: Sequence[Document], length: int) -> PackedRows:
     """Put documents into rows: each into the first of the last few rows that has room for it.
 
     >>> three = [Document(np.full(n, n, np.int32), np.arange(n) > 0) for n in (3, 4, 2)]
@@ -68,7 +68,7 @@ def pack(documents: Sequence[Document], length: int) -> Rows:
     return _fill(places, length)
 
 
-def _fill(places: Sequence[Sequence[Document]], length: int) -> Rows:
+def _fill(places: Sequence[Sequence[Document]], length: int) -> PackedRows:
     shape = (len(places), length)
     ids, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     targets = np.zeros(shape, bool)
@@ -79,10 +79,12 @@ def _fill(places: Sequence[Sequence[Document]], length: int) -> Rows:
             ids[row, start:end], targets[row, start:end] = document.tokens, document.targets
             segments[row, start:end], positions[row, start:end] = number, np.arange(end - start)
             start = end
-    return Rows(ids, segments, positions, targets)
+    return PackedRows(ids, segments, positions, targets)
 
 
-def train_batches(rows: Rows, batch_size: int, seed: int, mesh: Mesh | None = None) -> grain.DatasetIterator[dict[str, Any]]:
+def train_batches(
+    rows: PackedRows, batch_size: int, seed: int, mesh: Mesh | None = None
+) -> grain.DatasetIterator[dict[str, Any]]:
     """Endless training batches, every epoch shuffled; a batch may begin in one epoch and end in the next.
 
     The iterator's `get_state()` is JSON-able, and `set_state` goes on from it. On a mesh the batches are the same, and each
@@ -93,11 +95,11 @@ def train_batches(rows: Rows, batch_size: int, seed: int, mesh: Mesh | None = No
     return iter(chosen.to_iter_dataset(grain.ReadOptions(num_threads=0)))
 
 
-def eval_batches(rows: Rows, batch_size: int, mesh: Mesh | None = None) -> Iterator[dict[str, Any]]:
+def eval_batches(rows: PackedRows, batch_size: int, mesh: Mesh | None = None) -> Iterator[dict[str, Any]]:
     """Every row once, in batches of one size; on a mesh as for `train_batches`."""
     for start in range(0, len(rows), batch_size):
         yield _batch(rows, np.arange(start, min(start + batch_size, len(rows))), batch_size, mesh)
 
 
-def _batch(rows: Rows, numbers: np.ndarray, size: int, mesh: Mesh | None) -> dict[str, Any]:
+def _batch(rows: PackedRows, numbers: np.ndarray, size: int, mesh: Mesh | None) -> dict[str, Any]:
     return sharding.place_batch(mesh, rows.batch(numbers, size, sharding.batch_rows(mesh, size)), size)

@@ -60,7 +60,7 @@ class BertConfig:
             raise InputError(f"config.json: hidden_act {self.hidden_act!r} is not one of {known}")
 
 
-class Attention(nn.Module):
+class BertAttention(nn.Module):
     """Multi-head self-attention, its output projection, the residual and the norm: `(batch, length, hidden)`."""
 
     config: BertConfig
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         return _norm(self, "norm")(x + dense(name="out")(mixed))
 
 
-class MLP(nn.Module):
+class BertMLP(nn.Module):
     """The two dense layers after attention, the residual and the norm: `(batch, length, hidden)`."""
 
     config: BertConfig
@@ -91,7 +91,7 @@ class MLP(nn.Module):
         return _norm(self, "norm")(x + dense(config.hidden_size, name="down")(hidden))
 
 
-class Layer(nn.Module):
+class BertLayer(nn.Module):
     """One encoder layer."""
 
     config: BertConfig
@@ -99,11 +99,11 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, bias):
-        x = Attention(self.config, self.param_dtype, name="attention")(x, bias)
-        return MLP(self.config, self.param_dtype, name="mlp")(x)
+        x = BertAttention(self.config, self.param_dtype, name="attention")(x, bias)
+        return BertMLP(self.config, self.param_dtype, name="mlp")(x)
 
 
-class Encoder(nn.Module):
+class BertEncoder(nn.Module):
     """All encoder layers."""
 
     config: BertConfig
@@ -112,11 +112,11 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x, bias):
         for i in range(self.config.num_hidden_layers):
-            x = Layer(self.config, self.param_dtype, name=f"layer_{i}")(x, bias)
+            x = BertLayer(self.config, self.param_dtype, name=f"layer_{i}")(x, bias)
         return x
 
 
-class Embeddings(nn.Module):
+class BertEmbeddings(nn.Module):
     """The sum of word, position and token type embeddings, normalised."""
 
     config: BertConfig
@@ -149,8 +149,8 @@ class Bert(nn.Module):
         mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
         types = jnp.zeros(input_ids.shape, jnp.int32) if token_type_ids is None else token_type_ids
         bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
-        x = Embeddings(config, self.param_dtype, name="embeddings")(input_ids, types)
-        x = Encoder(config, self.param_dtype, name="encoder")(x, bias)
+        x = BertEmbeddings(config, self.param_dtype, name="embeddings")(input_ids, types)
+        x = BertEncoder(config, self.param_dtype, name="encoder")(x, bias)
         if config.pooling == "mean":
             weights = mask.astype(x.dtype)
             pooled = jnp.einsum("bl,blh->bh", weights, x) / jnp.maximum(weights.sum(-1, keepdims=True), 1)

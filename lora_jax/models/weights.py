@@ -65,7 +65,10 @@ def _copy(tensors: Tensors, name: str, out: np.ndarray) -> None:
 
 
 def put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """An array on its devices; the transfer has ended on return, so that the host's copy can go."""
+    """An array on its devices, which a CPU takes as it is, so that a base is not in memory twice.
+
+    The transfer has ended on return, so that the host's copy can go.
+    """
     if sharding is None:
         return jax.block_until_ready(jax.device_put(array))
     return jax.block_until_ready(jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]))

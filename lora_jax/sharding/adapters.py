@@ -105,7 +105,10 @@ def make(fn: Callable[..., Any], shardings: Callable[[Any], Any], *args: Any) ->
 
 
 def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
-    """An array that every process has, copied to where it belongs: each process puts the parts of its own devices there."""
+    """An array that every process has, copied to where it belongs: each process puts the parts of its own devices there.
+
+    A copy, so that steps may be given the array's memory (`donate_argnums`), and the source may change.
+    """
     return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index]))
 
 

@@ -11,8 +11,6 @@ from lora_jax.core import paths
 from lora_jax.core.errors import InputError
 from lora_jax.sharding.mesh import AXES, checked, entries, named, where_it_divides
 
-# --- parameters -------------------------------------------------------------------------------------------------------
-
 
 def parameter_shardings(
     mesh: Mesh, variables: Any, rules: Mapping[Any, jax.P] | None = None, *, fsdp: str | None = None
@@ -115,9 +113,3 @@ def part_shardings(leaf: Any, sharding: NamedSharding) -> Any:
     mesh: Any = sharding.mesh
     place = lambda shape: named(mesh, where_it_divides(mesh, entries(sharding.spec, len(shape)), shape))
     return jax.tree.map(lambda part: place(jnp.shape(part)), leaf)
-
-
-# --- adapters ---------------------------------------------------------------------------------------------------------
-
-
-# --- making -----------------------------------------------------------------------------------------------------------

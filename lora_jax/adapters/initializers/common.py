@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.algebra import matrices, scales
 from lora_jax.adapters.merging import unmerge
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, Layout, LowRank, attach, is_adapted
@@ -47,10 +46,10 @@ def with_kernels(variables: Any, adapters: Adapters, *, quantized: bool = False)
 
 
 def _check(path: str, pair: LowRank) -> None:
-    if pair.more:
+    if pair.extras:
         raise InputError(
-            f"{path}: the adapter's {pair.more[0]} is set, so it is more than the change scale A B that an initialiser makes: "
-            "its start is that of LoraConfig(init=...)"
+            f"{path}: the adapter's {pair.extras[0]} is set, so it is more than the change scale A B that an initialiser "
+            "makes: its start is that of LoraConfig(init=...)"
         )
     if isinstance(pair.scale, float) and pair.scale <= 0:
         raise InputError(f"{path}: the adapter's scale is {pair.scale}; an initialiser needs a positive one")
@@ -78,12 +77,6 @@ def as_kernel(flat: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
     order = (*layout.batch, *layout.inputs, *layout.outputs)
     shape = [like.shape[axis] for axis in order]
     return flat.reshape(shape).transpose(np.argsort(order)).astype(like.dtype)
-
-
-def change(pair: LowRank) -> jax.Array:
-    """`scale A B` of each matrix, `(count, in, out)`."""
-    a, b = matrices(pair)
-    return jnp.matmul(a, b, precision="highest") * scales(pair, a.dtype)[..., None]
 
 
 def svd(flat: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters import quant
-from lora_jax.adapters.algebra import fit, kernel_matrices
-from lora_jax.adapters.initializers.common import Adapters, as_kernel, change, sides, svd, with_kernels
+from lora_jax.adapters.algebra import delta_matrices, fit, kernel_matrices
+from lora_jax.adapters.initializers.common import Adapters, as_kernel, sides, svd, with_kernels
 from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, LowRank
 from lora_jax.core.errors import InputError
@@ -72,9 +72,8 @@ def _loftq(kernel: jax.Array, pair: LowRank, dtype: str, block: int | None, iter
     flat = kernel_matrices(kernel, pair.layout)
 
     def turn(_: Any, state: tuple[jax.Array, LowRank]) -> tuple[jax.Array, LowRank]:
-        rounded = (
-            quantized.dense(quant.rounded(flat - change(state[1]), dtype, 1, block)).astype(kernel.dtype).astype(flat.dtype)
-        )
+        rounded = quantized.dense(quant.rounded(flat - delta_matrices(state[1]), dtype, 1, block))
+        rounded = rounded.astype(kernel.dtype).astype(flat.dtype)
         return rounded, fit(pair, *svd(flat - rounded))
 
     start = jax.tree.map(jnp.zeros_like, pair)

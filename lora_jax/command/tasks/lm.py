@@ -140,7 +140,7 @@ def without_end(document: language.Document, end: int) -> language.Document:
     return dataclasses.replace(document, targets=document.targets & (document.tokens != end))
 
 
-_Part = tuple[Sequence[language.Document], packing.Rows]
+_Part = tuple[Sequence[language.Document], packing.PackedRows]
 
 
 def _describe(corpus: language.Corpus, training: _Part, held_out: _Part, counts: language.Counts) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def _describe(corpus: language.Corpus, training: _Part, held_out: _Part, counts:
 def _task(
     config: run.RunConfig,
     model: llama.Loaded,
-    parts: tuple[packing.Rows, packing.Rows],
+    parts: tuple[packing.PackedRows, packing.PackedRows],
     description: tuple[str, ...],
     mesh: Mesh | None,
 ) -> Task:
