@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from lora_jax.adapters.quant import DTYPES
 from lora_jax.command import run
 from lora_jax.command.run import RunConfig
+from lora_jax.core import files
 from lora_jax.core.errors import InputError
 
 _EXTRA = {"qwix": "quant", **dict.fromkeys(("gguf", "grain", "jinja2", "matplotlib", "rich", "tokenizers"), "finetune")}
@@ -164,9 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in _EXTRA:
             raise
         return _refuse(f"the package {error.name} is missing: pip install 'lora-jax[{_EXTRA[error.name]}]'")
-    except Exception as error:
-        if not isinstance(error, InputError):
-            raise
+    except InputError as error:
         return _refuse(error)
 
 
@@ -177,14 +176,12 @@ def _refuse(reason: Any) -> int:
 
 def _finetune(options: argparse.Namespace) -> int:
     from lora_jax.command import processes
-    from lora_jax.command.tasks.base import user_errors
 
     given = _given(options)
     if options.resume is not None and (given or options.out is not None):
         raise InputError("--resume goes on with the run's own options: leave all others out but those of the mesh")
-    with user_errors():
-        config = None if options.resume is not None else run.options(given.pop("task", "classify"), given)
-        where = processes.Hosts(**{field.name: getattr(options, field.name) for field in dataclasses.fields(processes.Hosts)})
+    config = None if options.resume is not None else run.options(given.pop("task", "classify"), given)
+    where = processes.Hosts(**{field.name: getattr(options, field.name) for field in dataclasses.fields(processes.Hosts)})
     with where.connected():
         return _train(config, options.resume or options.out, where)
 
@@ -194,9 +191,8 @@ def _train(config: RunConfig | None, directory: pathlib.Path | None, where: Any)
     import rich.console
 
     from lora_jax.command import finetune, processes
-    from lora_jax.command.tasks.base import user_errors
 
-    with processes.all_or_none(), user_errors():
+    with processes.all_or_none():
         mesh = where.make_mesh()
     console = rich.console.Console(quiet=not processes.is_first())
     free = processes.from_first(str(run.free_directory(pathlib.Path("runs"))))
@@ -225,15 +221,13 @@ def _sweep(options: argparse.Namespace) -> int:
     import rich.console
 
     from lora_jax.command import finetune, sweep
-    from lora_jax.command.tasks.base import user_errors
 
     given = _given(options)
     values = {name: given.pop(name) for name in run.GRID if name in given}
     if options.configs is not None and values:
         raise InputError("give the runs either as a grid or by --configs: leave one of the two out")
-    with user_errors():
-        members = sweep.grid(values) if options.configs is None else sweep.read(options.configs)
-        configs = sweep.configurations(given.pop("task", "classify"), given, members)
+    members = sweep.grid(values) if options.configs is None else sweep.read(options.configs)
+    configs = sweep.configurations(given.pop("task", "classify"), given, members)
     directory = options.out or run.free_directory(pathlib.Path("sweeps"))
     try:
         sweep.start(configs, directory, rich.console.Console())
@@ -260,11 +254,9 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     from lora_jax.command import generate
-    from lora_jax.command.tasks.base import user_errors
 
     names = [field.name for field in dataclasses.fields(generate.Options)]
-    with user_errors():
-        chosen = generate.Options(**{name: getattr(options, name) for name in names})
+    chosen = generate.Options(**{name: getattr(options, name) for name in names})
     print(generate.generate(options.run, options.prompt, chosen))
     return 0
 
@@ -306,23 +298,21 @@ def _plan(options: argparse.Namespace) -> int:
 
     if jax.config.jax_platforms is None:
         jax.config.update("jax_platforms", "cpu")  # to plan takes no chip, not even where there is one
-    from lora_jax.command.tasks.base import user_errors
     from lora_jax.planning import plan, table
     from lora_jax.sharding import read_axes
 
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(plan.Request)}
-    with user_errors():
-        if options.mesh is not None:
-            given["mesh"] = read_axes(options.mesh)
-        request = plan.Request(**{name: value for name, value in given.items() if value is not None})
-        if options.plot is not None:
-            from lora_jax.planning import plot
+    if options.mesh is not None:
+        given["mesh"] = read_axes(options.mesh)
+    request = plan.Request(**{name: value for name, value in given.items() if value is not None})
+    if options.plot is not None:
+        from lora_jax.planning import plot
 
-            plot.check(options.plot)
+        plot.check(options.plot)
     found = plan.make(request, lambda text: print(f"lora-jax: {text}", file=sys.stderr, flush=True))
     print(found.to_json() if options.json else table.table(found))
     if options.plot is not None:
-        options.plot.write_bytes(plot.draw(found))
+        files.write(options.plot, plot.draw(found))
     return 0
 
 

@@ -1,7 +1,6 @@
 """Runs as files of other tools, and back: what `lora-jax export` and `lora-jax import` do."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ from lora_jax import peft
 from lora_jax.command import hf_export, run
 from lora_jax.command.inspect import load_adapters
 from lora_jax.command.tasks import classify, lm
-from lora_jax.command.tasks.base import user_errors
 from lora_jax.command.tasks.registry import task_module
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter
@@ -52,9 +50,8 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
     Raises:
       InputError: there is no such run, its base is gone or changed, `out` has files, or the model can't be written so.
     """
-    with user_errors():
-        config = run.read_config(directory)
-        files.check_empty(out)
+    config = run.read_config(directory)
+    files.check_empty(out)
     task = task_module(config)
     source = task.base_directory(config)
     # The sum of kernel and adapter is made in float32 and rounded once, to the base's own dtype.
@@ -72,7 +69,7 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
 def _export_peft(
     config: run.RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
 ) -> None:
-    with user_errors(), files.fresh_directory(out) as directory:
+    with files.fresh_directory(out) as directory:
         peft.save(
             directory,
             adapters,
@@ -87,16 +84,15 @@ def _export_peft(
 def _export_merged(
     config: run.RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
 ) -> None:
-    with user_errors():
-        _check_pooling(base)
-        if isinstance(base, lm.Base):
-            fields = hf_export.llama_fields(source, base.model.config)
-        else:
-            fields = hf_export.bert_fields(source, config.labels)
-        dtypes = hf_export.stored_dtypes(source)
-        with files.fresh_directory(out) as directory:
-            hf_export.write(directory, base.model.variables, adapters, _names(base), fields, dtypes)
-            hf_export.write_tokenizer(directory, source, base.tokenizer)
+    _check_pooling(base)
+    if isinstance(base, lm.Base):
+        fields = hf_export.llama_fields(source, base.model.config)
+    else:
+        fields = hf_export.bert_fields(source, config.labels)
+    dtypes = hf_export.stored_dtypes(source)
+    with files.fresh_directory(out) as directory:
+        hf_export.write(directory, base.model.variables, adapters, _names(base), fields, dtypes)
+        hf_export.write_tokenizer(directory, source, base.tokenizer)
 
 
 def _names(base: Any) -> dict[str, HFName]:
@@ -146,9 +142,8 @@ def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path) -> tup
     Raises:
       InputError: there is no such base, the adapters do not fit it or can't be read, or `out` has files.
     """
-    with user_errors():
-        files.check_empty(out)
-        task = _task_of(model)
+    files.check_empty(out)
+    task = _task_of(model)
     source, model = source.absolute(), model.absolute()
     options: dict[str, Any] = {"task": task, "model": str(model), "imported": str(source), "max_length": 3}
     if task == "classify":
@@ -158,24 +153,17 @@ def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path) -> tup
     options |= {"max_length": base.model.config.max_position_embeddings, "model_sha256": base.sha256}
     if task == "classify":
         options["labels"] = base.model.labels
-    with user_errors():
-        adapters = peft.load(source, base.model.variables, names=_names(base))
-        with files.fresh_directory(out) as directory:
-            run.create(directory, run.RunConfig(**options))
-            checkpoint.save(directory / "adapters", adapters, step=0)
+    adapters = peft.load(source, base.model.variables, names=_names(base))
+    with files.fresh_directory(out) as directory:
+        run.create(directory, run.RunConfig(**options))
+        checkpoint.save(directory / "adapters", adapters, step=0)
     return _notes(base)
 
 
 def _task_of(model: pathlib.Path) -> str:
     """`classify` for a BERT, else `lm`, whose loader says what it can't read."""
     file = model / "config.json"
-    if not file.is_file():
-        return "lm"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    return "classify" if isinstance(fields, dict) and fields.get("model_type") == "bert" else "lm"
+    return "classify" if file.is_file() and files.read_json_object(file).get("model_type") == "bert" else "lm"
 
 
 def _head_size(source: pathlib.Path) -> int:

@@ -22,7 +22,7 @@ from lora_jax.adapters import initializers, merging
 from lora_jax.adapters.summary import summary
 from lora_jax.command import metrics, plots, processes, run
 from lora_jax.command.progress import Progress
-from lora_jax.command.tasks.base import Session, user_errors
+from lora_jax.command.tasks.base import Session
 from lora_jax.command.tasks.registry import prepare
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter, LowRank
@@ -68,9 +68,8 @@ def start(config: run.RunConfig, directory: pathlib.Path, console: rich.console.
       Interrupted: the run was stopped; it can be resumed.
     """
     session = _prepare(config, directory, mesh)
-    with user_errors():
-        adapters = session.init(session.config)
-        processes.first(lambda: run.create(directory, session.config))
+    adapters = session.init(session.config)
+    processes.first(lambda: run.create(directory, session.config))
     _train(*_begin(session, adapters, directory), directory, console)
 
 
@@ -96,12 +95,11 @@ def _prepare(config: run.RunConfig | None, directory: pathlib.Path, mesh: Mesh |
     """What a new run needs, or without a configuration the one in the directory: the same in all processes."""
     resume = config is None
     with processes.all_or_none():
-        with user_errors():
-            if config is None:
-                config = _read(directory)
-            elif processes.is_first():
-                run.check_free(directory)
-            sharding.check_batch(mesh, config.batch_size)
+        if config is None:
+            config = _read(directory)
+        elif processes.is_first():
+            run.check_free(directory)
+        sharding.check_batch(mesh, config.batch_size)
         session = prepare(config, mesh)
     axes = "" if mesh is None else ",".join(f"{name}={size}" for name, size in mesh.shape.items())
     mine = dataclasses.asdict(session.config) | {"resume": resume, "directory": str(directory.absolute()), "mesh": axes}
@@ -120,11 +118,11 @@ def _begin(session: Session, adapters: Adapters, directory: pathlib.Path) -> tup
     if session.config.init not in run.CHANGE_THE_BASE:
         return session, adapters
     folder, variables = directory / "initial", session.task.variables
-    with user_errors():
-        if not processes.from_first(folder.exists()):
-            _, adapters = getattr(initializers, session.config.init)(variables, adapters)
+    if not processes.from_first(folder.exists()):
+        _, adapters = getattr(initializers, session.config.init)(variables, adapters)
+        with files.writing(folder):
             checkpoint.save(folder, adapters, config=session.config.lora)
-        initial = checkpoint.load(folder, variables=variables)
+    initial = checkpoint.load(folder, variables=variables)
     pairs = {path: adapter for path, adapter in initial.items() if isinstance(adapter, LowRank)}
     task = dataclasses.replace(session.task, variables=merging.unmerge(variables, pairs))
     return dataclasses.replace(session, task=task), initial
@@ -165,8 +163,7 @@ class _Trainer:
         self.state = train.init_state(adapters, tx, key=jax.random.key(config.seed))
         self._saved = _latest_step(manager)
         if self._saved is not None:
-            with user_errors():
-                found = manager.restore(tx=tx, variables=task.variables)
+            found = manager.restore(tx=tx, variables=task.variables)
             assert found.state is not None
             self.state, self.step, self.loss = found.state, found.step, found.data["loss"]
             self.batches.set_state(found.data["position"])

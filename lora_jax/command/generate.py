@@ -12,7 +12,6 @@ import numpy as np
 from lora_jax.command import run
 from lora_jax.command.inspect import load_adapters
 from lora_jax.command.tasks import lm
-from lora_jax.command.tasks.base import user_errors
 from lora_jax.command.tasks.registry import check_task
 from lora_jax.core.adapter import attach
 from lora_jax.core.errors import InputError
@@ -56,15 +55,13 @@ def generate(directory: pathlib.Path, prompt: str, options: Options) -> str:
       InputError: there is no such run, it is of another task, it has no checkpoint yet, its base model is gone or changed, the
         prompt is empty or too long, or there is no chat template.
     """
-    with user_errors():
-        config = run.read_config(directory)
+    config = run.read_config(directory)
     check_task(config, "lm")
     base = lm.load_base(lm.base_directory(config), config)
     variables: Any = base.model.variables
     if not options.base:
         variables = attach(variables, load_adapters(directory, variables))
-    with user_errors():
-        ids = base.tokenizer.prompt(prompt, chat=options.chat)
+    ids = base.tokenizer.prompt(prompt, chat=options.chat)
     positions = base.model.config.max_position_embeddings
     if len(ids) + options.max_new_tokens > positions:
         raise InputError(

@@ -12,7 +12,6 @@ import numpy as np
 from lora_jax.adapters import algebra, initializers, merging
 from lora_jax.command import run
 from lora_jax.command.tasks import classify
-from lora_jax.command.tasks.base import user_errors
 from lora_jax.command.tasks.registry import check_task, task_module
 from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, LowRank, attach
@@ -28,10 +27,9 @@ def load_adapters(directory: pathlib.Path, variables: Any = None) -> dict[str, A
     Raises:
       InputError: the run has no complete checkpoint, or it does not fit the base.
     """
-    with user_errors():
-        adapters = checkpoint.load(directory / "adapters", variables=variables)
-        initial = directory / "initial"
-        return initializers.convert(adapters, checkpoint.load(initial)) if initial.exists() else adapters
+    adapters = checkpoint.load(directory / "adapters", variables=variables)
+    initial = directory / "initial"
+    return initializers.convert(adapters, checkpoint.load(initial)) if initial.exists() else adapters
 
 
 def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, float]]:
@@ -40,10 +38,9 @@ def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, flo
     Raises:
       InputError: there is no such run, it has no checkpoint yet, its base model is gone or changed, or a text is empty.
     """
-    with user_errors():
-        if not all(text.strip() for text in texts):
-            raise InputError("a text is empty: there is nothing to classify")
-        config = run.read_config(directory)
+    if not all(text.strip() for text in texts):
+        raise InputError("a text is empty: there is nothing to classify")
+    config = run.read_config(directory)
     check_task(config, "classify")
     base = classify.load_base(classify.base_directory(config), config)
     model, adapters = base.model, load_adapters(directory, base.model.variables)
@@ -82,8 +79,7 @@ def inspect(directory: pathlib.Path) -> list[Row]:
     Raises:
       InputError: there is no such run, it has no checkpoint yet, or its base model has changed.
     """
-    with user_errors():
-        config = run.read_config(directory)
+    config = run.read_config(directory)
     base = _base_at_hand(config)
     adapters = load_adapters(directory, base.model.variables if base else None)
     weights = paths.flatten(base.model.variables)[0] if base else {}

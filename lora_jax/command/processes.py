@@ -83,7 +83,7 @@ class Hosts:
         """
         try:
             return None if self.mesh is None else make_mesh(self.axes)
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"--mesh {self.mesh}: {error}") from None
 
     @contextlib.contextmanager

@@ -181,10 +181,7 @@ class RunConfig:
         Raises:
           InputError: the text is not JSON, of another format version, or has unknown, missing or invalid fields.
         """
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{source} is not JSON: {error}") from None
+        fields = files.parse_json(text, source)
         version = fields.pop("format_version", None) if isinstance(fields, dict) else None
         if version in _LATER:  # what came later has its default
             later: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls) if f.name in _LATER[version]}
@@ -223,10 +220,14 @@ def options(task: str, given: Mapping[str, Any]) -> RunConfig:
 def check_free(directory: pathlib.Path) -> None:
     """Raise an OccupiedError unless a new run can be made in this directory."""
     config = directory / "config.json"
-    if config.is_file() and "format_version" in config.read_text(encoding="utf-8", errors="replace"):
+    with files.writing(directory):
+        holds_run = config.is_file() and "format_version" in config.read_text(encoding="utf-8", errors="replace")
+        entries = list(directory.iterdir()) if directory.is_dir() else []
+        # A crash before `config.json` was in place can leave its hidden forerunner.
+        occupied = any(not entry.name.startswith(".") for entry in entries) or (directory.exists() and not directory.is_dir())
+    if holds_run:
         raise OccupiedError(f"{directory} holds a run already: continue it with --resume, or choose another --out")
-    # A crash before `config.json` was in place can leave its hidden forerunner.
-    if directory.exists() and (not directory.is_dir() or any(not entry.name.startswith(".") for entry in directory.iterdir())):
+    if occupied:
         raise OccupiedError(f"{directory} is not an empty directory: choose another --out")
 
 
@@ -242,7 +243,8 @@ def create(directory: pathlib.Path, config: RunConfig) -> None:
       OccupiedError: it holds a run or other files already.
     """
     check_free(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    with files.writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     files.write(directory / "config.json", config.to_json().encode())
 
 
@@ -256,4 +258,6 @@ def read_config(directory: pathlib.Path) -> RunConfig:
     file = directory / "config.json"
     if not file.is_file():
         raise MissingError(f"there is no run in {directory}: it has no config.json")
-    return RunConfig.from_json(file.read_text(encoding="utf-8"), file)
+    with files.reading(file):
+        text = file.read_text(encoding="utf-8")
+    return RunConfig.from_json(text, file)

@@ -26,11 +26,11 @@ import rich.console
 from lora_jax.command import metrics, plots, run
 from lora_jax.command.finetune import Interrupted, Signals, optimizer
 from lora_jax.command.progress import Progress
-from lora_jax.command.tasks.base import Session, user_errors
+from lora_jax.command.tasks.base import Session
 from lora_jax.command.tasks.registry import prepare
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter
-from lora_jax.core.errors import InputError, MissingError
+from lora_jax.core.errors import InputError
 from lora_jax.training import checkpoint, many, train
 
 
@@ -53,15 +53,10 @@ def read(file: pathlib.Path) -> list[dict[str, Any]]:
     """The runs that a JSON file lists: `[{"rank": 8, "learning_rate": 1e-3}, ...]`.
 
     Raises:
-      OSError: the file can't be read.
+      MissingError: there is no such file.
       InputError: it is not a list of objects, or one has an unknown option or a value of another type.
     """
-    if not file.is_file():
-        raise MissingError(f"there is no file {file}")
-    try:
-        listed = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
+    listed = files.read_json(file)
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise InputError(f"{file} must hold a list of objects, one for each run")
     for number, (name, value) in ((i, item) for i, one in enumerate(listed, 1) for item in one.items()):
@@ -103,8 +98,7 @@ def start(configs: Sequence[run.RunConfig], directory: pathlib.Path, console: ri
       InputError: bad input, found before any training.
       Interrupted: the sweep was stopped; each of its runs can be resumed.
     """
-    with user_errors():
-        files.check_empty(directory)
+    files.check_empty(directory)
     session = prepare(configs[0])
     with contextlib.ExitStack() as logs:
         sweep = _Sweep(session, list(_members(session, configs, directory, logs)), directory)
@@ -140,12 +134,10 @@ def _members(
 ) -> Iterator[_Member]:
     """The runs and their directories, which are made once all adapters are."""
     own = [dataclasses.replace(session.config, **{name: getattr(one, name) for name in run.GRID}) for one in configs]
-    with user_errors():
-        sets = [session.init(config) for config in own]
+    sets = [session.init(config) for config in own]
     for number, (config, adapters) in enumerate(zip(own, sets), 1):
         place = directory / str(number)
-        with user_errors():
-            run.create(place, config)
+        run.create(place, config)
         yield _Member(config, adapters, place, logs.enter_context(metrics.Log(place, 0, session.task.metric)))
 
 

@@ -11,8 +11,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from lora_jax.adapters import quant
 from lora_jax.adapters.config import LoraConfig
-from lora_jax.command.tasks.base import user_errors
 from lora_jax.core.errors import InputError, MissingError
+from lora_jax.core.files import read_json_object
 from lora_jax.models import presets
 from lora_jax.models.decoder_config import LlamaConfig, read_config
 from lora_jax.planning import memory_estimate, topology, train_steps
@@ -184,10 +184,9 @@ def make(request: Request, progress: Callable[[str], None] = lambda text: None) 
         does not know the topology.
     """
     target = topology.read(request.topology)
-    with user_errors():
-        config = _config(request.model)
-        sources = list(_sources(target))  # before JAX starts: it may need more CPU devices than it has
-        setups = {source: _setup(request, config, devices) for source, devices in sources}
+    config = _config(request.model)
+    sources = list(_sources(target))  # before JAX starts: it may need more CPU devices than it has
+    setups = {source: _setup(request, config, devices) for source, devices in sources}
     plans = []
     for name in ("lora", *request.compare):
         for source, setup in setups.items():
@@ -238,15 +237,10 @@ def _config(model: str) -> LlamaConfig:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise MissingError(f"model: {model} is neither a config.json nor one of {', '.join(presets.NAMES)}")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"model: {file} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"model: {file} must hold a JSON object, not {type(fields).__name__}")
+    fields = read_json_object(file)
     try:
         return read_config(fields)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"model: {file}: {error}") from None
 
 

@@ -1,10 +1,9 @@
 """What training asks of a task: a loss, a measure on held-out texts, and batches of both."""
 
-import contextlib
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,15 +13,6 @@ from lora_jax.command.metrics import Metric
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.data import fetch
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Report the errors that checks of the user's input raise as an InputError. For those checks alone."""
-    try:
-        yield
-    except (ValueError, OSError, fetch.FetchError) as error:
-        raise InputError(str(error)) from error
 
 
 def digest(source: pathlib.Path) -> str:

