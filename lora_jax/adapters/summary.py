@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lora_jax.core import paths
 from lora_jax.core.adapter import ADAPTER, PARTS, Adapter, LowRank, check
 from lora_jax.core.errors import InputError
+from lora_jax.core.text_table import text_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +56,13 @@ class Summary:
         for r in self.rows:
             shape = "x".join(map(str, r.shape))
             table.append((r.path, shape, r.kind, r.rank, r.scale, f"{r.parameters:,}", f"{r.trainable:,}", f"{r.bytes:,}"))
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        align = [str.ljust] * 3 + [str.rjust] * 5
-        lines = ["  ".join(pad(cell, w) for pad, cell, w in zip(align, row, widths)).rstrip() for row in table]
         share = 100 * self.trainable / max(self.parameters, 1)
-        lines.append(
+        return (
+            f"{text_table(table, 'lllrrrrr')}\n"
             f"{self.trainable:,} trainable of {self.parameters:,} parameters ({share:.2f}%); "
             f"adapters {_size(self.adapter_bytes)} beside a base of {_size(self.parameter_bytes)}; "
             f"Adam's state {_size(self.optimizer_bytes)}"
         )
-        return "\n".join(lines)
 
 
 def summary(variables: Any, adapters: Mapping[str, Adapter]) -> Summary:

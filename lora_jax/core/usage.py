@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Layout, is_adapted
+from lora_jax.core.text_table import text_table
 from lora_jax.core.transform import Walk, is_array, trace
 from lora_jax.core.weight import Factor, Term, Use, Weight
 
@@ -86,8 +87,7 @@ class Explanation:
             use = f"{p.kind} ({by})" if by else p.kind
             answer = f"no: {p.obstacle}" if p.obstacle else "yes"
             rows.append((p.path, str(p.shape), use, *(",".join(map(str, a)) for a in axes), answer))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-        return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[-1]]).rstrip() for row in rows)
+        return text_table(rows, "lllllll")
 
 
 def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Explanation:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from lora_jax.core.text_table import text_table
 from lora_jax.planning.plan import Plan, StepPlan
 
 
@@ -20,9 +21,7 @@ def table(plan: Plan) -> str:
     rows = {**_ROWS, **{kind: _moved(kind) for step in plan.steps for kind in step.collectives or ()}}
     cells = [("on each chip" if plan.chips > 1 else "", *(step.step for step in plan.steps))]
     cells += [(title, *map(show, plan.steps)) for title, show in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    align = [str.ljust, *[str.rjust] * len(plan.steps)]
-    lines += ["  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths)) for row in cells]
+    lines.append(text_table(cells, "l" + "r" * len(plan.steps)))
     lines += [f"{step.step}: {step.error}" for step in plan.steps if step.error]
     lines += [f"{step.step}: {_unknown(step.unknown_loops)}" for step in plan.steps if step.unknown_loops]
     return "\n".join([*lines, "", plan.note])
