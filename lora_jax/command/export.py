@@ -1,7 +1,9 @@
 """Runs as files of other tools, and back: what `lora-jax export` and `lora-jax import` do."""
 
+import argparse
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import safetensors
 from lora_jax import peft
 from lora_jax.command import hf_export, run
 from lora_jax.command.inspect import load_adapters
+from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks import classify, lm
 from lora_jax.command.tasks.registry import task_module
 from lora_jax.core import files
@@ -20,7 +23,6 @@ from lora_jax.huggingface.names import HFName
 from lora_jax.models import bert
 from lora_jax.training import checkpoint
 
-FORMATS = ("peft", "merged")
 # What the pinned models are called on the Hugging Face hub.
 _ORIGINALS = {"classify": "sentence-transformers/all-MiniLM-L6-v2", "lm": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _GGUF = (
@@ -34,6 +36,25 @@ _QUANTIZED = {
     "the outputs differ by what the quantisation changes",
 }
 _TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM"}
+
+
+def export_command(line: argparse.Namespace) -> int:
+    """`lora-jax export`; returns the exit code."""
+    out = line.out or line.run / line.format
+    return _report(f"written: {out}", export(line.run, line.format, out))
+
+
+def import_command(line: argparse.Namespace) -> int:
+    """`lora-jax import`; returns the exit code."""
+    out = line.out or run.free_directory(pathlib.Path("runs"))
+    return _report(f"run: {out}", import_(line.directory, line.model, out))
+
+
+def _report(done: str, notes: Sequence[str]) -> int:
+    print(done)
+    for note in notes:
+        print(f"lora-jax: note: {note}", file=sys.stderr)
+    return 0
 
 
 def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, ...]:
@@ -67,7 +88,7 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
 
 
 def _export_peft(
-    config: run.RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
+    config: RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
 ) -> None:
     with files.fresh_directory(out) as directory:
         peft.save(
@@ -82,7 +103,7 @@ def _export_peft(
 
 
 def _export_merged(
-    config: run.RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
+    config: RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
 ) -> None:
     _check_pooling(base)
     if isinstance(base, lm.Base):
@@ -148,14 +169,14 @@ def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path) -> tup
     options: dict[str, Any] = {"task": task, "model": str(model), "imported": str(source), "max_length": 3}
     if task == "classify":
         options["labels"] = [f"LABEL_{i}" for i in range(_head_size(source))]
-    config = run.RunConfig(**options)
+    config = RunConfig(**options)
     base = task_module(config).load_base(model, config)
     options |= {"max_length": base.model.config.max_position_embeddings, "model_sha256": base.sha256}
     if task == "classify":
         options["labels"] = base.model.labels
     adapters = peft.load(source, base.model.variables, names=_names(base))
     with files.fresh_directory(out) as directory:
-        run.create(directory, run.RunConfig(**options))
+        run.create(directory, RunConfig(**options))
         checkpoint.save(directory / "adapters", adapters, step=0)
     return _notes(base)
 

@@ -1,5 +1,6 @@
 """Using and examining a finished run: what `lora-jax predict` and `lora-jax inspect` do."""
 
+import argparse
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -16,9 +17,25 @@ from lora_jax.command.tasks.registry import check_task, task_module
 from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, LowRank, attach
 from lora_jax.core.errors import InputError
+from lora_jax.core.text_table import text_table
 from lora_jax.core.transform import lora
 from lora_jax.data import labelled
 from lora_jax.training import checkpoint
+
+
+def predict_command(line: argparse.Namespace) -> int:
+    """`lora-jax predict`; returns the exit code."""
+    for text, found in zip(line.text, predict(line.run, line.text)):
+        best = max(found, key=lambda label: found[label])
+        print(f"{best}\t{found[best]:.3f}\t{text}")
+    return 0
+
+
+def inspect_command(line: argparse.Namespace) -> int:
+    """`lora-jax inspect`; returns the exit code."""
+    titles = ("parameter", "shape", "rank", "scale", "|dW|/|W|", "effective rank")
+    print(text_table([titles, *map(_cells, inspect(line.run))], "lrrrrr"))
+    return 0
 
 
 def load_adapters(directory: pathlib.Path, variables: Any = None) -> dict[str, Adapter]:
@@ -71,6 +88,16 @@ class Row:
     scale: float | None
     change: float | None
     effective_rank: float | None
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    rank = "whole" if row.rank is None else str(row.rank)
+    shape = "x".join(map(str, row.shape))
+    return row.path, shape, rank, _show(row.scale, ".4g"), _show(row.change, ".4f"), _show(row.effective_rank, ".2f")
+
+
+def _show(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def inspect(directory: pathlib.Path) -> list[Row]:

@@ -132,7 +132,7 @@ def test_a_bug_is_no_bad_input(home, capsys, monkeypatch, piece):
 
     monkeypatch.setattr(*piece, fail)
     for error in (ValueError("a bug"), OSError("a bug")):
-        with pytest.raises(type(error), match="^a bug$"):
+        with pytest.raises(type(error), match=r"^a bug$"):
             cli.main(changed(home))
     error = InputError("a mistake")
     refused(changed(home), "^lora-jax: a mistake\n$", capsys)

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from lora_jax import sharding
 from lora_jax.adapters.init import init
-from lora_jax.command import run
 from lora_jax.command.metrics import ACCURACY
+from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
@@ -38,12 +38,12 @@ class Base:
     sha256: str
 
 
-def location(config: run.RunConfig) -> pathlib.Path:
+def location(config: RunConfig) -> pathlib.Path:
     """Where the run's base model is, or will be once it is fetched."""
     return fetch.location(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
 
 
-def base_directory(config: run.RunConfig) -> pathlib.Path:
+def base_directory(config: RunConfig) -> pathlib.Path:
     """Where the run's base model is, fetched if it is the pinned one.
 
     Raises:
@@ -52,7 +52,7 @@ def base_directory(config: run.RunConfig) -> pathlib.Path:
     return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
 
 
-def load_base(directory: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = None) -> Base:
+def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = None) -> Base:
     """The base model with a head for the run's labels, on the mesh if there is one.
 
     Raises:
@@ -84,7 +84,7 @@ def load_tokenizer(directory: pathlib.Path, vocab_size: int) -> tokenizers.Token
     return tokenizer
 
 
-def load_texts(config: run.RunConfig) -> labelled.Texts:
+def load_texts(config: RunConfig) -> labelled.Texts:
     """The run's data.
 
     Raises:
@@ -98,7 +98,7 @@ def load_texts(config: run.RunConfig) -> labelled.Texts:
     return texts
 
 
-def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
+def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     """Check everything and bring it into memory, on the mesh if there is one.
 
     Raises:
@@ -113,7 +113,7 @@ def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
     return Session(config, _task(config, base.model, training, test, mesh), functools.partial(_init, base.model))
 
 
-def _init(model: bert.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
+def _init(model: bert.Loaded, config: RunConfig) -> dict[str, Adapter]:
     """The adapters that a run begins with; where the head is new, its seed is the run's."""
     ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
     variables = bert.with_new_head(model, config.seed).variables
@@ -121,7 +121,7 @@ def _init(model: bert.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
 
 
 def _task(
-    config: run.RunConfig, model: bert.Loaded, training: labelled.Examples, test: labelled.Examples, mesh: Mesh | None
+    config: RunConfig, model: bert.Loaded, training: labelled.Examples, test: labelled.Examples, mesh: Mesh | None
 ) -> Task:
     lengths = labelled.pad_lengths(np.concatenate([training.lengths, test.lengths]))
     counts = np.unique(test.labels, return_counts=True)[1]

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from lora_jax import sharding
 from lora_jax.adapters.init import init
-from lora_jax.command import run
 from lora_jax.command.metrics import PERPLEXITY
+from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
@@ -39,12 +39,12 @@ class Base:
     sha256: str
 
 
-def location(config: run.RunConfig) -> pathlib.Path:
+def location(config: RunConfig) -> pathlib.Path:
     """Where the run's base model is, or will be once it is fetched."""
     return fetch.location(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
 
 
-def base_directory(config: run.RunConfig) -> pathlib.Path:
+def base_directory(config: RunConfig) -> pathlib.Path:
     """Where the run's base model is, a directory or a `.gguf` file, fetched if it is the pinned one.
 
     Raises:
@@ -53,7 +53,7 @@ def base_directory(config: run.RunConfig) -> pathlib.Path:
     return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
 
 
-def load_base(source: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = None) -> Base:
+def load_base(source: pathlib.Path, config: RunConfig, mesh: Mesh | None = None) -> Base:
     """The base model, on the mesh if there is one, and its tokenizer.
 
     Raises:
@@ -75,7 +75,7 @@ def end_ids(base: Base) -> tuple[int, ...]:
     return tuple(sorted({*base.model.config.eos_token_ids, *(() if own is None else (own,))}))
 
 
-def load_corpus(config: run.RunConfig) -> language.Corpus:
+def load_corpus(config: RunConfig) -> language.Corpus:
     """The run's data.
 
     Raises:
@@ -92,7 +92,7 @@ def load_corpus(config: run.RunConfig) -> language.Corpus:
     return corpus
 
 
-def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
+def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     """Check everything and bring it into memory, on the mesh if there is one.
 
     Raises:
@@ -115,13 +115,13 @@ def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
     return Session(config, task, functools.partial(_init, base.model))
 
 
-def _init(model: llama.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
+def _init(model: llama.Loaded, config: RunConfig) -> dict[str, Adapter]:
     """The adapters that a run begins with."""
     ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
     return init(jax.random.key(config.seed), config.lora, model.apply, model.variables, ids)
 
 
-def _encode(corpus: language.Corpus, tokenizer: TextTokenizer, config: run.RunConfig) -> Any:
+def _encode(corpus: language.Corpus, tokenizer: TextTokenizer, config: RunConfig) -> Any:
     try:
         return language.encode(corpus, tokenizer, config.max_length, datetime.date.fromisoformat(config.date))
     except InputError as error:
@@ -155,7 +155,7 @@ def _describe(corpus: language.Corpus, training: _Part, held_out: _Part, counts:
 
 
 def _task(
-    config: run.RunConfig,
+    config: RunConfig,
     model: llama.Loaded,
     parts: tuple[packing.Rows, packing.Rows],
     description: tuple[str, ...],
