@@ -25,6 +25,7 @@ THIRD_PARTY = {
     "jinja2",
     "gguf",
     "qwix",
+    "msgspec",
 }
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.core import paths
 from lora_jax.core.errors import InputError
+from lora_jax.core.files import parse_json
 
 FORMAT_VERSION = 2
 SINCE_2 = ("method", "dora", "lora_bias", "d_initial", "trainable_token_indices", "alora_invocation_tokens")
@@ -159,10 +160,7 @@ class LoraConfig:
         Raises:
           InputError: the text is not JSON, has another format version, or a field that is unknown, missing or invalid.
         """
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"the LoRA configuration is not JSON: {error}") from None
+        fields = parse_json(text, "the LoRA configuration")
         if not isinstance(fields, dict):
             raise InputError(f"the LoRA configuration must be a JSON object, not {type(fields).__name__}")
         version = fields.pop("format_version", None)

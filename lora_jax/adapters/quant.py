@@ -65,6 +65,14 @@ def check(option: str, dtype: Any, block: Any) -> None:
         raise InputError(f"block must be None or a whole number of at least 1, not {block!r}")
 
 
+def check_optional(dtype: str | None, block: int | None) -> None:
+    """Raise an InputError unless the options `quantize` and `block` go together; `None`: the base stays dense."""
+    if dtype is not None:
+        check("quantize", dtype, block)
+    elif block is not None:
+        raise InputError("block is for a quantised base: leave it out, or say how to quantise")
+
+
 def block_axis(path: str, leaf: Any, block: int | None) -> int:
     """The axis along which values share a scale."""
     if paths.is_quantized(leaf):

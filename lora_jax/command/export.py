@@ -1,8 +1,9 @@
 """Runs as files of other tools, and back: what `lora-jax export` and `lora-jax import` do."""
 
+import argparse
 import dataclasses
-import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ import safetensors
 from lora_jax import peft
 from lora_jax.command import hf_export, run
 from lora_jax.command.inspect import load_adapters
+from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks import classify, lm
-from lora_jax.command.tasks.base import user_errors
 from lora_jax.command.tasks.registry import task_module
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter
@@ -22,7 +23,6 @@ from lora_jax.huggingface.names import HFName
 from lora_jax.models import bert
 from lora_jax.training import checkpoint
 
-FORMATS = ("peft", "merged")
 # What the pinned models are called on the Hugging Face hub.
 _ORIGINALS = {"classify": "sentence-transformers/all-MiniLM-L6-v2", "lm": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _GGUF = (
@@ -36,6 +36,25 @@ _QUANTIZED = {
     "the outputs differ by what the quantisation changes",
 }
 _TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM"}
+
+
+def export_command(line: argparse.Namespace) -> int:
+    """`lora-jax export`; returns the exit code."""
+    out = line.out or line.run / line.format
+    return _report(f"written: {out}", export(line.run, line.format, out))
+
+
+def import_command(line: argparse.Namespace) -> int:
+    """`lora-jax import`; returns the exit code."""
+    out = line.out or run.free_directory(pathlib.Path("runs"))
+    return _report(f"run: {out}", import_(line.directory, line.model, out))
+
+
+def _report(done: str, notes: Sequence[str]) -> int:
+    print(done)
+    for note in notes:
+        print(f"lora-jax: note: {note}", file=sys.stderr)
+    return 0
 
 
 def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, ...]:
@@ -52,9 +71,8 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
     Raises:
       InputError: there is no such run, its base is gone or changed, `out` has files, or the model can't be written so.
     """
-    with user_errors():
-        config = run.read_config(directory)
-        files.check_empty(out)
+    config = run.read_config(directory)
+    files.check_empty(out)
     task = task_module(config)
     source = task.base_directory(config)
     # The sum of kernel and adapter is made in float32 and rounded once, to the base's own dtype.
@@ -70,9 +88,9 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
 
 
 def _export_peft(
-    config: run.RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
+    config: RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
 ) -> None:
-    with user_errors(), files.fresh_directory(out) as directory:
+    with files.fresh_directory(out) as directory:
         peft.save(
             directory,
             adapters,
@@ -85,18 +103,17 @@ def _export_peft(
 
 
 def _export_merged(
-    config: run.RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
+    config: RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
 ) -> None:
-    with user_errors():
-        _check_pooling(base)
-        if isinstance(base, lm.Base):
-            fields = hf_export.llama_fields(source, base.model.config)
-        else:
-            fields = hf_export.bert_fields(source, config.labels)
-        dtypes = hf_export.stored_dtypes(source)
-        with files.fresh_directory(out) as directory:
-            hf_export.write(directory, base.model.variables, adapters, _names(base), fields, dtypes)
-            hf_export.write_tokenizer(directory, source, base.tokenizer)
+    _check_pooling(base)
+    if isinstance(base, lm.Base):
+        fields = hf_export.llama_fields(source, base.model.config)
+    else:
+        fields = hf_export.bert_fields(source, config.labels)
+    dtypes = hf_export.stored_dtypes(source)
+    with files.fresh_directory(out) as directory:
+        hf_export.write(directory, base.model.variables, adapters, _names(base), fields, dtypes)
+        hf_export.write_tokenizer(directory, source, base.tokenizer)
 
 
 def _names(base: Any) -> dict[str, HFName]:
@@ -146,36 +163,28 @@ def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path) -> tup
     Raises:
       InputError: there is no such base, the adapters do not fit it or can't be read, or `out` has files.
     """
-    with user_errors():
-        files.check_empty(out)
-        task = _task_of(model)
+    files.check_empty(out)
+    task = _task_of(model)
     source, model = source.absolute(), model.absolute()
     options: dict[str, Any] = {"task": task, "model": str(model), "imported": str(source), "max_length": 3}
     if task == "classify":
         options["labels"] = [f"LABEL_{i}" for i in range(_head_size(source))]
-    config = run.RunConfig(**options)
+    config = RunConfig(**options)
     base = task_module(config).load_base(model, config)
     options |= {"max_length": base.model.config.max_position_embeddings, "model_sha256": base.sha256}
     if task == "classify":
         options["labels"] = base.model.labels
-    with user_errors():
-        adapters = peft.load(source, base.model.variables, names=_names(base))
-        with files.fresh_directory(out) as directory:
-            run.create(directory, run.RunConfig(**options))
-            checkpoint.save(directory / "adapters", adapters, step=0)
+    adapters = peft.load(source, base.model.variables, names=_names(base))
+    with files.fresh_directory(out) as directory:
+        run.create(directory, RunConfig(**options))
+        checkpoint.save(directory / "adapters", adapters, step=0)
     return _notes(base)
 
 
 def _task_of(model: pathlib.Path) -> str:
     """`classify` for a BERT, else `lm`, whose loader says what it can't read."""
     file = model / "config.json"
-    if not file.is_file():
-        return "lm"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    return "classify" if isinstance(fields, dict) and fields.get("model_type") == "bert" else "lm"
+    return "classify" if file.is_file() and files.read_json_object(file).get("model_type") == "bert" else "lm"
 
 
 def _head_size(source: pathlib.Path) -> int:

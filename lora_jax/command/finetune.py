@@ -5,62 +5,66 @@ the position of the data, and a step is a function of those, so a resumed run en
 on with another mesh or number of processes: the batches are the same, and so are all sums but for rounding.
 """
 
+import argparse
 import dataclasses
-import math
 import pathlib
-import signal
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 import rich.console
 from jax.sharding import Mesh
 
 from lora_jax import sharding
 from lora_jax.adapters import initializers, merging
 from lora_jax.adapters.summary import summary
-from lora_jax.command import metrics, plots, processes, run
-from lora_jax.command.progress import Progress
-from lora_jax.command.tasks.base import Session, user_errors
+from lora_jax.command import metrics, options, processes, run
+from lora_jax.command.options import RunConfig
+from lora_jax.command.signals import Interrupted, Signals
+from lora_jax.command.tasks.base import Session
 from lora_jax.command.tasks.registry import prepare
+from lora_jax.command.trainer import Run, Trainer, optimizer
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter, LowRank
 from lora_jax.core.errors import InputError
-from lora_jax.training import checkpoint, optim, train
+from lora_jax.training import checkpoint, train
 
 Adapters = dict[str, Adapter]
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; `signum` says which."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-def optimizer(config: run.RunConfig, learning_rate: Any = None) -> optax.GradientTransformation:
-    """AdamW with a short warm-up to the learning rate and a cosine decay, in the way of the run's method.
-
-    Args:
-      config: the options.
-      learning_rate: instead of the run's own; may be a traced number.
-    """
-    warmup = max(1, config.steps // 16)
-
-    def adamw(rate: Any) -> optax.GradientTransformation:
-        rise = optax.schedules.linear_schedule(0.0, rate, warmup)
-        fall = optax.schedules.cosine_decay_schedule(rate, max(config.steps - warmup, 1))
-        return optax.adamw(optax.schedules.join_schedules([rise, fall], [warmup]))
-
-    rate = config.learning_rate if learning_rate is None else learning_rate
-    if config.lora_plus is not None:
-        return optim.lora_plus(adamw, rate, config.lora_plus)
-    return optim.lora_fa(adamw(rate)) if config.method == "lora_fa" else adamw(rate)
+def finetune_command(line: argparse.Namespace) -> int:
+    """`lora-jax finetune`; returns the exit code."""
+    given = options.given_run(line)
+    if line.resume is not None and (given or line.out is not None):
+        raise InputError("--resume goes on with the run's own options: leave all others out but those of the mesh")
+    config = None if line.resume is not None else options.new_run(given.pop("task", "classify"), given)
+    hosts = processes.Hosts(**options.given(line, processes.Hosts))
+    with hosts.connected():
+        return _run(config, line.resume or line.out, hosts)
 
 
-def start(config: run.RunConfig, directory: pathlib.Path, console: rich.console.Console, mesh: Mesh | None = None) -> None:
+def _run(config: RunConfig | None, directory: pathlib.Path | None, hosts: processes.Hosts) -> int:
+    """A new run, or without a configuration the one in the directory."""
+    with processes.all_or_none():
+        mesh = hosts.make_mesh()
+    console = rich.console.Console(quiet=not processes.is_first())
+    free = processes.from_first(str(run.free_directory(pathlib.Path("runs"))))
+    directory = directory or pathlib.Path(free)
+    try:
+        if config is None:
+            resume(directory, console, mesh)
+        else:
+            start(config, directory, console, mesh)
+    except Interrupted as error:
+        if processes.is_first():
+            print(f"lora-jax: stopped by {error}; go on with: lora-jax finetune --resume {directory}", file=sys.stderr)
+        return 128 + error.signum
+    return 0
+
+
+def start(config: RunConfig, directory: pathlib.Path, console: rich.console.Console, mesh: Mesh | None = None) -> None:
     """Make a run in `directory` and train it, on the mesh if there is one.
 
     Raises:
@@ -68,9 +72,8 @@ def start(config: run.RunConfig, directory: pathlib.Path, console: rich.console.
       Interrupted: the run was stopped; it can be resumed.
     """
     session = _prepare(config, directory, mesh)
-    with user_errors():
-        adapters = session.init(session.config)
-        processes.first(lambda: run.create(directory, session.config))
+    adapters = session.init(session.config)
+    processes.first(lambda: run.create(directory, session.config))
     _train(*_begin(session, adapters, directory), directory, console)
 
 
@@ -85,23 +88,22 @@ def resume(directory: pathlib.Path, console: rich.console.Console, mesh: Mesh | 
     _train(*_begin(session, session.init(session.config), directory), directory, console)
 
 
-def _read(directory: pathlib.Path) -> run.RunConfig:
+def _read(directory: pathlib.Path) -> RunConfig:
     config = run.read_config(directory)
     if config.imported is not None:
         raise InputError(f"{directory} was imported from {config.imported}: there is no training to go on with")
     return config
 
 
-def _prepare(config: run.RunConfig | None, directory: pathlib.Path, mesh: Mesh | None) -> Session:
+def _prepare(config: RunConfig | None, directory: pathlib.Path, mesh: Mesh | None) -> Session:
     """What a new run needs, or without a configuration the one in the directory: the same in all processes."""
     resume = config is None
     with processes.all_or_none():
-        with user_errors():
-            if config is None:
-                config = _read(directory)
-            elif processes.is_first():
-                run.check_free(directory)
-            sharding.check_batch(mesh, config.batch_size)
+        if config is None:
+            config = _read(directory)
+        elif processes.is_first():
+            run.check_free(directory)
+        sharding.check_batch(mesh, config.batch_size)
         session = prepare(config, mesh)
     axes = "" if mesh is None else ",".join(f"{name}={size}" for name, size in mesh.shape.items())
     mine = dataclasses.asdict(session.config) | {"resume": resume, "directory": str(directory.absolute()), "mesh": axes}
@@ -117,89 +119,49 @@ def _begin(session: Session, adapters: Adapters, directory: pathlib.Path) -> tup
 
     The run keeps those adapters, from which the base is changed again and the trained ones are converted.
     """
-    if session.config.init not in run.CHANGE_THE_BASE:
+    if session.config.init not in options.CHANGE_THE_BASE:
         return session, adapters
     folder, variables = directory / "initial", session.task.variables
-    with user_errors():
-        if not processes.from_first(folder.exists()):
-            _, adapters = getattr(initializers, session.config.init)(variables, adapters)
+    if not processes.from_first(folder.exists()):
+        _, adapters = getattr(initializers, session.config.init)(variables, adapters)
+        with files.writing(folder):
             checkpoint.save(folder, adapters, config=session.config.lora)
-        initial = checkpoint.load(folder, variables=variables)
+    initial = checkpoint.load(folder, variables=variables)
     pairs = {path: adapter for path, adapter in initial.items() if isinstance(adapter, LowRank)}
     task = dataclasses.replace(session.task, variables=merging.unmerge(variables, pairs))
     return dataclasses.replace(session, task=task), initial
 
 
-class Signals:
-    """Turns the first SIGINT or SIGTERM into a flag that `check` raises, in all processes; a second one acts at once."""
+class _Program:
+    """A run by itself, on the devices of its base; it goes on from its newest checkpoint, if there is one."""
 
-    def __init__(self):
-        self._seen = 0
-
-    def __enter__(self) -> "Signals":
-        self._old: dict[int, Any] = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: Any) -> None:
-        self._seen = number
-        signal.signal(number, self._old[number])
-
-    def check(self) -> None:
-        if seen := processes.largest(self._seen):
-            raise Interrupted(seen)
-
-
-class _Trainer:
-    """The state of a run in training."""
-
-    def __init__(self, session: Session, adapters: Adapters, manager: checkpoint.Manager, signals: Signals):
-        self.session, self.config, self.manager, self.signals = session, session.config, manager, signals
-        config, task = self.config, session.task
-        tx = optimizer(config)
-        self.batches = task.train_batches(config.seed)
-        self.step, self.loss = 0, None
+    def __init__(self, session: Session, adapters: Adapters, manager: checkpoint.Manager):
+        self._config, self._task, self._manager = session.config, session.task, manager
+        config, task, tx = session.config, session.task, optimizer(session.config)
+        self._batches = task.train_batches(config.seed)
         self.state = train.init_state(adapters, tx, key=jax.random.key(config.seed))
-        self._saved = _latest_step(manager)
-        if self._saved is not None:
-            with user_errors():
-                found = manager.restore(tx=tx, variables=task.variables)
+        self.saved, self.loss = _latest_step(manager), None
+        if self.saved is not None:
+            found = manager.restore(tx=tx, variables=task.variables)
             assert found.state is not None
-            self.state, self.step, self.loss = found.state, found.step, found.data["loss"]
-            self.batches.set_state(found.data["position"])
+            self.state, self.loss = found.state, found.data["loss"]
+            self._batches.set_state(found.data["position"])
         self._train_step = train.make_train_step(task.loss, tx, max_grad_norm=1.0, like=self.state)
         self._measure = train.make_eval_step(task.measure)
 
-    def advance(self) -> None:
-        """One training step."""
-        self.state, metrics = self._train_step(self.state, self.session.task.variables, next(self.batches))
-        loss = float(metrics["loss"])
-        self.loss, self.step = loss if math.isfinite(loss) else None, self.step + 1
-        if self.step % self.config.save_every == 0 or self.step == self.config.steps:
-            self.save()
+    def advance(self) -> np.ndarray:
+        """One training step; its loss."""
+        self.state, found = self._train_step(self.state, self._task.variables, next(self._batches))
+        return np.asarray([float(found["loss"])])
 
-    def test(self, progress: Progress) -> float | None:
-        """The score on the held-out texts; `None` if it is not finite."""
-        task, sums = self.session.task, np.zeros(())
-        for i, batch in enumerate(task.test_batches()):
-            self.signals.check()
-            progress.testing(i, task.test_count)
-            found = sharding.gather(self._measure(self.state.adapters, task.variables, batch))
-            sums = sums + np.asarray(found, np.float64)
-        progress.testing(task.test_count, task.test_count)
-        score = task.score(sums)
-        return score if math.isfinite(score) else None
+    def measure(self, batch: Any) -> np.ndarray:
+        """What the task measures on a held-out batch."""
+        return np.asarray(sharding.gather(self._measure(self.state.adapters, self._task.variables, batch)))[None]
 
-    def save(self) -> None:
-        """Write a checkpoint of this step in the background, unless it has one."""
-        if self._saved != self.step:
-            data_state = {"position": self.batches.get_state(), "loss": self.loss}
-            config, state = self.config.lora, self.state
-            self.manager.save(state.adapters, config=config, step=self.step, state=state, data=data_state)
-            self._saved = self.step
+    def save(self, step: int, losses: Sequence[float | None]) -> None:
+        """Write a checkpoint in the background."""
+        data = {"position": self._batches.get_state(), "loss": losses[0]}
+        self._manager.save(self.state.adapters, config=self._config.lora, step=step, state=self.state, data=data)
 
 
 def _latest_step(manager: checkpoint.Manager) -> int | None:
@@ -218,47 +180,28 @@ def _train(session: Session, adapters: Adapters, directory: pathlib.Path, consol
     console.out(summary(task.variables, adapters), highlight=False)
     console.out("\n".join([*task.description, f"run: {directory}"]), highlight=False)
     with checkpoint.Manager(directory / "adapters", keep=2) as manager, Signals() as signals:
-        trainer = _Trainer(session, adapters, manager, signals)
-        with metrics.Log(directory, trainer.step, task.metric, write=processes.is_first()) as log:
-            with Progress(console, config.steps, trainer.step, task.per_step, task.unit, task.metric) as progress:
-                _loop(trainer, log, progress)
+        program = _Program(session, adapters, manager)
+        with metrics.Log(directory, program.saved or 0, task.metric, write=processes.is_first()) as log:
+            one = Run(config, directory, log, program.loss)
+            trainer = Trainer(task, [one], program, save_every=config.save_every, saved=program.saved)
+            try:
+                trainer.train(console, signals)
+            except Interrupted:
+                manager.wait()  # in all processes, before one of them ends
+                raise
             if processes.is_first():
-                _finish(trainer, directory, log, console)
+                trainer.draw()
+                _report(session, program.state.adapters, one, console)
 
 
-def _loop(trainer: _Trainer, log: metrics.Log, progress: Progress) -> None:
-    config, signals = trainer.config, trainer.signals
-
-    def record() -> None:
-        score = None
-        if trainer.step % config.test_every == 0 or trainer.step == config.steps:
-            score = trainer.test(progress)
-            progress.tested(trainer.step, score)
-        log.append(trainer.step, trainer.loss, score)
-
-    try:
-        if processes.from_first(not log.lines or log.lines[-1]["step"] != trainer.step):
-            record()  # of step 0, or of a checkpoint whose line was not written any more
-        while trainer.step < config.steps:
-            signals.check()
-            trainer.advance()
-            progress.step(trainer.step, trainer.loss)
-            record()
-    except Interrupted:
-        trainer.save()
-        trainer.manager.wait()
-        raise
-
-
-def _finish(trainer: _Trainer, directory: pathlib.Path, log: metrics.Log, console: rich.console.Console) -> None:
-    task = trainer.session.task
-    files.write(directory / "curve.png", plots.draw(log.lines, task.title, task.metric, task.baseline))
-    before, after = log.score(0), log.score(trainer.config.steps)
-    found = summary(task.variables, trainer.state.adapters)
+def _report(session: Session, adapters: Adapters, one: Run, console: rich.console.Console) -> None:
+    task, log = session.task, one.log
+    before, after = log.score(0), log.score(session.config.steps)
+    found = summary(task.variables, adapters)
     adapter, whole = found.adapter_bytes, found.parameter_bytes
     console.out(
         f"{task.metric.held_out} on {task.held_out}: {before} before, {after} after\n"
         f"adapter: {adapter:,} bytes, base: {whole:,} bytes ({adapter / whole:.2%})\n"
-        f"metrics and picture: {directory / 'metrics.jsonl'}, {directory / 'curve.png'}",
+        f"metrics and picture: {one.directory / 'metrics.jsonl'}, {one.directory / 'curve.png'}",
         highlight=False,
     )

@@ -13,7 +13,7 @@ import safetensors.numpy
 import tokenizers
 
 from lora_jax.adapters.merging import merge
-from lora_jax.core import paths
+from lora_jax.core import files, paths
 from lora_jax.core.adapter import Adapter
 from lora_jax.data.tokenizer import TextTokenizer
 from lora_jax.huggingface import checkpoint_files
@@ -132,7 +132,8 @@ def write_tokenizer(directory: pathlib.Path, source: pathlib.Path, tokenizer: Te
     if source.is_dir():
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
-                shutil.copyfile(source / name, directory / name)
+                with files.reading(source / name):
+                    shutil.copyfile(source / name, directory / name)
         return
     assert isinstance(tokenizer, TextTokenizer)
     tokenizer.tokenizer.save(str(directory / "tokenizer.json"))

@@ -1,5 +1,6 @@
 """Using and examining a finished run: what `lora-jax predict` and `lora-jax inspect` do."""
 
+import argparse
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -12,14 +13,29 @@ import numpy as np
 from lora_jax.adapters import algebra, initializers, merging
 from lora_jax.command import run
 from lora_jax.command.tasks import classify
-from lora_jax.command.tasks.base import user_errors
 from lora_jax.command.tasks.registry import check_task, task_module
 from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, LowRank, attach
 from lora_jax.core.errors import InputError
+from lora_jax.core.text_table import text_table
 from lora_jax.core.transform import lora
 from lora_jax.data import labelled
 from lora_jax.training import checkpoint
+
+
+def predict_command(line: argparse.Namespace) -> int:
+    """`lora-jax predict`; returns the exit code."""
+    for text, found in zip(line.text, predict(line.run, line.text)):
+        best = max(found, key=lambda label: found[label])
+        print(f"{best}\t{found[best]:.3f}\t{text}")
+    return 0
+
+
+def inspect_command(line: argparse.Namespace) -> int:
+    """`lora-jax inspect`; returns the exit code."""
+    titles = ("parameter", "shape", "rank", "scale", "|dW|/|W|", "effective rank")
+    print(text_table([titles, *map(_cells, inspect(line.run))], "lrrrrr"))
+    return 0
 
 
 def load_adapters(directory: pathlib.Path, variables: Any = None) -> dict[str, Adapter]:
@@ -28,10 +44,9 @@ def load_adapters(directory: pathlib.Path, variables: Any = None) -> dict[str, A
     Raises:
       InputError: the run has no complete checkpoint, or it does not fit the base.
     """
-    with user_errors():
-        adapters = checkpoint.load(directory / "adapters", variables=variables)
-        initial = directory / "initial"
-        return initializers.convert(adapters, checkpoint.load(initial)) if initial.exists() else adapters
+    adapters = checkpoint.load(directory / "adapters", variables=variables)
+    initial = directory / "initial"
+    return initializers.convert(adapters, checkpoint.load(initial)) if initial.exists() else adapters
 
 
 def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, float]]:
@@ -40,10 +55,9 @@ def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, flo
     Raises:
       InputError: there is no such run, it has no checkpoint yet, its base model is gone or changed, or a text is empty.
     """
-    with user_errors():
-        if not all(text.strip() for text in texts):
-            raise InputError("a text is empty: there is nothing to classify")
-        config = run.read_config(directory)
+    if not all(text.strip() for text in texts):
+        raise InputError("a text is empty: there is nothing to classify")
+    config = run.read_config(directory)
     check_task(config, "classify")
     base = classify.load_base(classify.base_directory(config), config)
     model, adapters = base.model, load_adapters(directory, base.model.variables)
@@ -76,14 +90,23 @@ class Row:
     effective_rank: float | None
 
 
+def _cells(row: Row) -> tuple[str, ...]:
+    rank = "whole" if row.rank is None else str(row.rank)
+    shape = "x".join(map(str, row.shape))
+    return row.path, shape, rank, _show(row.scale, ".4g"), _show(row.change, ".4f"), _show(row.effective_rank, ".2f")
+
+
+def _show(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 def inspect(directory: pathlib.Path) -> list[Row]:
     """What a run changed, per adapted parameter. Downloads nothing.
 
     Raises:
       InputError: there is no such run, it has no checkpoint yet, or its base model has changed.
     """
-    with user_errors():
-        config = run.read_config(directory)
+    config = run.read_config(directory)
     base = _base_at_hand(config)
     adapters = load_adapters(directory, base.model.variables if base else None)
     weights = paths.flatten(base.model.variables)[0] if base else {}

@@ -64,7 +64,8 @@ class Log:
         self.lines = [line for line in read(directory) if line["step"] <= step] if write else []
         if write:
             files.write(file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
-        self._stream = file.open("a", encoding="utf-8")
+        with files.writing(file):
+            self._stream = file.open("a", encoding="utf-8")
 
     def __enter__(self) -> "Log":
         return self
@@ -88,7 +89,9 @@ def read(directory: pathlib.Path) -> list[Mapping[str, Any]]:
     """The whole lines of a run's metrics, up to the first that is damaged."""
     file = directory / "metrics.jsonl"
     lines = []
-    for text in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
+    with files.reading(file):
+        content = file.read_bytes() if file.exists() else b""
+    for text in content.splitlines(keepends=True):
         try:
             line = json.loads(text)
         except ValueError:

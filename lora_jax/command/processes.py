@@ -14,7 +14,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lora_jax.core.errors import InputError
+from lora_jax.core.fields import check, option
 from lora_jax.sharding import make_mesh, read_axes
 
 _HEARTBEAT = 30  # seconds after which a silent process counts as dead
@@ -32,13 +33,6 @@ _SHUTDOWN = 60  # seconds that a process waits at its end for the others
 class Hosts:
     """The devices of a program.
 
-    Args:
-      mesh: axes among `data`, `fsdp` and `model` and their sizes, the slowest first: `"data=2,model=4"`; `None`: the default
-        device alone.
-      coordinator: `"HOST:PORT"` of the first process, which the others can reach; `None`: there is one process.
-      processes: how many processes there are.
-      process_id: which of them this one is, from 0.
-
     Raises:
       InputError: an option is malformed or out of range, or the others that it needs are missing.
 
@@ -46,12 +40,21 @@ class Hosts:
     {'data': 2, 'model': 4}
     """
 
-    mesh: str | None = None
-    coordinator: str | None = None
-    processes: int | None = None
-    process_id: int | None = None
+    mesh: Annotated[
+        str | None,
+        option("train on all devices: axes among data, fsdp and model, the slowest first, and their sizes, as "
+               "data=2,model=4 (default: one device); also with --resume, whatever it was", metavar="AXES"),
+    ] = None  # fmt: skip
+    coordinator: Annotated[
+        str | None,
+        option("a free port of the first process's host; with the next two, to train in several processes, each started by "
+               "a command of its own", metavar="HOST:PORT"),
+    ] = None  # fmt: skip
+    processes: Annotated[int | None, option("how many processes there are", metavar="N")] = None
+    process_id: Annotated[int | None, option("which of them this is, from 0; the first writes and prints", metavar="I")] = None
 
     def __post_init__(self):
+        check(self)
         _ = self.axes
         together = {"--coordinator": self.coordinator, "--processes": self.processes, "--process-id": self.process_id}
         missing = [name for name, value in together.items() if value is None]
@@ -83,7 +86,7 @@ class Hosts:
         """
         try:
             return None if self.mesh is None else make_mesh(self.axes)
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"--mesh {self.mesh}: {error}") from None
 
     @contextlib.contextmanager

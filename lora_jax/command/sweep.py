@@ -8,14 +8,15 @@ The runs share the base and the data; their ranks, alphas, learning rates and se
 would. A sweep that is stopped leaves its runs as they are, and each can be resumed by itself.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
 import itertools
 import json
-import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,15 +24,36 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from lora_jax.command import metrics, plots, run
-from lora_jax.command.finetune import Interrupted, Signals, optimizer
-from lora_jax.command.progress import Progress
-from lora_jax.command.tasks.base import Session, user_errors
+from lora_jax.command import metrics, options, plots
+from lora_jax.command.options import GRID, RunConfig
+from lora_jax.command.run import create, free_directory
+from lora_jax.command.signals import Interrupted, Signals
+from lora_jax.command.tasks.base import Task
 from lora_jax.command.tasks.registry import prepare
+from lora_jax.command.trainer import Run, Trainer, mean, optimizer
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter
-from lora_jax.core.errors import InputError, MissingError
+from lora_jax.core.errors import InputError
+from lora_jax.core.text_table import text_table
 from lora_jax.training import checkpoint, many, train
+
+
+def sweep_command(line: argparse.Namespace) -> int:
+    """`lora-jax sweep`; returns the exit code."""
+    given = options.given_run(line)
+    values = {name: given.pop(name) for name in GRID if name in given}
+    if line.configs is not None and values:
+        raise InputError("give the runs either as a grid or by --configs: leave one of the two out")
+    members = grid(values) if line.configs is None else read(line.configs)
+    configs = configurations(given.pop("task", "classify"), given, members)
+    directory = line.out or free_directory(pathlib.Path("sweeps"))
+    try:
+        start(configs, directory, rich.console.Console())
+    except Interrupted as error:
+        each = f"lora-jax finetune --resume {directory}/N"
+        print(f"lora-jax: stopped by {error}; go on with each of the {len(configs)} runs N by: {each}", file=sys.stderr)
+        return 128 + error.signum
+    return 0
 
 
 def grid(given: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -45,7 +67,7 @@ def grid(given: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """
     for name, values in given.items():
         if twice := sorted({value for value in values if values.count(value) > 1}):
-            raise InputError(f"--{name.replace('_', '-')} has the value {twice[0]} more than once")
+            raise InputError(f"{options.flag(name)} has the value {twice[0]} more than once")
     return [dict(zip(given, values)) for values in itertools.product(*given.values())]
 
 
@@ -53,26 +75,21 @@ def read(file: pathlib.Path) -> list[dict[str, Any]]:
     """The runs that a JSON file lists: `[{"rank": 8, "learning_rate": 1e-3}, ...]`.
 
     Raises:
-      OSError: the file can't be read.
+      MissingError: there is no such file.
       InputError: it is not a list of objects, or one has an unknown option or a value of another type.
     """
-    if not file.is_file():
-        raise MissingError(f"there is no file {file}")
-    try:
-        listed = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
+    listed = files.read_json(file)
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise InputError(f"{file} must hold a list of objects, one for each run")
     for number, (name, value) in ((i, item) for i, one in enumerate(listed, 1) for item in one.items()):
-        if name not in run.GRID:
-            raise InputError(f"{file}, run {number}: {name!r} is none of {', '.join(run.GRID)}, which may differ in a sweep")
-        if isinstance(value, bool) or not isinstance(value, (int, run.GRID[name])):
-            raise InputError(f"{file}, run {number}: {name} must be a number ({run.GRID[name].__name__}), not {value!r}")
-    return [{name: run.GRID[name](value) for name, value in one.items()} for one in listed]
+        if name not in GRID:
+            raise InputError(f"{file}, run {number}: {name!r} is none of {', '.join(GRID)}, which may differ in a sweep")
+        if isinstance(value, bool) or not isinstance(value, (int, GRID[name].kind)):
+            raise InputError(f"{file}, run {number}: {name} must be a number ({GRID[name].kind.__name__}), not {value!r}")
+    return [{name: GRID[name].kind(value) for name, value in one.items()} for one in listed]
 
 
-def configurations(task: str, shared: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> list[run.RunConfig]:
+def configurations(task: str, shared: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> list[RunConfig]:
     """The options of each run.
 
     Args:
@@ -83,8 +100,8 @@ def configurations(task: str, shared: Mapping[str, Any], members: Sequence[Mappi
     Raises:
       InputError: an option is out of range, there are fewer than two runs, or two are the same.
     """
-    configs = [run.options(task, {**shared, **member}) for member in members]
-    if configs[0].init in run.CHANGE_THE_BASE:
+    configs = [options.new_run(task, {**shared, **member}) for member in members]
+    if configs[0].init in options.CHANGE_THE_BASE:
         raise InputError(
             f"the runs of a sweep share one base, which init={configs[0].init!r} would change for each: leave it out"
         )
@@ -96,123 +113,74 @@ def configurations(task: str, shared: Mapping[str, Any], members: Sequence[Mappi
     return configs
 
 
-def start(configs: Sequence[run.RunConfig], directory: pathlib.Path, console: rich.console.Console) -> None:
+def start(configs: Sequence[RunConfig], directory: pathlib.Path, console: rich.console.Console) -> None:
     """Train a run for each configuration, all in one program.
 
     Raises:
       InputError: bad input, found before any training.
       Interrupted: the sweep was stopped; each of its runs can be resumed.
     """
-    with user_errors():
-        files.check_empty(directory)
+    files.check_empty(directory)
     session = prepare(configs[0])
+    task = session.task
+    configs = [dataclasses.replace(session.config, **{name: getattr(one, name) for name in GRID}) for one in configs]
+    sets = [session.init(config) for config in configs]
     with contextlib.ExitStack() as logs:
-        sweep = _Sweep(session, list(_members(session, configs, directory, logs)), directory)
-        described = [*session.task.description, f"{len(configs)} runs as one program: {directory}"]
+        runs = [_make(config, directory / str(number), task, logs) for number, config in enumerate(configs, 1)]
+        trainer = Trainer(task, runs, _Program(task, runs, sets), save_every=session.config.test_every)
+        described = [*task.description, f"{len(runs)} runs as one program: {directory}"]
         console.out("\n".join([*described, "below: the mean loss and the best score of all runs"]), highlight=False)
         with Signals() as signals:
-            try:
-                sweep.train(console, signals)
-            except Interrupted:
-                sweep.save()
-                raise
-    _finish(sweep, console)
+            trainer.train(console, signals)
+    trainer.draw()
+    _report(trainer, directory, console)
 
 
-@dataclasses.dataclass
-class _Member:
-    """One run of a sweep."""
-
-    config: run.RunConfig
-    adapters: dict[str, Adapter]
-    directory: pathlib.Path
-    log: metrics.Log
-    loss: float | None = None
-
-    def first_state(self) -> train.TrainState:
-        """The state of the run before the first step."""
-        tx = optimizer(self.config)
-        return train.init_state(self.adapters, tx, key=jax.random.key(self.config.seed))
+def _make(config: RunConfig, directory: pathlib.Path, task: Task, logs: contextlib.ExitStack) -> Run:
+    """A new run, whose log is open until `logs` ends."""
+    create(directory, config)
+    return Run(config, directory, logs.enter_context(metrics.Log(directory, 0, task.metric)))
 
 
-def _members(
-    session: Session, configs: Sequence[run.RunConfig], directory: pathlib.Path, logs: contextlib.ExitStack
-) -> Iterator[_Member]:
-    """The runs and their directories, which are made once all adapters are."""
-    own = [dataclasses.replace(session.config, **{name: getattr(one, name) for name in run.GRID}) for one in configs]
-    with user_errors():
-        sets = [session.init(config) for config in own]
-    for number, (config, adapters) in enumerate(zip(own, sets), 1):
-        place = directory / str(number)
-        with user_errors():
-            run.create(place, config)
-        yield _Member(config, adapters, place, logs.enter_context(metrics.Log(place, 0, session.task.metric)))
+class _Program:
+    """All runs of a sweep, their states stacked."""
 
-
-class _Sweep:
-    """The state of a sweep in training."""
-
-    def __init__(self, session: Session, members: Sequence[_Member], directory: pathlib.Path):
-        self.task, self.config, self.members, self.directory = session.task, session.config, members, directory
-        self.step, seeds = 0, [member.config.seed for member in members]
-        self.batches = {seed: self.task.train_batches(seed) for seed in seeds}
-        tx = functools.partial(optimizer, self.config)
-        rates = {"learning_rate": np.array([member.config.learning_rate for member in members], np.float32)}
+    def __init__(self, task: Task, runs: Sequence[Run], sets: Sequence[dict[str, Adapter]]):
+        self._task, self._runs, seeds = task, runs, [run.config.seed for run in runs]
+        self._first_states = [jax.eval_shape(_first_state, run.config, adapters) for run, adapters in zip(runs, sets)]
+        self._batches = {seed: task.train_batches(seed) for seed in seeds}
+        tx = functools.partial(optimizer, runs[0].config)
+        rates = {"learning_rate": np.array([run.config.learning_rate for run in runs], np.float32)}
         keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-        self.states = many.init_states([member.adapters for member in members], tx, rates, keys=keys)
-        axis = None if len(self.batches) == 1 else 0
-        self._train_step = many.make_train_step(self.task.loss, tx, rates, batch_axis=axis, max_grad_norm=1.0)
-        self._measure = many.make_eval_step(self.task.measure)
+        self._states = many.init_states(sets, tx, rates, keys=keys)
+        axis = None if len(self._batches) == 1 else 0
+        self._train_step = many.make_train_step(task.loss, tx, rates, batch_axis=axis, max_grad_norm=1.0)
+        self._measure = many.make_eval_step(task.measure)
 
-    def train(self, console: rich.console.Console, signals: Signals) -> None:
-        """All steps, with tests and checkpoints in between."""
-        task, steps, per_step = self.task, self.config.steps, self.task.per_step * len(self.members)
-        with Progress(console, steps, 0, per_step, task.unit, task.metric) as progress:
-            self._record(self._test(progress, signals))
-            while self.step < steps:
-                signals.check()
-                self._advance()
-                progress.step(self.step, _mean([member.loss for member in self.members]))
-                if self.step % self.config.test_every == 0 or self.step == steps:
-                    self.save()
-                    self._record(self._test(progress, signals))
-                else:
-                    self._record([None] * len(self.members))
-
-    def save(self) -> None:
-        """Write a checkpoint of each run, as a run of its own would."""
-        states = many.unstack(self.states, like=[jax.eval_shape(member.first_state) for member in self.members])
-        for member, state in zip(self.members, states):
-            data = {"position": self.batches[member.config.seed].get_state(), "loss": member.loss}
-            with checkpoint.Manager(member.directory / "adapters", keep=2) as manager:
-                if manager.latest_step() != self.step:
-                    manager.save(state.adapters, config=member.config.lora, step=self.step, state=state, data=data)
-
-    def _advance(self) -> None:
-        """One step of all runs."""
-        by_seed = {seed: next(stream) for seed, stream in self.batches.items()}
-        batches = [by_seed[member.config.seed] for member in self.members]
+    def advance(self) -> np.ndarray:
+        """One step of all runs; the loss of each."""
+        by_seed = {seed: next(stream) for seed, stream in self._batches.items()}
+        batches = [by_seed[run.config.seed] for run in self._runs]
         batch = batches[0] if len(by_seed) == 1 else {name: _together([one[name] for one in batches]) for name in batches[0]}
-        self.states, found = self._train_step(self.states, self.task.variables, batch)
-        self.step += 1
-        for member, loss in zip(self.members, np.asarray(found["loss"], np.float64)):
-            member.loss = _finite(loss)
+        self._states, found = self._train_step(self._states, self._task.variables, batch)
+        return np.asarray(found["loss"], np.float64)
 
-    def _test(self, progress: Progress, signals: Signals) -> list[float | None]:
-        """The scores of all runs on the held-out texts."""
-        task, sums = self.task, np.zeros(())
-        for i, batch in enumerate(task.test_batches()):
-            signals.check()
-            progress.testing(i, task.test_count)
-            sums = sums + np.asarray(self._measure(self.states.adapters, task.variables, batch), np.float64)
-        progress.testing(task.test_count, task.test_count)
-        scores = [_finite(task.score(own)) for own in sums]
-        progress.tested(self.step, task.metric.best([score for score in scores if score is not None], default=None))
-        return scores
+    def measure(self, batch: Any) -> np.ndarray:
+        """What the task measures on a held-out batch, for each run."""
+        return np.asarray(self._measure(self._states.adapters, self._task.variables, batch))
 
-    def _record(self, scores: Sequence[float | None]) -> None:
-        for member, score in zip(self.members, scores):
-            member.log.append(self.step, member.loss, score)
+    def save(self, step: int, losses: Sequence[float | None]) -> None:
+        """Write a checkpoint of each run, as a run of its own would."""
+        states = many.unstack(self._states, like=self._first_states)
+        for run, state, loss in zip(self._runs, states, losses):
+            data = {"position": self._batches[run.config.seed].get_state(), "loss": loss}
+            with checkpoint.Manager(run.directory / "adapters", keep=2) as manager:
+                manager.save(state.adapters, config=run.config.lora, step=step, state=state, data=data)
+
+
+def _first_state(config: RunConfig, adapters: dict[str, Adapter]) -> train.TrainState:
+    """The state of a run before its first step."""
+    return train.init_state(adapters, optimizer(config), key=jax.random.key(config.seed))
 
 
 def _together(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -221,56 +189,47 @@ def _together(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([np.pad(array, [(0, size - own) for own, size in zip(array.shape, shape)]) for array in arrays])
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def _results(sweep: _Sweep) -> list[dict[str, Any]]:
+def _results(trainer: Trainer) -> list[dict[str, Any]]:
     """The options, the last loss and the score of each run, the best first and those that are not finite last."""
-    metric, recent = sweep.task.metric, max(1, sweep.config.steps // 10)
+    metric, recent = trainer.task.metric, max(1, trainer.steps // 10)
     results = []
-    for member in sweep.members:
-        options = {name: getattr(member.config, name) for name in run.GRID}
-        loss = _mean([line["loss"] for line in member.log.lines[-recent:]])
-        results.append(
-            {"run": member.directory.name, **options, "loss": loss, metric.field: member.log.lines[-1][metric.field]}
-        )
+    for run in trainer.runs:
+        grid = {name: getattr(run.config, name) for name in GRID}
+        loss = mean([line["loss"] for line in run.log.lines[-recent:]])
+        score = run.log.lines[-1][metric.field]
+        results.append({"run": run.directory.name, **grid, "loss": loss, metric.field: score})
     known = [result for result in results if result[metric.field] is not None]
     known.sort(key=lambda result: result[metric.field], reverse=metric.best is max)
     return known + [result for result in results if result[metric.field] is None]
 
 
-def _finish(sweep: _Sweep, console: rich.console.Console) -> None:
-    """The results as a table, a file and pictures."""
-    task, directory, results = sweep.task, sweep.directory, _results(sweep)
-    members = {member.directory.name: member for member in sweep.members}
+def _report(trainer: Trainer, directory: pathlib.Path, console: rich.console.Console) -> None:
+    """The results as a table, a file and a picture."""
+    task, results = trainer.task, _results(trainer)
     content = {"metric": task.metric.field, "held_out": task.held_out, "runs": results}
     files.write(directory / "results.json", (json.dumps(content, indent=1) + "\n").encode())
-    for member in sweep.members:
-        picture = plots.draw(member.log.lines, task.title, task.metric, task.baseline)
-        files.write(member.directory / "curve.png", picture)
-    differing = [name for name in run.GRID if len({result[name] for result in results}) > 1]
-    label = lambda one: f"{one['run']}: " + ", ".join(f"{name.replace('_', ' ')} {one[name]:g}" for name in differing)
-    shown = {label(one): (members[one["run"]].log.lines, one[task.metric.field]) for one in results}
+    differing = [name for name in GRID if len({result[name] for result in results}) > 1]
+    lines = {run.directory.name: run.log.lines for run in trainer.runs}
+    shown = {_label(result, differing): (lines[result["run"]], result[task.metric.field]) for result in results}
     files.write(directory / "sweep.png", plots.compare(shown, task.title, task.metric))
-    console.out("\n".join(_table(results, differing, task.metric)), highlight=False)
+    console.out(_table(results, differing, task.metric), highlight=False)
     console.out(f"best run: {directory / results[0]['run']}", highlight=False)
     console.out(f"table and picture: {directory / 'results.json'}, {directory / 'sweep.png'}", highlight=False)
 
 
-def _table(results: Sequence[Mapping[str, Any]], differing: Sequence[str], metric: metrics.Metric) -> Iterator[str]:
-    show = lambda value, form: "not finite" if value is None else format(value, form)
+def _label(result: Mapping[str, Any], differing: Sequence[str]) -> str:
+    return f"{result['run']}: " + ", ".join(f"{name.replace('_', ' ')} {result[name]:g}" for name in differing)
+
+
+def _table(results: Sequence[Mapping[str, Any]], differing: Sequence[str], metric: metrics.Metric) -> str:
     forms = {"run": "", **dict.fromkeys(differing, "g"), "loss": ".4f", metric.field: metric.form}
-    cells = [[name.replace("_", " ") for name in forms]]
-    cells += [[show(result[name], form) for name, form in forms.items()] for result in results]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths))
+    titles = [name.replace("_", " ") for name in forms]
+    cells = [[_cell(result[name], form) for name, form in forms.items()] for result in results]
+    return text_table([titles, *cells], "r" * len(forms))
+
+
+def _cell(value: Any, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

@@ -5,6 +5,10 @@ class InputError(ValueError):
     """What was asked for can't be done: one sentence for the user, that names what is wrong and what to do."""
 
 
+class FileError(InputError, OSError):
+    """The system can't read or write a file or directory that was named."""
+
+
 class MissingError(InputError, FileNotFoundError):
     """A file or directory that was named is not there."""
 

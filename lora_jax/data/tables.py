@@ -1,12 +1,12 @@
 """Tables of texts: `.csv` files with a header, and `.jsonl` files with an object per line."""
 
 import csv
-import json
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lora_jax.core.errors import InputError, MissingError
+from lora_jax.core.files import parse_json, reading
 
 SUFFIXES = (".csv", ".jsonl")
 
@@ -49,10 +49,8 @@ def rows(file: pathlib.Path, fields: Iterable[str]) -> Iterator[tuple[int, dict[
       InputError: the file is damaged or not UTF-8, or a column is missing; the message names the line.
     """
     read = _csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows
-    try:
+    with reading(file):
         yield from read(file, tuple(fields))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text: {error}") from None
 
 
 def _csv_rows(file: pathlib.Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -72,10 +70,7 @@ def _jsonl_rows(file: pathlib.Path, fields: tuple[str, ...]) -> Iterator[tuple[i
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise InputError(f"{file}, line {number} is not JSON: {error}") from None
+            row = parse_json(line, f"{file}, line {number}")
             if not isinstance(row, dict):
                 raise InputError(f"{file}, line {number} must be a JSON object, not {type(row).__name__}")
             check_fields(f"{file}, line {number}", fields, row)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from lora_jax.core import files
 from lora_jax.core.errors import InputError
 from lora_jax.data.chat import ChatTemplate, Messages
 from lora_jax.models import gguf_files
@@ -114,7 +114,8 @@ def _of_gguf(file: pathlib.Path) -> TextTokenizer:
 
 
 def _of_directory(directory: pathlib.Path) -> TextTokenizer:
-    config = _read_config(directory / _CONFIG)
+    file = directory / _CONFIG
+    config = files.read_json_object(file) if file.is_file() else {}
     special = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
     named = {name: text for name, text in special.items() if isinstance(text, str)}
     return TextTokenizer(read_tokenizer(directory), named, _template(directory, config), directory)
@@ -135,24 +136,16 @@ def read_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer:
         raise InputError(f"{file} can't be read: {error}") from None
 
 
-def _read_config(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file} must hold a JSON object, not {type(config).__name__}")
-    return config
-
-
 def _content(token: Any) -> Any:
     """The text of a special token, which may be written as an object with its properties."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _template(directory: pathlib.Path, config: Mapping[str, Any]) -> str | None:
-    if (directory / _JINJA).is_file():
-        return (directory / _JINJA).read_text(encoding="utf-8")
+    file = directory / _JINJA
+    if file.is_file():
+        with files.reading(file):
+            return file.read_text(encoding="utf-8")
     found = config.get("chat_template")
     if isinstance(found, list):  # several by name
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}

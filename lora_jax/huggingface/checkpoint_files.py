@@ -1,6 +1,5 @@
 """The files of a Hugging Face model directory, read with errors that name the file."""
 
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -8,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import safetensors
 
+from lora_jax.core import files
 from lora_jax.core.errors import InputError, MissingError
 from lora_jax.huggingface.names import HFName, listing
 
@@ -75,8 +75,9 @@ class SafeTensors:
         if dtype not in _FLOATS:
             raise InputError(f"{self.file}: {stored} is stored as {dtype}; {', '.join(_FLOATS)} can be read")
         # Opened each time: what was read of a file stays in this process's memory for as long as it is open.
-        opened: Any = safetensors.safe_open(file, framework="numpy")
-        return opened.get_slice(stored)[rows]
+        with files.reading(file):
+            opened: Any = safetensors.safe_open(file, framework="numpy")
+            return opened.get_slice(stored)[rows]
 
 
 def _shards(directory: pathlib.Path) -> dict[pathlib.Path, list[str]]:
@@ -86,10 +87,10 @@ def _shards(directory: pathlib.Path) -> dict[pathlib.Path, list[str]]:
         raise InputError(f"{directory / INDEX} must have a weight_map, an object of file names by tensor")
     bad = {name for name in placed.values() if not _is_plain(name)}
     complain(f"{directory / INDEX} has file names that are not plain ones ending in .safetensors:", map(repr, bad))
-    files: dict[pathlib.Path, list[str]] = {}
+    listed: dict[pathlib.Path, list[str]] = {}
     for tensor, name in placed.items():
-        files.setdefault(directory / name, []).append(tensor)
-    return {existing(directory, file.name): names for file, names in files.items()}
+        listed.setdefault(directory / name, []).append(tensor)
+    return {existing(directory, file.name): names for file, names in listed.items()}
 
 
 def _is_plain(name: str) -> bool:
@@ -104,14 +105,7 @@ def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
       MissingError: there is no such directory or file.
       InputError: the file is not a JSON object.
     """
-    file = existing(directory, name)
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{file} must hold a JSON object, not {type(fields).__name__}")
-    return fields
+    return files.read_json_object(existing(directory, name))
 
 
 def check(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import InputError, MissingError
+from lora_jax.core.files import reading
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
@@ -89,7 +90,7 @@ class GgufFile:
         self.metadata: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, tuple[str, int, int]] = {}
-        with self.file.open("rb") as opened:
+        with reading(self.file), self.file.open("rb") as opened:
             self._size = opened.seek(0, 2)
             if not self._size:
                 raise InputError(f"{self.file} is no GGUF file: it is empty")
@@ -163,7 +164,8 @@ class GgufFile:
 
     def _bytes(self, begin: int, length: int) -> np.ndarray:
         """Not through a mapping, of which each page that was read counts as this process's memory."""
-        return np.fromfile(self.file, np.uint8, length, offset=begin)
+        with reading(self.file):
+            return np.fromfile(self.file, np.uint8, length, offset=begin)
 
     def _order(self, stored: str, count: int) -> np.ndarray:
         """Where each row stands in the file: llama.cpp puts the two halves of a rotated pair side by side.

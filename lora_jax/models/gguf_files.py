@@ -62,7 +62,7 @@ def read_config(tensors: GgufFile) -> LlamaConfig:
     )
     try:
         return LlamaConfig(**fields)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{tensors.file}: {error}") from None
 
 

@@ -315,7 +315,7 @@ def _read_directory(directory: pathlib.Path) -> LlamaConfig:
     fields = checkpoint_files.read_json(directory, "config.json")
     try:
         return read_config(fields)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{directory / 'config.json'}: {error}") from None
 
 

@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding
 
 from lora_jax.adapters import quant
 from lora_jax.core import paths
-from lora_jax.core.errors import InputError
 from lora_jax.huggingface.checkpoint_files import Tensors
 from lora_jax.huggingface.names import HFName
 from lora_jax.sharding import part_shardings
@@ -96,10 +95,7 @@ class Reader:
     block: int | None = None
 
     def __post_init__(self):
-        if self.quantize is not None:
-            quant.check("quantize", self.quantize, self.block)
-        elif self.block is not None:
-            raise InputError("block is for a quantised base: leave it out, or say how to quantise")
+        quant.check_optional(self.quantize, self.block)
 
     def place(self, path: str, shape: tuple[int, ...]) -> Any:
         """Where a parameter goes; `None` for the default device."""

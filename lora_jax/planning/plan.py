@@ -5,14 +5,15 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from jax.sharding import AbstractMesh, AxisType
 
 from lora_jax.adapters import quant
 from lora_jax.adapters.config import LoraConfig
-from lora_jax.command.tasks.base import user_errors
 from lora_jax.core.errors import InputError, MissingError
+from lora_jax.core.fields import check, option
+from lora_jax.core.files import read_json_object
 from lora_jax.models import presets
 from lora_jax.models.decoder_config import LlamaConfig, read_config
 from lora_jax.planning import memory_estimate, topology, train_steps
@@ -20,7 +21,6 @@ from lora_jax.planning.collectives import Collective
 from lora_jax.planning.flops import dot_flops
 from lora_jax.sharding import AXES, make_mesh
 
-QUANTISATIONS = ("none", *quant.DTYPES)
 COMPARISONS = tuple(name for name in train_steps.STEPS if name != "lora")
 ESTIMATE, COMPILER, CPU_COMPILER = "analytic estimate", "compiler", "compiler, for CPUs"
 
@@ -29,44 +29,35 @@ ESTIMATE, COMPILER, CPU_COMPILER = "analytic estimate", "compiler", "compiler, f
 class Request:
     """What to plan.
 
-    Args:
-      model: a name of `lora_jax.models.shapes.NAMES`, a `config.json` or the directory of one.
-      rank: of every pair.
-      targets: patterns, as in `LoraConfig`.
-      batch: rows in a step, on all chips together; `None`: one for each of data x fsdp.
-      sequence: tokens in a row.
-      quantize: of what kind the layers' kernels are, or `"none"`: bfloat16, as the embedding and the head are always.
-      block: how many quantised values share a scale; `None`: 64. Only with `quantize`.
-      topology: as `lora_jax.planning.topology.read` takes it.
-      mesh: `{axis: size}` of `sharding.AXES`, the slowest first, of all chips; `None`: all along fsdp.
-      compare: other steps, of `COMPARISONS`.
-
     Raises:
       InputError: an option is out of range, or they do not go together.
     """
 
-    model: str
-    rank: int = 16
-    targets: Sequence[str] = train_steps.PROJECTIONS
-    batch: int | None = None
-    sequence: int = 2048
-    quantize: str = "none"
-    block: int | None = None
-    topology: str = "v5p:1x1x1"
-    mesh: Mapping[str, int] | None = None
-    compare: Sequence[str] = ()
+    model: Annotated[str, option(f"{', '.join(presets.NAMES)}, or a config.json or its directory")]
+    rank: Annotated[int, option("rank of every low-rank pair")] = 16
+    targets: Annotated[Sequence[str], option("kernels to adapt", metavar="PATTERN")] = train_steps.PROJECTIONS
+    batch: Annotated[
+        int | None, option("rows per step on all chips (default: one for each of data x fsdp)", ge=1, must_be="at least 1")
+    ] = None
+    sequence: Annotated[int, option("tokens per row", ge=1, must_be="at least 1")] = 2048
+    quantize: Annotated[
+        Literal["none", "nf4", "int4", "int8", "fp8"],
+        option("the layers' kernels: none (bfloat16, as the embedding and the head always), nf4, int4, int8 or fp8"),
+    ] = "none"
+    block: Annotated[int | None, option("how many quantised values share a scale, 64 if left out")] = None
+    topology: Annotated[
+        str, option("v4, v5e, v5p or v6e and a shape, such as v6e:4x4, or a GPU or cpu and how many, such as h100:8")
+    ] = "v5p:1x1x1"
+    mesh: Annotated[
+        Mapping[str, int] | None,
+        option("how its chips are used: sizes of data, fsdp and model, the slowest first, such as fsdp=4,model=2 "
+               "(default: all along fsdp)"),
+    ] = None  # fmt: skip
+    compare: Annotated[Sequence[str], option("also: full (fine-tuning), naive (W + AB formed)", metavar="STEP")] = ()
 
     def __post_init__(self) -> None:
-        for name in ("batch", "sequence"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}")
-        if self.quantize not in QUANTISATIONS:
-            raise InputError(f"quantize must be one of {', '.join(QUANTISATIONS)}, not {self.quantize!r}")
-        if self.quantize != "none":
-            quant.check("quantize", self.quantize, self.block)
-        elif self.block is not None:
-            raise InputError("block is for a quantised base only: leave it out, or say how to quantise")
+        check(self)
+        quant.check_optional(self.quantization, self.block)
         unknown = [name for name in self.compare if name not in COMPARISONS]
         if unknown:
             raise InputError(f"compare takes {', '.join(COMPARISONS)}, not {', '.join(map(repr, unknown))}")
@@ -80,6 +71,11 @@ class Request:
             raise InputError(
                 f"batch: the {self.batch} rows are cut along data and fsdp into {self._parts()} parts: take a multiple of that"
             )
+
+    @property
+    def quantization(self) -> str | None:
+        """How the layers' kernels are quantised, if they are."""
+        return None if self.quantize == "none" else self.quantize
 
     def axes(self) -> dict[str, int]:
         """The mesh, also where none was asked for."""
@@ -184,10 +180,9 @@ def make(request: Request, progress: Callable[[str], None] = lambda text: None) 
         does not know the topology.
     """
     target = topology.read(request.topology)
-    with user_errors():
-        config = _config(request.model)
-        sources = list(_sources(target))  # before JAX starts: it may need more CPU devices than it has
-        setups = {source: _setup(request, config, devices) for source, devices in sources}
+    config = _config(request.model)
+    sources = list(_sources(target))  # before JAX starts: it may need more CPU devices than it has
+    setups = {source: _setup(request, config, devices) for source, devices in sources}
     plans = []
     for name in ("lora", *request.compare):
         for source, setup in setups.items():
@@ -226,9 +221,10 @@ def _setup(request: Request, config: LlamaConfig, devices: Sequence[Any] | None)
     axes = request.axes()
     types = (AxisType.Auto,) * len(axes)
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types) if devices is None else make_mesh(axes, devices)
-    quantize = None if request.quantize == "none" else request.quantize
     adapters = LoraConfig(rank=request.rank, targets=request.targets)
-    return train_steps.prepare(mesh, config, adapters, request.rows(), request.sequence, quantize, request.block or 64)
+    return train_steps.prepare(
+        mesh, config, adapters, request.rows(), request.sequence, request.quantization, request.block or 64
+    )
 
 
 def _config(model: str) -> LlamaConfig:
@@ -238,15 +234,10 @@ def _config(model: str) -> LlamaConfig:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise MissingError(f"model: {model} is neither a config.json nor one of {', '.join(presets.NAMES)}")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"model: {file} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"model: {file} must hold a JSON object, not {type(fields).__name__}")
+    fields = read_json_object(file)
     try:
         return read_config(fields)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"model: {file}: {error}") from None
 
 

@@ -9,7 +9,7 @@ from lora_jax.planning.plan import Plan, StepPlan
 def table(plan: Plan) -> str:
     """A plan as text, with a column for each step."""
     request = plan.request
-    base = "bfloat16" if request.quantize == "none" else f"{request.quantize} (embedding and head bfloat16)"
+    base = "bfloat16" if request.quantization is None else f"{request.quantize} (embedding and head bfloat16)"
     hbm = "" if plan.hbm_bytes_per_chip is None else f" with {_gib(plan.hbm_bytes_per_chip)} each"
     mesh = ", ".join(f"{name}={size}" for name, size in plan.mesh.items())
     lines = [

@@ -26,6 +26,7 @@ from lora_jax.adapters.config import LoraConfig
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, check
 from lora_jax.core.errors import InputError, MissingError
+from lora_jax.core.files import reading
 from lora_jax.training import packing, train
 
 FORMAT_VERSION = 1
@@ -221,7 +222,8 @@ def _steps(directory: epath.Path) -> dict[int, epath.Path]:
     """The folders of the complete steps."""
     if not directory.exists():
         return {}
-    return {int(path.name): path for path in directory.iterdir() if path.name.isdecimal() and _is_complete(path)}
+    with reading(directory):
+        return {int(path.name): path for path in directory.iterdir() if path.name.isdecimal() and _is_complete(path)}
 
 
 def _is_complete(folder: epath.Path) -> bool:
@@ -266,7 +268,8 @@ def _find(directory: epath.Path, step: int | None) -> epath.Path:
 
 
 def _read_meta(folder: epath.Path) -> dict[str, Any]:
-    meta = json.loads((folder / "meta" / "metadata").read_text())
+    with reading(folder):
+        meta = json.loads((folder / "meta" / "metadata").read_text())
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(

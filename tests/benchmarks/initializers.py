@@ -24,9 +24,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # so that it runs as
 
 from lora_jax.adapters import initializers
 from lora_jax.adapters.initializers.moments import moments
-from lora_jax.command import finetune, run
+from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks import classify
 from lora_jax.command.tasks.base import Session
+from lora_jax.command.trainer import optimizer
 from lora_jax.training import train
 
 POINTS = 6
@@ -59,7 +60,7 @@ def started(name: str, session: Session) -> tuple[Any, Any]:
 def trained(session: Session, variables: Any, adapters: Any) -> Iterator[str]:
     """At each point the step, the mean loss since the last one, and at every second the accuracy."""
     config, task = session.config, session.task
-    tx = finetune.optimizer(config.steps, config.learning_rate)
+    tx = optimizer(config)
     state = train.init_state(adapters, tx, key=jax.random.key(config.seed))
     step, measure = train.make_train_step(task.loss, tx, max_grad_norm=1.0), train.make_eval_step(task.measure)
     batches, losses = task.train_batches(config.seed), []
@@ -77,13 +78,13 @@ def trained(session: Session, variables: Any, adapters: Any) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=run.RunConfig().steps)
-    parser.add_argument("--learning-rate", type=float, default=run.RunConfig().learning_rate)
+    parser.add_argument("--steps", type=int, default=RunConfig().steps)
+    parser.add_argument("--learning-rate", type=float, default=RunConfig().learning_rate)
     parser.add_argument(
         "--start", choices=STARTS, action="append", help="may be given several times (default: default, pissa, eva)"
     )
     options = parser.parse_args()
-    session = classify.prepare(run.RunConfig(steps=options.steps, learning_rate=options.learning_rate))
+    session = classify.prepare(RunConfig(steps=options.steps, learning_rate=options.learning_rate))
     print(f"{options.steps} steps up to {options.learning_rate}; the training loss (and test accuracy) at some of them")
     for name in options.start or ("default", "pissa", "eva"):
         began = time.perf_counter()

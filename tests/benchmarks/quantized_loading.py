@@ -75,10 +75,10 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         print(json.dumps(measure(*arguments)))
         return
-    from lora_jax.command import run
+    from lora_jax.command.options import RunConfig
     from lora_jax.command.tasks import lm
 
-    source = arguments[0] if arguments else str(lm.base_directory(run.RunConfig(task="lm")))
+    source = arguments[0] if arguments else str(lm.base_directory(RunConfig(task="lm")))
     print("  ".join(f"{name:>12}" for name in COLUMNS))
     for row in rows(source):
         cells = (value if isinstance(value, str) else f"{value:.2f}" for value in row.values())

@@ -1,12 +1,15 @@
 """Bad input to the command: one sentence on stderr, exit code 2, no traceback, and no run directory."""
 
 import json
+import pathlib
 import re
 
 import pytest
 
-from lora_jax.command import cli, finetune
-from lora_jax.data import fetch
+from lora_jax.command import cli, finetune, run
+from lora_jax.core.errors import InputError
+from lora_jax.data import fetch, labelled
+from lora_jax.models import bert
 from tests.support import tiny
 
 
@@ -120,6 +123,30 @@ def test_a_bug_keeps_its_traceback(home, monkeypatch):
         cli.main(changed(home))
 
 
+@pytest.mark.parametrize("piece", [(labelled, "encode"), (bert, "load"), (run, "create")], ids=lambda piece: piece[1])
+def test_a_bug_is_no_bad_input(home, capsys, monkeypatch, piece):
+    """Of the same piece: a ValueError or OSError of its own keeps its traceback, an InputError is one line."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(*piece, fail)
+    for error in (ValueError("a bug"), OSError("a bug")):
+        with pytest.raises(type(error), match=r"^a bug$"):
+            cli.main(changed(home))
+    error = InputError("a mistake")
+    refused(changed(home), "^lora-jax: a mistake\n$", capsys)
+
+
+def test_a_file_that_the_system_refuses(home, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    for method in ("open", "read_text"):
+        monkeypatch.setattr(pathlib.Path, method, refuse)
+    refused(changed(home), r"reviews\.csv can't be read: Permission denied", capsys)
+
+
 def test_nothing_to_download(home, capsys, monkeypatch):
     def fail(package, _):
         raise fetch.FetchError(f"no {package}")
@@ -153,6 +180,8 @@ def test_damaged_run(stopped, capsys, command):
     refused([*command, stopped], "has the format version 5, but this lora_jax reads 1 to 4", capsys)
     edit(stopped, format_version=4, layers=3)
     refused([*command, stopped], "has missing or unknown fields: layers", capsys)
+    (stopped / "config.json").write_bytes(b'{"task": "\xff"}')
+    refused([*command, stopped], r"config\.json is not UTF-8 text", capsys)
     (stopped / "config.json").write_text("[")
     refused([*command, stopped], r"config\.json is not JSON", capsys)
 

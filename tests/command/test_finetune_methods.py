@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.command import cli, inspect, run
+from lora_jax.command import cli, inspect, options, run
 from lora_jax.command.tasks import registry
 from tests.support import tiny
 
@@ -49,7 +49,7 @@ def test_methods(home, tmp_path, capsys, options, frozen, extra):
     assert "bad" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("init", run.CHANGE_THE_BASE)
+@pytest.mark.parametrize("init", options.CHANGE_THE_BASE)
 def test_a_changed_base(home, tmp_path, init):
     """The run trains pairs on the changed base; the other commands see plain ones of twice the rank on the original."""
     directory = tmp_path / "run"
@@ -105,5 +105,5 @@ def test_a_sweep_shares_its_base(home, tmp_path, capsys):
 
 
 def test_the_configuration_says_the_method():
-    config = run.options("classify", {"dora": True, "scaling": "rslora", "init": "gaussian"})
+    config = options.new_run("classify", {"dora": True, "scaling": "rslora", "init": "gaussian"})
     assert config.lora == dataclasses.replace(lj.LoraConfig(train=["classifier"]), dora=True, scaling="rslora", init="gaussian")

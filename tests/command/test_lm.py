@@ -14,6 +14,9 @@ import safetensors.numpy
 
 import lora_jax as lj
 from lora_jax.command import cli, finetune, hf_export, inspect, metrics, run
+from lora_jax.command.options import RunConfig
+from lora_jax.command.progress import Progress
+from lora_jax.command.tasks import registry
 from lora_jax.data import tokenizer
 from lora_jax.models import llama
 from tests.huggingface import test_gguf
@@ -66,7 +69,7 @@ def test_perplexity_falls(reference):
 def test_perplexity_is_that_of_each_text_alone(home, reference):
     """The first perplexity of the run, from the texts themselves."""
     loaded = llama.load(home / "model")
-    session = finetune.prepare(run.read_config(reference))
+    session = registry.prepare(run.read_config(reference))
     logits_of = jax.jit(loaded.apply)
     total, count = 0.0, 0
     for batch in session.task.test_batches():
@@ -84,7 +87,7 @@ def test_perplexity_is_that_of_each_text_alone(home, reference):
 
 def test_a_stopped_run_ends_alike(home, reference, tmp_path, capsys, monkeypatch):
     directory, arguments = tmp_path / "run", tiny_lm.options(home, tmp_path / "run")
-    step = finetune.Progress.step
+    step = Progress.step
     for stop in (8, 21):
 
         def stopping(self, number, loss, stop=stop):
@@ -92,11 +95,11 @@ def test_a_stopped_run_ends_alike(home, reference, tmp_path, capsys, monkeypatch
             if number == stop:
                 signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr(finetune.Progress, "step", stopping)
+        monkeypatch.setattr(Progress, "step", stopping)
         assert f"finetune --resume {directory}" in call(arguments, capsys, code=130)
         assert lj.checkpoint.restore(directory / "adapters").step == stop
         arguments = ["finetune", "--resume", directory]
-    monkeypatch.setattr(finetune.Progress, "step", step)
+    monkeypatch.setattr(Progress, "step", step)
     printed = call(arguments, capsys)
     assert "held-out perplexity on " in printed and " tokens: " in printed
     same_files(directory, reference)
@@ -209,7 +212,7 @@ def test_merged_keeps_the_dtypes_of_the_base(home, reference, tmp_path, capsys):
 
 def test_merged_of_a_gguf_file(tmp_path, capsys):
     base = test_gguf.write(tmp_path / "tiny.gguf", "base", tokens=True)
-    config = run.RunConfig(task="lm", model=str(base), rank=2)
+    config = RunConfig(task="lm", model=str(base), rank=2)
     run.create(tmp_path / "run", config)
     loaded = llama.load(base)
     adapters = lj.init(jax.random.key(0), config.lora, loaded.apply, loaded.variables, jnp.zeros((1, 4), jnp.int32))
@@ -295,7 +298,7 @@ def test_a_pooling_that_transformers_lacks(home, tmp_path, capsys):
     (tmp_path / "bert" / "modules.json").write_text("[]")
     (tmp_path / "bert" / "1_Pooling").mkdir()
     (tmp_path / "bert" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    config = run.RunConfig(model=str(tmp_path / "bert"), labels=["bad", "good"], max_length=16, rank=2)
+    config = RunConfig(model=str(tmp_path / "bert"), labels=["bad", "good"], max_length=16, rank=2)
     run.create(tmp_path / "classifier", config)
     base = lj.models.bert.load(tmp_path / "bert", num_labels=2)
     adapters = lj.init(jax.random.key(0), config.lora, base.apply, base.variables, jnp.zeros((1, 4), jnp.int32))

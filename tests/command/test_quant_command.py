@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 
 import lora_jax as lj
-from lora_jax.command import cli, finetune, inspect, run
+from lora_jax.command import cli, inspect, run
+from lora_jax.command.progress import Progress
 from lora_jax.command.tasks import classify, lm
 from lora_jax.core import paths
 from lora_jax.models import llama
@@ -45,7 +46,7 @@ def reference(home):
 
 
 def test_a_stopped_run_ends_alike(home, reference, tmp_path, capsys, monkeypatch):
-    step = finetune.Progress.step
+    step = Progress.step
 
     def stopping(self, number, loss):
         step(self, number, loss)
@@ -53,7 +54,7 @@ def test_a_stopped_run_ends_alike(home, reference, tmp_path, capsys, monkeypatch
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Progress, "step", stopping)
+        patch.setattr(Progress, "step", stopping)
         call(options(home, tmp_path / "run"), capsys, code=130)
     call(["finetune", "--resume", tmp_path / "run"], capsys)
     ours, theirs = (lj.checkpoint.load(directory / "adapters") for directory in (tmp_path / "run", reference))

@@ -12,6 +12,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.command import cli, run, sweep
+from lora_jax.command.options import GRID
 from tests.core.test_identity import distance
 from tests.support import tiny, tiny_lm
 
@@ -101,7 +102,7 @@ def test_results(swept):
     assert scores == sorted(scores, reverse=task == "classify") and len({one["run"] for one in results["runs"]}) == 4
     for one in results["runs"]:
         config = run.read_config(out / one["run"])
-        assert {name: getattr(config, name) for name in run.GRID} == {name: one[name] for name in run.GRID}
+        assert {name: getattr(config, name) for name in GRID} == {name: one[name] for name in GRID}
     header, *rows = [line.split() for line in output.splitlines() if line.startswith((" ", "run ")) and "loss" not in line[:5]][
         -5:
     ]

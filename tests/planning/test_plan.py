@@ -150,7 +150,7 @@ def test_json_and_text(config, capsys, monkeypatch):
         (["llama-3-8b", "--batch", "0"], "batch must be at least 1, not 0"),
         (["llama-3-8b", "--sequence", "0"], "sequence must be at least 1, not 0"),
         (["llama-3-8b", "--quantize", "int3"], "quantize must be one of none, nf4, int4, int8, fp8, not 'int3'"),
-        (["llama-3-8b", "--block", "32"], "block is for a quantised base only"),
+        (["llama-3-8b", "--block", "32"], "block is for a quantised base: leave it out"),
         (["llama-3-8b", "--quantize", "nf4", "--block", "0"], "block must be None or a whole number of at least 1, not 0"),
         (["llama-3-8b", "--topology", "v9:2x2"], "topology must be a TPU and its shape, such as v5e:2x2"),
         (["llama-3-8b", "--topology", "v5e:0x2"], "topology must be a TPU and its shape, such as v5e:2x2"),

