@@ -16,8 +16,7 @@ import lora_jax as lj
 from lora_jax.command import cli, finetune, hf_export, inspect, metrics, run
 from lora_jax.data import tokenizer
 from lora_jax.models import llama
-from tests.huggingface import test_gguf
-from tests.support import tiny, tiny_lm
+from tests.support import gguf_write, tiny, tiny_lm
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
@@ -208,7 +207,7 @@ def test_merged_keeps_the_dtypes_of_the_base(home, reference, tmp_path, capsys):
 
 
 def test_merged_of_a_gguf_file(tmp_path, capsys):
-    base = test_gguf.write(tmp_path / "tiny.gguf", "base", tokens=True)
+    base = gguf_write.write(tmp_path / "tiny.gguf", "base", tokens=True)
     config = run.RunConfig(task="lm", model=str(base), rank=2)
     run.create(tmp_path / "run", config)
     loaded = llama.load(base)
