@@ -1,16 +1,33 @@
 """Strict settings for every test: 8 CPU devices, no implicit promotion, warnings are errors."""
 
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # compiling is most of the time
+flags = ["--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")]
+if "--xla_backend_optimization_level" not in flags[1]:
+    flags.append("--xla_backend_optimization_level=0")  # compiling is most of the time
+os.environ["XLA_FLAGS"] = " ".join(flags)
+# Programs are compiled once for all workers, the processes that tests start, and later runs; `--cache-clear` removes them.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("seeded", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("seeded")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    """Compiled programs take memory; those of a module are of no use to the next."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 
 import lora_jax as lj
 from lora_jax.adapters.combine import combine
-from tests.adapters.test_algebra import pair
-from tests.core.test_identity import distance
+from tests.support.identity import distance
+from tests.support.pairs import pair
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "combine"
 GIVEN = load_file(DATA / "adapters.safetensors")

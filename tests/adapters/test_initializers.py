@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 import lora_jax as lj
 from lora_jax.adapters.initializers import convert, corda, eva, gradients, loftq, lora_ga, milora, olora, pissa
 from lora_jax.adapters.initializers.moments import Moments, moments
-from tests.adapters.test_algebra import matrices
-from tests.core.test_identity import distance
+from tests.support.identity import distance
+from tests.support.pairs import matrices
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "initializers"
 DENSE = lj.Layout((), (0,), (1,))

@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core import jax_compat
-from tests.core.test_identity import BF16, F32, distance, random_adapters, value_and_grads
+from tests.support.identity import BF16, F32, distance, random_adapters, value_and_grads
 
 IDS = jnp.array([[1, 7, 8, 2, 5], [7, 8, 3, 7, 8], [8, 7, 0, 10, 4]])
 METHODS = {

@@ -12,7 +12,7 @@ import qwix
 import lora_jax as lj
 from lora_jax.adapters import quant
 from lora_jax.core import paths
-from tests.core.test_identity import F32, distance, prepare, random_adapters, settings, value_and_grads
+from tests.support.identity import F32, distance, prepare, random_adapters, settings, value_and_grads
 
 ROUNDED = ("plain_function", "linen_mlp", "linen_attention", "linen_scan_remat", "linen_tied_embedding", "conv_2d", "gemma_einsum",
            "transposed_kernel", "experts_einsum", "experts_ragged", "experts_gathered", "moved_about", "control_flow", "nnx_modules")  # fmt: skip

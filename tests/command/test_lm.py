@@ -19,8 +19,7 @@ from lora_jax.command.progress import Progress
 from lora_jax.command.tasks import registry
 from lora_jax.data import tokenizer
 from lora_jax.models import llama
-from tests.huggingface import test_gguf
-from tests.support import tiny, tiny_lm
+from tests.support import gguf_write, tiny, tiny_lm
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
@@ -211,7 +210,7 @@ def test_merged_keeps_the_dtypes_of_the_base(home, reference, tmp_path, capsys):
 
 
 def test_merged_of_a_gguf_file(tmp_path, capsys):
-    base = test_gguf.write(tmp_path / "tiny.gguf", "base", tokens=True)
+    base = gguf_write.write(tmp_path / "tiny.gguf", "base", tokens=True)
     config = RunConfig(task="lm", model=str(base), rank=2)
     run.create(tmp_path / "run", config)
     loaded = llama.load(base)

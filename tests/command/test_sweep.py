@@ -13,8 +13,8 @@ import pytest
 import lora_jax as lj
 from lora_jax.command import cli, run, sweep
 from lora_jax.command.options import GRID
-from tests.core.test_identity import distance
 from tests.support import tiny, tiny_lm
+from tests.support.identity import distance
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 

@@ -12,8 +12,8 @@ import pytest
 from jax import export
 
 import lora_jax as lj
-from tests.core.test_identity import distance, random_adapters
 from tests.support.frontends import normal, params
+from tests.support.identity import distance, random_adapters
 
 X = normal(9, 5, 8)
 VARIABLES = params(jnp.float32, w=(8, 6), u=(6, 4))

@@ -10,24 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 import lora_jax as lj
 from lora_jax.core import jax_compat
-from tests.core.test_identity import distance, random_adapters, value_and_grads
 from tests.support.frontends import normal, params
+from tests.support.identity import distance, equal_to_merged, random_adapters
 
 X = normal(9, 5, 8)
 IDS = jnp.array([[0, -1, 3], [8, -9, 2]])
 layer = lambda x, w: (jnp.tanh(x @ w), None)
 STACK, SQUARE, TABLE = {"w": (3, 8, 8)}, {"w": (8, 8)}, {"t": (9, 4)}
-
-
-def equal_to_merged(fn, variables, args, config=None):
-    """Assert the identity on random adapters, and return those."""
-    config = config or lj.LoraConfig(rank=2, alpha=5, targets=list(variables))
-    start = lambda key: random_adapters(lj.init(key, config, fn, variables, *args), jnp.float32)
-    adapters = jax.jit(start)(jax.random.key(0))
-    run = lambda f: jax.jit(lambda a: value_and_grads(f, a, *args))(adapters)
-    ours = run(lambda a, *args: lj.lora(fn)(lj.attach(variables, a), *args))
-    assert distance(ours, run(lambda a, *args: fn(lj.merge(variables, a), *args))) < 1e-5
-    return adapters
 
 
 def in_each_other(p, x):

@@ -7,8 +7,8 @@ import pytest
 from jax import lax
 
 import lora_jax as lj
-from tests.core.test_identity import distance
 from tests.support.frontends import normal
+from tests.support.identity import distance
 
 RATE, WIDTH = 0.25, 64
 ONES = jnp.ones((100, WIDTH))

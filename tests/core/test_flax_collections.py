@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lj
-from tests.core.test_identity import distance, random_adapters
 from tests.support.frontends import normal
+from tests.support.identity import distance, random_adapters
 
 pytestmark = pytest.mark.usefixtures("lenient")
 X = normal(1, 5, 8)

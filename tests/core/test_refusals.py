@@ -6,8 +6,8 @@ import pytest
 from jax import lax
 
 import lora_jax as lj
-from tests.core.test_identity import distance, value_and_grads
 from tests.support.frontends import normal
+from tests.support.identity import distance, value_and_grads
 
 W, X = normal(1, 8, 8) / 3, normal(2, 5, 8)
 PAIR = {"w": lj.LowRank(normal(3, 8, 2), normal(4, 2, 8), lj.Layout((), (0,), (1,)), 0.5)}

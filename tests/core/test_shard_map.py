@@ -10,9 +10,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 
 import lora_jax as lj
-from tests.core.test_control_flow import equal_to_merged
-from tests.core.test_identity import distance, random_adapters
 from tests.support.frontends import normal, params
+from tests.support.identity import distance, equal_to_merged, random_adapters
 
 P = jax.P
 X = normal(9, 8, 16)

@@ -14,7 +14,7 @@ from lora_jax.huggingface.names import HFName
 from lora_jax.models import llama
 from lora_jax.models.decoder_config import Llama3Rope, LlamaConfig, read_config
 from lora_jax.planning.flops import dot_flops
-from tests.core.test_identity import distance, random_adapters
+from tests.support.identity import distance, random_adapters
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "llama"
 PEFT = DATA.parent / "peft"

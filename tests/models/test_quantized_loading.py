@@ -14,8 +14,8 @@ from lora_jax import sharding
 from lora_jax.adapters import quant
 from lora_jax.core import paths
 from lora_jax.models import bert, llama
-from tests.huggingface.test_gguf import write
 from tests.support import tiny, tiny_lm
+from tests.support.gguf_write import write
 
 KERNELS = ["re:.*/layer.*/kernel"]
 

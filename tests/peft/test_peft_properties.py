@@ -131,7 +131,7 @@ def adapter(fields, found, rng):
     return file, merged, bool(adapted)
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(configurations(), st.integers(0, 2**32 - 1), st.booleans())
 def test_random_adapters(fields, seed, scan):
     rng = np.random.default_rng(seed)

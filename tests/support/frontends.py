@@ -2,12 +2,14 @@
 activation has the shape of a kernel."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import lora_jax as lj
@@ -40,19 +42,35 @@ def config(targets: Any = "all-linear", **options: Any) -> lj.LoraConfig:
 
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    """Standard normal numbers, drawn by NumPy: JAX would compile a program for every shape."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def params(dtype: Any, **shapes: tuple[int, ...]) -> dict[str, jax.Array]:
     """Random parameters of standard deviation 1/sqrt(the last axis but one), so that activations stay near 1."""
-    deviation = lambda s: jnp.sqrt(s[-2] if len(s) > 1 else s[0]).astype(dtype)
-    return {k: normal(i + 1, *s, dtype=dtype) / deviation(s) for i, (k, s) in enumerate(shapes.items())}
+    deviation = lambda s: np.sqrt(s[-2] if len(s) > 1 else s[0])
+    draw = lambda seed, s: np.random.default_rng(seed).normal(size=s) / deviation(s)
+    return {k: jnp.asarray(draw(i + 1, s).astype(dtype)) for i, (k, s) in enumerate(shapes.items())}
+
+
+def weights(shapes: Any, dtype: Any) -> Any:
+    """Random parameters for a tree of shapes: small ones, and scales near 1."""
+
+    def draw(path: Any, leaf: Any) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        values = np.random.default_rng(zlib.crc32(name.encode())).normal(size=leaf.shape)
+        if leaf.ndim > 1:
+            values = values / np.sqrt(leaf.shape[-1 if "embedding" in name else -2])
+        else:
+            values = values / 10 + ("scale" in name)
+        return jnp.asarray(values.astype(dtype))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def linen(module: nn.Module, *args: Any, dtype: Any, config: lj.LoraConfig) -> Case:
-    variables = module.init(jax.random.key(0), *args)
-    variables = jax.tree.map(lambda x: x.astype(dtype), variables)
-    return Case(module.apply, variables, args, config)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+    return Case(module.apply, weights(shapes, dtype), args, config)
 
 
 @frontend
@@ -246,8 +264,8 @@ class NnxModel(nnx.Module):
 
 @frontend
 def nnx_modules(dtype: Any) -> Case:
-    fn, variables = lj.nnx.functional(NnxModel(dtype))
-    return Case(fn, variables, (normal(1, 2, 5, 12, dtype=dtype),), config())
+    fn, shapes = lj.nnx.functional(nnx.eval_shape(lambda: NnxModel(dtype)))
+    return Case(fn, weights(shapes, dtype), (normal(1, 2, 5, 12, dtype=dtype),), config())
 
 
 @frontend
@@ -255,18 +273,17 @@ def flax_bert(dtype: Any) -> Case:
     from transformers import BertConfig, FlaxBertModel
 
     sizes = BertConfig(
-        vocab_size=50, hidden_size=16, initializer_range=0.2, num_hidden_layers=2, num_attention_heads=2, intermediate_size=22,
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=22,
         max_position_embeddings=20, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    model = FlaxBertModel(sizes, dtype=dtype)
+    model = FlaxBertModel(sizes, dtype=dtype, _do_init=False)
 
     def fn(variables: Any, ids: Any) -> Any:
         mask, types = jnp.ones_like(ids), jnp.zeros_like(ids)
         out = model.module.apply({"params": variables}, ids, mask, types, jnp.arange(ids.shape[1])[None], None)
         return out.last_hidden_state, out.pooler_output
 
-    variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), model.params)
-    return Case(fn, variables, (jnp.array([[3, 1, 49, 7, 8]]),), config())
+    return Case(fn, weights(model.params_shape_tree, dtype), (jnp.array([[3, 1, 49, 7, 8]]),), config())
 
 
 @frontend
@@ -274,14 +291,13 @@ def flax_gpt2(dtype: Any) -> Case:
     from transformers import FlaxGPT2LMHeadModel, GPT2Config
 
     sizes = GPT2Config(
-        vocab_size=50, initializer_range=0.2, n_positions=20, n_embd=16, n_layer=2, n_head=2, n_inner=22, resid_pdrop=0.0, embd_pdrop=0.0,
+        vocab_size=50, n_positions=20, n_embd=16, n_layer=2, n_head=2, n_inner=22, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0,
     )  # fmt: skip
-    model = FlaxGPT2LMHeadModel(sizes, dtype=dtype)
+    model = FlaxGPT2LMHeadModel(sizes, dtype=dtype, _do_init=False)
 
     def fn(variables: Any, ids: Any) -> Any:
         return model.module.apply({"params": variables}, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None]).logits
 
-    variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), model.params)
     targets = ["c_attn", "c_proj", "c_fc", "wte"]
-    return Case(fn, variables, (jnp.array([[3, 1, 49, 7, 8]]),), config(targets))
+    return Case(fn, weights(model.params_shape_tree, dtype), (jnp.array([[3, 1, 49, 7, 8]]),), config(targets))

@@ -9,8 +9,8 @@ import pytest
 import lora_jax as lj
 from lora_jax.training.losses import token_cross_entropy
 from tests.benchmarks.measure import dot_flops
-from tests.core.test_identity import distance, random_adapters
 from tests.support.dataflow import dependents
+from tests.support.identity import distance, random_adapters
 
 HIDDEN = jax.random.normal(jax.random.key(0), (3, 7, 8))
 WEIGHTS = jax.random.normal(jax.random.key(1), (8, 50))

@@ -12,8 +12,8 @@ import lora_jax as lj
 from lora_jax.core.adapter import Rows
 from tests.benchmarks import decoder, measure
 from tests.benchmarks.many import compare_rows, compare_sweep, exchangeable, trained_sets
-from tests.core.test_identity import distance, random_adapters
 from tests.support.frontends import FRONTENDS, normal, params
+from tests.support.identity import distance, random_adapters
 
 SMALL = decoder.Sizes(width=32, heads=2, layers=2, hidden=48, vocabulary=64, length=8, batch=6, rank=8)
 X, VARIABLES = normal(9, 4, 3, 8), params(jnp.float32, w=(8, 6), u=(6, 4))

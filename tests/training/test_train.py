@@ -9,8 +9,8 @@ from jax import export
 from jax.sharding import NamedSharding
 
 import lora_jax as lj
-from tests.core.test_identity import distance
 from tests.support.frontends import normal, params
+from tests.support.identity import distance
 
 pytestmark = pytest.mark.usefixtures("lenient")  # optax promotes dtypes
 X, VARIABLES = normal(9, 16, 8), params(jnp.float32, w=(8, 6), u=(6, 4))
