@@ -49,7 +49,7 @@ class Product:
     @property
     def out_labels(self) -> Sequence[int]:
         """The same for the result."""
-        raise NotImplementedError
+        return ()
 
     def with_base(self, x: Any, kept: Sequence[int] = ()) -> Any:
         """`x W` with the base; in axes of the weight that are `kept` are not summed over, but stand in front."""
