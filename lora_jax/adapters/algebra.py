@@ -69,12 +69,12 @@ def fold_scale(adapters: Adapters) -> dict[str, Adapter]:
 
     For inference: the steps that training takes are others, since B's gradient is then not multiplied with the scale.
     """
-    folded = lambda pair: dataclasses.replace(pair, b=pair.scaled(pair.b), bias=_folded_bias(pair), scale=1.0)
-    return {path: folded(a) if isinstance(a, LowRank) else a for path, a in adapters.items()}
+    return {path: _scale_folded(a) if isinstance(a, LowRank) else a for path, a in adapters.items()}
 
 
-def _folded_bias(pair: LowRank) -> Any:
-    return None if pair.bias is None else pair.scaled(pair.bias)
+def _scale_folded(pair: LowRank) -> LowRank:
+    bias = None if pair.bias is None else pair.scaled(pair.bias)
+    return dataclasses.replace(pair, b=pair.scaled(pair.b), bias=bias, scale=1.0)
 
 
 def pad_rank(adapters: Adapters, rank: int) -> dict[str, Adapter]:
@@ -212,12 +212,12 @@ def difference(template: Adapters, base: Any, finetuned: Any) -> dict[str, Adapt
     return found
 
 
-def _replaced(template: Any, new: Any) -> Adapter:
+def _replaced(template: Any, new: jax.Array) -> Adapter:
     """The template's kind of replacement, with the new values."""
     return Full(new) if isinstance(template, Full) else dataclasses.replace(template, values=template.pick(new))
 
 
-def _nearest(template: Any, old: Any, new: Any) -> LowRank:
+def _nearest(template: LowRank, old: jax.Array, new: jax.Array) -> LowRank:
     """The pair of the template's rank and scale that is nearest to `new - old`."""
     wide = wide_dtype(old, new)
     change = jnp.asarray(new, wide) - jnp.asarray(old, wide)

@@ -121,7 +121,10 @@ class LoraConfig:
     def _refuse_combinations(self) -> None:
         """Raise for options that can't work together, or that the method would not use."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        changed = lambda *names: [name for name in names if getattr(self, name) not in (defaults[name], {})]
+
+        def changed(*names: str) -> list[str]:
+            return [name for name in names if getattr(self, name) not in (defaults[name], {})]
+
         idle = [] if self.targets else changed("method", "dora", "lora_bias", "dropout", "alora_invocation_tokens")
         if idle:
             raise InputError(f"{', '.join(idle)} is for low-rank pairs, but targets is empty: leave it out, or name targets")

@@ -173,14 +173,17 @@ def _chosen(parameters: dict[str, Parameter], config: LoraConfig, trained: set[s
 
 def _by_word(word: str, free: dict[str, Parameter]) -> list[Parameter]:
     """`all-linear`: every kernel that products alone use. `attention`: those of them inside an attention module."""
-    inside = lambda p: word == "all-linear" or any(_ATTENTION.search(c) for c in p.path.split("/")[:-1])
-    candidates = [p for p in free.values() if inside(p)]
+    candidates = [p for p in free.values() if word == "all-linear" or _is_in_attention(p.path)]
     _refuse_mixed(candidates)
     chosen = [p for p in candidates if p.kind == "linear" and not p.obstacle]
     if not chosen:
         near = "".join(f"\n  {p.path} {p.shape}: {p.obstacle or p.kind}" for p in list(free.values())[:8])
         raise InputError(f"targets={word!r} finds no kernel to adapt. The first parameters are:{near}")
     return chosen
+
+
+def _is_in_attention(path: str) -> bool:
+    return any(_ATTENTION.search(component) for component in path.split("/")[:-1])
 
 
 def _refuse_mixed(candidates: Iterable[Parameter]) -> None:
@@ -257,8 +260,8 @@ def _draw(
     """
     starting = {path: _start(chosen[path], config) for path in wanted}
     if config.method == "vera":
-        inputs = lambda p: math.prod(p.shape[axis] for axis in _layout(p, config).inputs)
-        shared = vera.Shared(config.rank, max(map(inputs, chosen.values()), default=1), config.dtype)
+        widest = max((_fan_in(parameter, config) for parameter in chosen.values()), default=1)
+        shared = vera.Shared(config.rank, widest, config.dtype)
         return {path: shared.pair(key, layout, shape) for path, (_, shape, layout, _) in starting.items()}
     groups: dict[tuple[Any, ...], list[str]] = {}
     for path, start in starting.items():
@@ -268,6 +271,10 @@ def _draw(
         draw = functools.partial(start, shape=shape, layout=layout, rank=rank)
         drawn |= zip(group, zip(*jax.vmap(draw)(paths.fold_in_each(key, group))))
     return drawn
+
+
+def _fan_in(parameter: Parameter, config: LoraConfig) -> int:
+    return math.prod(parameter.shape[axis] for axis in _layout(parameter, config).inputs)
 
 
 def _start(parameter: Parameter, config: LoraConfig) -> tuple[from_shapes.Start, tuple[int, ...], Layout, int]:

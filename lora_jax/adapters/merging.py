@@ -112,7 +112,7 @@ def _all_folded(variables: Any, adapters: Mapping[str, Adapter], sign: float, qu
     return _with_biases(jax.tree.map(one, attach(variables, adapters), is_leaf=is_adapted), adapters, sign)
 
 
-def _folded(base: Any, adapter: Any, sign: float) -> Any:
+def _folded(base: jax.Array, adapter: Any, sign: float) -> jax.Array:
     if isinstance(adapter, Full):
         return adapter.value.astype(base.dtype)
     if isinstance(adapter, Rows):

@@ -88,7 +88,7 @@ def block_axis(path: str, leaf: Any, block: int | None) -> int:
     return last_but_one if block is not None and last_but_one in whole else max(whole, key=lambda axis: shape[axis])
 
 
-def rounded(array: Any, dtype: str, axis: int, block: int | None) -> Any:
+def rounded(array: jax.Array, dtype: str, axis: int, block: int | None) -> Any:
     """An array with one scale for each block along an axis, and for each place on the others.
 
     Each shard rounds its own blocks; an axis whose blocks the mesh cuts through is gathered first.
@@ -96,13 +96,13 @@ def rounded(array: Any, dtype: str, axis: int, block: int | None) -> Any:
     return _rounded(array, DTYPES[dtype], ((axis, block or array.shape[axis]),))
 
 
-def rounded_like(array: Any, quantized: Any) -> Any:
+def rounded_like(array: jax.Array, quantized: Any) -> Any:
     """An array rounded to the kind and in the blocks of a quantised one."""
     blocks = tuple((axis, size // count) for axis, (size, count) in enumerate(zip(array.shape, quantized.scale.shape)))
     return _rounded(array, quantized.qtype, tuple((axis, block) for axis, block in blocks if block > 1))
 
 
-def _rounded(array: Any, qtype: Any, blocks: tuple[tuple[int, int], ...]) -> Any:
+def _rounded(array: jax.Array, qtype: Any, blocks: tuple[tuple[int, int], ...]) -> Any:
     sharding = None if isinstance(array, Tracer) else getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return _round(array, qtype, blocks, None)
@@ -115,11 +115,11 @@ def _rounded(array: Any, qtype: Any, blocks: tuple[tuple[int, int], ...]) -> Any
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _round(array: Any, qtype: Any, blocks: tuple[tuple[int, int], ...], sharding: Any) -> Any:
+def _round(array: jax.Array, qtype: Any, blocks: tuple[tuple[int, int], ...], sharding: Any) -> Any:
     tiles = dict(blocks)
     others = tuple(i for i in range(array.ndim) if i not in tiles)
 
-    def make(array: Any) -> Any:
+    def make(array: jax.Array) -> Any:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             dtype = array.dtype
             if dtype == jnp.float16:
@@ -149,9 +149,16 @@ def quantization_error(variables: Any, quantized: Any) -> dict[str, float]:
     {'w': 0.094}
     """
     before, after = (paths.flatten(tree)[0] for tree in (variables, quantized))
-    norm = lambda x: math.sqrt(float(jnp.sum(jnp.square(x.astype(jnp.float32)))))
-    difference = lambda path: before[path].astype(jnp.float32) - dense(after[path]).astype(jnp.float32)
-    return {path: norm(difference(path)) / norm(before[path]) for path, leaf in after.items() if paths.is_quantized(leaf)}
+    return {path: _relative_error(before[path], dense(leaf)) for path, leaf in after.items() if paths.is_quantized(leaf)}
+
+
+def _relative_error(kernel: jax.Array, near: jax.Array) -> float:
+    wide = kernel.astype(jnp.float32)
+    return _norm(wide - near.astype(jnp.float32)) / _norm(wide)
+
+
+def _norm(array: jax.Array) -> float:
+    return math.sqrt(float(jnp.sum(jnp.square(array))))
 
 
 # --- in use -----------------------------------------------------------------------------------------------------------

@@ -104,12 +104,16 @@ def _row(path: str, shape: tuple[int, ...], adapter: Adapter) -> SummaryRow:
         rank = str(adapter.rank)
         if adapter.ranks is not None:
             rank = "/".join(map(str, dict.fromkeys(adapter.ranks)))
-            ranked = sum(adapter.ranks), adapter.rank * len(adapter.ranks)
-            whole = sum(r > 0 for r in adapter.ranks), len(adapter.ranks)
-            share = lambda name: ranked if "rank" in PARTS[name] else whole
-            sizes = {name: count * share(name)[0] // share(name)[1] for name, count in sizes.items()}
+            sizes = {name: _of_true_ranks(name, count, adapter.ranks, adapter.rank) for name, count in sizes.items()}
     size = sum(map(_bytes, jax.tree.leaves(adapter)))
     return SummaryRow(path, shape, type(adapter).__name__, rank, scale, math.prod(shape), sum(sizes.values()), size)
+
+
+def _of_true_ranks(name: str, count: int, ranks: tuple[int, ...], rank: int) -> int:
+    """How many numbers of an array with `count` belong to the true ranks of the matrices of its stack."""
+    if "rank" in PARTS[name]:
+        return count * sum(ranks) // (rank * len(ranks))
+    return count * sum(own > 0 for own in ranks) // len(ranks)
 
 
 def _trained(adapter: Adapter) -> dict[str, Any]:

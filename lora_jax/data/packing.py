@@ -40,7 +40,11 @@ class PackedRows:
         """These rows, and free ones up to the size; with places, which grow, those of this batch alone."""
         places = np.arange(size) if places is None else places
         held = rows[places[places < len(rows)]]
-        fill = lambda array: np.concatenate([array[held], np.zeros((len(places) - len(held), array.shape[1]), array.dtype)])
+        free = len(places) - len(held)
+
+        def fill(array: np.ndarray) -> np.ndarray:
+            return np.concatenate([array[held], np.zeros((free, array.shape[1]), array.dtype)])
+
         return {field.name: fill(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 

@@ -172,14 +172,18 @@ def match(variables: Any, rules: Mapping[str, "str | HFName | None"]) -> dict[st
         target = rules[rule]
         if target is not None:
             target = HFName(target) if isinstance(target, str) else target
-            fill = lambda text, groups=groups: groups.expand(text) if "\\" in text else text
-            names[path] = dataclasses.replace(target, name=fill(target.name), tied=fill(target.tied))
+            names[path] = dataclasses.replace(target, name=_filled(target.name, groups), tied=_filled(target.tied, groups))
     if unmatched:
         raise InputError(
             f"no rule matches the parameters {listing(unmatched)}: add one, or None for what is not in Hugging Face"
         )
     _check_distinct(names)
     return names
+
+
+def _filled(name: str, groups: re.Match[str]) -> str:
+    """A name with the groups that a rule has found in a path."""
+    return groups.expand(name) if "\\" in name else name
 
 
 def _check_distinct(names: Mapping[str, HFName]) -> None:

@@ -270,12 +270,19 @@ def load(
     wanted, treedef = paths.flatten(shapes)
     stored = hf_names(config, "bert." if any(name.startswith("bert.") for name in tensors.shapes) else "")
     new = () if has_head else tuple(path for path in stored if path.startswith("params/classifier/"))
-    spare = lambda name: _is_spare(name, config.pooling) or (replaced and name.startswith("classifier."))
+
+    def spare(name: str) -> bool:
+        return _is_spare(name, config.pooling) or (replaced and name.startswith("classifier."))
+
     checkpoint_files.check(tensors, {stored[path]: leaf.shape for path, leaf in wanted.items() if path not in new}, spare)
     head = _new_head(config, seed)
     reader = Reader(tensors, dtype, sharding, quantize, block)
-    made = lambda path, shape: put(np.asarray(head[path], dtype), reader.place(path, shape))
-    read = lambda path, shape: made(path, shape) if path in new else reader.read(path, stored[path], shape)
+
+    def read(path: str, shape: tuple[int, ...]) -> Any:
+        if path in new:
+            return put(np.asarray(head[path], dtype), reader.place(path, shape))
+        return reader.read(path, stored[path], shape)
+
     leaves = [read(path, leaf.shape) for path, leaf in wanted.items()]
     variables = jax.tree.unflatten(treedef, leaves)
     return Loaded(model.apply, variables, hf_names(config), config, _labels(fields, config.num_labels, has_head), new)

@@ -55,7 +55,7 @@ def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Any, block: int | None) -> jax.Array:
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, block: int | None) -> jax.Array:
     """Causal attention `(batch, length, heads, head_dim)`, at most `block` queries at a time.
 
     A block reads the keys up to its last query only, and its scores are computed again in the backward pass: that costs a
@@ -232,7 +232,7 @@ class Llama(nn.Module):
         return x, moved
 
 
-def _positions(shape: tuple[int, ...], real: Any, segment_ids: Any, cache: Cache | None) -> jax.Array:
+def _positions(shape: tuple[int, ...], real: jax.Array | None, segment_ids: jax.Array | None, cache: Cache | None) -> jax.Array:
     index = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
     if segment_ids is not None:
         new = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
@@ -242,7 +242,7 @@ def _positions(shape: tuple[int, ...], real: Any, segment_ids: Any, cache: Cache
     return index if cache is None else index + cache.real.sum(1, keepdims=True)
 
 
-def _extend(cache: Cache, shape: tuple[int, ...], real: Any) -> Cache:
+def _extend(cache: Cache, shape: tuple[int, ...], real: jax.Array | None) -> Cache:
     """The cache with places taken for new tokens, which the layers fill."""
     if shape[1] > cache.real.shape[1]:
         raise InputError(f"input_ids has {shape[1]} tokens a row, but the cache has room for {cache.real.shape[1]}")
@@ -251,7 +251,14 @@ def _extend(cache: Cache, shape: tuple[int, ...], real: Any) -> Cache:
     return dataclasses.replace(cache, real=taken, length=cache.length + shape[1])
 
 
-def _mask(length: int, window: int | None, real: Any, segment_ids: Any, cache: Cache | None, start: Any) -> jax.Array | None:
+def _mask(
+    length: int,
+    window: int | None,
+    real: jax.Array | None,
+    segment_ids: jax.Array | None,
+    cache: Cache | None,
+    start: Any,
+) -> jax.Array | None:
     """Which keys each query sees, `(batch or 1, 1, queries, keys)`; `None`: all up to itself."""
     if window is None and real is None and segment_ids is None and cache is None:
         return None
@@ -270,7 +277,7 @@ def _mask(length: int, window: int | None, real: Any, segment_ids: Any, cache: C
     return seen
 
 
-def _explicit(masks: Sequence[Any], length: int) -> list[jax.Array]:
+def _explicit(masks: Sequence[jax.Array | None], length: int) -> list[jax.Array]:
     """The masks of layers that differ, all as arrays of one shape."""
     plain = jnp.tril(jnp.ones((1, 1, length, length), bool))
     return [plain if mask is None else mask for mask in masks]
@@ -280,7 +287,10 @@ def init_cache(model: Llama, batch: int, max_length: int, dtype: Any = None) -> 
     """An empty cache for `batch` rows of at most `max_length` tokens, padding included."""
     config = model.config
     shape = batch, max_length, config.num_key_value_heads, config.head_dim
-    zeros = lambda *leading: (jnp.zeros((*leading, *shape), dtype or model.param_dtype),) * 2
+
+    def zeros(*leading: int) -> tuple[jax.Array, ...]:
+        return (jnp.zeros((*leading, *shape), dtype or model.param_dtype),) * 2
+
     count = config.num_hidden_layers
     layers = zeros(count) if model.scan_layers else [zeros() for _ in range(count)]
     return Cache(layers, jnp.zeros((batch, max_length), bool), jnp.int32(0))

@@ -29,7 +29,10 @@ def read_config(tensors: GgufFile) -> LlamaConfig:
         raise InputError(f"{tensors.file}: the architecture is {kind!r}; 'llama' and 'qwen2' can be read")
     if metadata.get(f"{kind}.expert_count"):
         raise InputError(f"{tensors.file} is a mixture of experts, which can't be read")
-    number = lambda name, default=None: tensors.number(f"{kind}.{name}", default)
+
+    def number(name: str, default: int | None = None) -> int:
+        return tensors.number(f"{kind}.{name}", default)
+
     heads, width, layers = number("attention.head_count"), number("embedding_length"), number("block_count")
     head_dim = number("attention.key_length", width // heads)
     if {number("rope.dimension_count", head_dim), number("attention.value_length", head_dim)} != {head_dim}:

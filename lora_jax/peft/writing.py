@@ -5,7 +5,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -292,9 +292,7 @@ class _Writer:
         ranks = {pair.key: pair.rank for pair in self.pairs}
         # PEFT warns of patterns for parameters, though it follows them.
         first = [pair.key for pair in self.pairs if pair.slot.is_parameter] or list(ranks)
-        counts = lambda table: collections.Counter(table[key] for key in first)
-        common = lambda table: max(counts(table).items(), key=lambda item: (item[1], item[0]))[0]
-        rank, alpha = common(ranks), common(alphas)
+        rank, alpha = (_most_common(table[key] for key in first) for table in (ranks, alphas))
         dropouts = {a.dropout for a in self.low_rank.values()}
         if len(dropouts) > 1:
             raise InputError(f"PEFT has one dropout for all adapters, but these have {sorted(dropouts)}")
@@ -325,6 +323,11 @@ class _Writer:
             "inference_mode": True,
         }
         return vera.from_lora(fields) if self.vera else fields
+
+
+def _most_common(values: Iterable[float]) -> Any:
+    """The value that is there most often; of several, the largest."""
+    return max(collections.Counter(values).items(), key=lambda item: (item[1], item[0]))[0]
 
 
 def _exactly(name: str) -> str:

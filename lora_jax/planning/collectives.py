@@ -203,7 +203,9 @@ def _trips(computations: _Computations, outer: _Computation, loop: _Instruction)
         return int(noted[1])
     condition, body = (computations[_find(rf"{role}=%?([\w.\-]+)", loop)] for role in ("condition", "body"))
     test, last = _root(condition), _root(body)
-    start = lambda place: _constant(outer, outer[loop.operands[0]].operands[place])
+
+    def start(place: int) -> int | None:
+        return _constant(outer, outer[loop.operands[0]].operands[place])
 
     def invariant(name: str) -> int | None:
         """A constant of the loop's body, or one that the loop carries along unchanged."""

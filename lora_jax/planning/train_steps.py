@@ -107,7 +107,7 @@ def low_rank(setup: Setup) -> Step:
 def naive(setup: Setup) -> Step:
     """The step that trains the adapters through kernels `W + s A B`."""
 
-    def loss(params: Any, batch: Any, key: Any) -> jax.Array:
+    def loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
         variables, adapters = detach(params)
         return _mean(setup.model.losses, merge(variables, adapters, quantized="dense"), batch)
 

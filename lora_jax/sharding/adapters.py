@@ -73,9 +73,12 @@ def _follow(path: str, sharding: NamedSharding, adapter: Any) -> Any:
         axes = {**dataclasses.asdict(adapter.layout), "rank": (None,), "rows": (None,)}
         parts = PARTS if isinstance(adapter, LowRank) else {"values": ("rows", "outputs")}
     spec = entries(sharding.spec, sum(axis is not None for role in axes.values() for axis in role))
-    cut = lambda name: tuple(() if axis is None else spec[axis] for role in parts[name] for axis in axes[role])
     mesh = sharding.mesh
-    place = lambda name: named(mesh, checked(path, mesh, cut(name), jnp.shape(getattr(adapter, name))))
+
+    def place(name: str) -> NamedSharding:
+        cut = tuple(() if axis is None else spec[axis] for role in parts[name] for axis in axes[role])
+        return named(mesh, checked(path, mesh, cut, jnp.shape(getattr(adapter, name))))
+
     return dataclasses.replace(adapter, **{name: place(name) for name in adapter.children()})
 
 

@@ -71,7 +71,9 @@ def place_batch(mesh: Mesh | None, batch: Mapping[str, np.ndarray], size: int) -
     rows, sharding = batch_rows(mesh, size), batch_sharding(mesh)
 
     def place(array: np.ndarray) -> jax.Array:
-        part = lambda index: array[np.searchsorted(rows, np.arange(size)[index[0]])]
+        def part(index: Any) -> np.ndarray:
+            return array[np.searchsorted(rows, np.arange(size)[index[0]])]
+
         return jax.make_array_from_callback((size, *array.shape[1:]), sharding, part)
 
     return {name: place(array) for name, array in batch.items()}

@@ -54,8 +54,13 @@ def make_mesh(axes: Mapping[str, int], devices: Any = None) -> Mesh:
 
 def entries(partition: Any, ndim: int) -> Spec:
     """A partition spec with an entry for each axis."""
-    names = lambda entry: () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-    return tuple(map(names, partition)) + ((),) * (ndim - len(partition))
+    return tuple(map(_names, partition)) + ((),) * (ndim - len(partition))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def checked(path: str, mesh: Any, spec: Spec, shape: tuple[int, ...]) -> Spec:

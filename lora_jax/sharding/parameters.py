@@ -45,7 +45,10 @@ def parameter_shardings(
         paths.select(leaves, [pattern], "rules")
     if fsdp is not None and fsdp not in mesh.shape:
         raise InputError(f"fsdp: the mesh has no axis {fsdp!r}; its axes are {dict(mesh.shape)}")
-    rule = lambda path: next((spec for pattern, spec in table.items() if paths.matches(path, pattern)), jax.P())
+
+    def rule(path: str) -> jax.P:
+        return next((spec for pattern, spec in table.items() if paths.matches(path, pattern)), jax.P())
+
     return jax.tree.unflatten(treedef, [_by_rule(mesh, path, leaf, rule(path), fsdp) for path, leaf in leaves.items()])
 
 
@@ -111,5 +114,9 @@ def part_shardings(leaf: Any, sharding: NamedSharding) -> Any:
     Several values share a scale, so a mesh axis may divide the values and not the scales.
     """
     mesh: Any = sharding.mesh
-    place = lambda shape: named(mesh, where_it_divides(mesh, entries(sharding.spec, len(shape)), shape))
-    return jax.tree.map(lambda part: place(jnp.shape(part)), leaf)
+
+    def place(part: Any) -> NamedSharding:
+        shape = jnp.shape(part)
+        return named(mesh, where_it_divides(mesh, entries(sharding.spec, len(shape)), shape))
+
+    return jax.tree.map(place, leaf)

@@ -77,9 +77,12 @@ def _aligned(path: str, pairs: Sequence[Any]) -> list[Any]:
     padded = [pad_rank({path: pair}, rank)[path] for pair in pairs]
     if all(isinstance(pair.scale, float) for pair in pairs) and len({pair.scale for pair in pairs}) == 1:
         return padded
-    batch = lambda pair: pair.a.shape[: len(pair.layout.batch)]
-    scale = lambda pair: jnp.broadcast_to(jnp.asarray(pair.scale, jnp.float32), batch(pair))
-    return [dataclasses.replace(pair, scale=scale(pair)) for pair in padded]
+    return [dataclasses.replace(pair, scale=_scale_array(pair)) for pair in padded]
+
+
+def _scale_array(pair: Any) -> jax.Array:
+    batch = pair.a.shape[: len(pair.layout.batch)]
+    return jnp.broadcast_to(jnp.asarray(pair.scale, jnp.float32), batch)
 
 
 def _describe(adapter: Adapter) -> str:
@@ -120,7 +123,10 @@ def _cut(leaves: Mapping[str, Any], number: int, like: Any) -> Any:
     missing = [path for path in wanted if path not in leaves]
     if missing:
         raise InputError(f"the stacked tree has no {', '.join(missing)}, which `like` has")
-    corner = lambda path, leaf: _member(leaves[path], number)[tuple(slice(size) for size in jnp.shape(leaf))]
+
+    def corner(path: str, leaf: Any) -> jax.Array:
+        return _member(leaves[path], number)[tuple(slice(size) for size in jnp.shape(leaf))]
+
     return jax.tree.unflatten(treedef, [corner(path, leaf) for path, leaf in wanted.items()])
 
 
@@ -199,7 +205,10 @@ def lora(
         adapters = jax.vmap(fold_scale)(dict(stacked)) if grouped else stacked
         axes = _spread(in_axes, args)
         leaves, treedef = jax.tree.flatten(args)
-        split = lambda leaf, axis: _ordered(_split(leaf, axis, index.size), axis, order)
+
+        def split(leaf: jax.Array, axis: int) -> jax.Array:
+            return _ordered(_split(leaf, axis, index.size), axis, order)
+
         mapped = [None if axis is None else split(leaf, axis) for leaf, axis in zip(leaves, axes)]
         masks = None if active is None else split(active, 0)
 
@@ -236,16 +245,19 @@ def _checked(index: Any, count: int) -> jax.Array:
 def _spread(axes: Any, tree: Any) -> list[int | None]:
     """An axis for each leaf, from a prefix of the tree."""
     spread: list[int | None] = []
-    add = lambda axis, part: spread.extend([axis] * len(jax.tree.leaves(part)))
+
+    def add(axis: int | None, part: Any) -> None:
+        spread.extend([axis] * len(jax.tree.leaves(part)))
+
     jax.tree.map(add, axes, tree, is_leaf=lambda axis: axis is None)
     return spread
 
 
-def _ordered(leaf: Any, axis: Any, order: Any) -> Any:
+def _ordered(leaf: jax.Array, axis: Any, order: jax.Array | None) -> jax.Array:
     return leaf if order is None else jnp.take(leaf, order, axis)
 
 
-def _split(leaf: Any, axis: int, count: int) -> Any:
+def _split(leaf: jax.Array, axis: int, count: int) -> jax.Array:
     """The row axis as (count, rows for each), of which the first is mapped."""
     shape = jnp.shape(leaf)
     if not 0 <= axis < len(shape) or not count or shape[axis] % count:
@@ -310,7 +322,10 @@ def init_states(
     hyperparameters = _per_member(len(sets), hyperparameters)
     if jnp.shape(keys) != (len(sets),):
         raise InputError(f"keys has the shape {jnp.shape(keys)}: {len(sets)} members need ({len(sets)},)")
-    start = lambda adapters, values, key: train.init_state(adapters, make_tx(**values), key=key)
+
+    def start(adapters: Adapters, values: Any, key: jax.Array) -> train.TrainState:
+        return train.init_state(adapters, make_tx(**values), key=key)
+
     return jax.vmap(start)(stack(sets), hyperparameters, keys)
 
 
@@ -356,7 +371,7 @@ def make_train_step(
     if batch_axis not in (None, 0):
         raise InputError(f"batch_axis must be 0 or None, not {batch_axis!r}")
 
-    loss = lambda params, batch, key: ragged.call(loss_fn, params, batch, key)
+    loss = functools.partial(ragged.call, loss_fn)
 
     def one(values: Any, state: train.TrainState, variables: Any, batch: Any) -> tuple[train.TrainState, dict[str, Any]]:
         return train.update(loss, make_tx(**values), accumulate, max_grad_norm, None, state, variables, batch)

@@ -135,7 +135,10 @@ def lora_fa(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
                 "optax.MultiSteps and what else drops extra arguments goes around that"
             )
         pairs = {path: adapter for path, adapter in _adapters(whole).items() if isinstance(adapter, LowRank)}
-        project = lambda path, adapter: _projected(adapter, pairs[path]) if path in pairs else adapter
+
+        def project(path: str, adapter: Adapter) -> Adapter:
+            return _projected(adapter, pairs[path]) if path in pairs else adapter
+
         return inner.update(_map(project, updates), state, params, whole=whole, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -197,8 +200,11 @@ def _map(fn: Callable[[str, Any], Any], tree: Any, other: Callable[[Any], Any] =
 
 def _label(fn: Callable[[str, Any, str], Any], tree: Any, other: Any) -> Any:
     """The tree with `fn(path, adapter, name)` for each array of an adapter, and the label `other` for the rest."""
-    arrays = lambda path, adapter: {name: fn(path, adapter, name) for name in adapter.children()}
-    return _map(lambda path, adapter: dataclasses.replace(adapter, **arrays(path, adapter)), tree, lambda leaf: other)
+
+    def one(path: str, adapter: Adapter) -> Adapter:
+        return dataclasses.replace(adapter, **{name: fn(path, adapter, name) for name in adapter.children()})
+
+    return _map(one, tree, lambda leaf: other)
 
 
 def _is_vector(path: str, adapter: Adapter) -> bool:

@@ -215,11 +215,15 @@ def _gradient(
         return jax.tree.map(lambda t, new: t + new.astype(t.dtype), total, one(*microbatch)), None
 
     total, _ = jax.lax.scan(add, zeros, (batches, keys))
-    floats = lambda t, s: s.dtype if jnp.issubdtype(s.dtype, jnp.floating) else t.dtype
-    return jax.tree.map(lambda t, s: (t / accumulate).astype(floats(t, s)), total, shapes)
+
+    def mean(total: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        dtype = shape.dtype if jnp.issubdtype(shape.dtype, jnp.floating) else total.dtype
+        return (total / accumulate).astype(dtype)
+
+    return jax.tree.map(mean, total, shapes)
 
 
-def _cut(leaf: Any, accumulate: int) -> Any:
+def _cut(leaf: jax.Array, accumulate: int) -> jax.Array:
     if jnp.ndim(leaf) == 0 or leaf.shape[0] % accumulate:
         raise InputError(
             f"accumulate: a leaf of the batch has the shape {jnp.shape(leaf)}; its leading axis can't be cut into "

@@ -99,7 +99,7 @@ class Reference:
             if "value" in parts:
                 made[f"{module}/bias"] = lj.Full(parts.pop("value"))
             if "values" in parts:
-                made[path] = lj.adapter.Rows(**parts, indices=self.indices(), layout=layout(2))
+                made[path] = lj.Rows(**parts, indices=self.indices(), layout=layout(2))
             elif parts:
                 made[path] = self.pair(module, parts, tensors)
         return made

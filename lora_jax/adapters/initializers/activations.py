@@ -128,7 +128,10 @@ def corda(
     """
     if mode not in ("ipm", "kpm"):
         raise InputError(f"mode must be 'ipm' or 'kpm', not {mode!r}")
-    make = lambda path, kernel, pair: _corda(kernel, pair, _moments_of(path, pair, moments)[0], mode)
+
+    def make(path: str, kernel: jax.Array, pair: LowRank) -> LowRank:
+        return _corda(kernel, pair, _moments_of(path, pair, moments)[0], mode)
+
     return split_off(variables, adapters, make)
 
 

@@ -56,7 +56,7 @@ def _check(path: str, pair: LowRank) -> None:
 
 
 def split_off(
-    variables: Any, adapters: Adapters, make: Callable[[str, Any, LowRank], LowRank]
+    variables: Any, adapters: Adapters, make: Callable[[str, jax.Array, LowRank], LowRank]
 ) -> tuple[Any, dict[str, Adapter]]:
     """The pairs that `make(path, kernel, pair)` gives, and the base `W - s A B` that goes with them."""
     fresh = {path: make(path, kernel, pair) for path, (kernel, pair) in with_kernels(variables, adapters).items()}

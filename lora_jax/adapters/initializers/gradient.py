@@ -49,8 +49,10 @@ def gradients(
 
     @jax.jit
     def add(total: Any, kernels: Any, others: Any, batch: Any) -> Any:
-        whole = lambda kernels: jax.tree.unflatten(treedef, [(kernels | others)[path] for path in leaves])
-        grads = jax.grad(lambda kernels: loss_fn(whole(kernels), batch))(kernels)
+        def loss(kernels: dict[str, jax.Array]) -> jax.Array:
+            return loss_fn(jax.tree.unflatten(treedef, [(kernels | others)[path] for path in leaves]), batch)
+
+        grads = jax.grad(loss)(kernels)
         return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
 
     count, total = 0, {path: jnp.zeros(kernel.shape, wide_dtype(kernel)) for path, kernel in kernels.items()}
@@ -93,7 +95,7 @@ def lora_ga(
     """
     _check_options(direction, scale, gamma, key)
 
-    def make(path: str, kernel: Any, pair: LowRank) -> LowRank:
+    def make(path: str, kernel: jax.Array, pair: LowRank) -> LowRank:
         _check_gradient(path, kernel, pair, gradients.get(path))
         chosen = _places(direction, pair, None if key is None else paths.fold_in(key, path))
         return _lora_ga(kernel, pair, gradients[path], *chosen, scale, 16.0 if gamma is None else gamma)

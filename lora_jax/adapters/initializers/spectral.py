@@ -65,7 +65,10 @@ def _randomized_svd(key: jax.Array, flat: jax.Array, rank: int, iterations: int)
     product = functools.partial(jnp.matmul, precision="highest")
     orthonormal = lambda x: jnp.linalg.qr(x)[0]
     sample = jax.random.normal(key, (flat.shape[0], flat.shape[2], width), flat.dtype)
-    power = lambda _, q: orthonormal(product(flat, orthonormal(product(flat.mT, q))))
+
+    def power(_: Any, q: jax.Array) -> jax.Array:
+        return orthonormal(product(flat, orthonormal(product(flat.mT, q))))
+
     q = jax.lax.fori_loop(0, iterations, power, orthonormal(product(flat, sample)))
     u, s, vt = svd(product(q.mT, flat))
     return product(q, u), s, vt
