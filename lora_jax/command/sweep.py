@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,8 +50,7 @@ def sweep_command(line: argparse.Namespace) -> int:
         start(configs, directory, rich.console.Console())
     except Interrupted as error:
         each = f"lora-jax finetune --resume {directory}/N"
-        print(f"lora-jax: stopped by {error}; go on with each of the {len(configs)} runs N by: {each}", file=sys.stderr)
-        return 128 + error.signum
+        return error.report(f"go on with each of the {len(configs)} runs N by: {each}")
     return 0
 
 
