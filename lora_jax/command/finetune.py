@@ -8,7 +8,6 @@ on with another mesh or number of processes: the batches are the same, and so ar
 import argparse
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,9 +57,7 @@ def _run(config: RunConfig | None, directory: pathlib.Path | None, hosts: proces
         else:
             start(config, directory, console, mesh)
     except Interrupted as error:
-        if processes.is_first():
-            print(f"lora-jax: stopped by {error}; go on with: lora-jax finetune --resume {directory}", file=sys.stderr)
-        return 128 + error.signum
+        return error.report(f"go on with: lora-jax finetune --resume {directory}")
     return 0
 
 

@@ -85,7 +85,7 @@ def write(
       dtypes: by tensor, without a leading `bert.`; float32 where there is none.
     """
     config = directory / "config.json"
-    config.write_text(json.dumps(dict(fields), indent=2) + "\n", encoding="utf-8")
+    _write_json(config, fields)
     shards: list[tuple[list[str], int]] = []
     held: dict[str, np.ndarray] = {}
 
@@ -124,7 +124,7 @@ def _name_shards(directory: pathlib.Path, shards: Sequence[tuple[Sequence[str], 
         (directory / f"{i}.safetensors").rename(directory / file)
         places |= dict.fromkeys(tensors, file)
     index = {"metadata": {"total_size": sum(size for _, size in shards)}, "weight_map": places}
-    (directory / checkpoint_files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _write_json(directory / checkpoint_files.INDEX, index)
 
 
 def write_tokenizer(directory: pathlib.Path, source: pathlib.Path, tokenizer: TextTokenizer | tokenizers.Tokenizer) -> None:
@@ -141,4 +141,8 @@ def write_tokenizer(directory: pathlib.Path, source: pathlib.Path, tokenizer: Te
     template = gguf_files.chat_template(source)
     if template is not None:
         config["chat_template"] = template
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_json(directory / "tokenizer_config.json", config)
+
+
+def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(dict(fields), indent=2) + "\n", encoding="utf-8")

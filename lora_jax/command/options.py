@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import datetime
 import json
 import pathlib
 import typing
@@ -123,6 +124,18 @@ class RunConfig:
         return LoraConfig(rank=self.rank, alpha=self.alpha, targets=self.targets, train=train, **method)
 
     @property
+    def day(self) -> datetime.date:
+        """The day that chat templates are told.
+
+        Raises:
+          InputError: it is no day.
+        """
+        try:
+            return datetime.date.fromisoformat(self.date)
+        except ValueError:
+            raise InputError(f"date must be a day, as 2025-01-31, not {self.date!r}") from None
+
+    @property
     def test_every(self) -> int:
         """Steps between two tests."""
         return max(1, -(-self.steps // 3))
@@ -154,7 +167,10 @@ class RunConfig:
         fields = {name: row.default for name, row in rows.items() if row.more.get("since", 1) > version} | fields
         if odd := set(rows) ^ set(fields):
             raise InputError(f"{source} has missing or unknown fields: {', '.join(sorted(odd))}")
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
 
 
 GRID = {name: row for name, row in table(RunConfig).items() if row.more.get("sweep")}

@@ -23,8 +23,12 @@ def plan_command(line: argparse.Namespace) -> int:
         from lora_jax.planning import plot  # which needs matplotlib
 
         plot.check(line.plot)
-    found = plan.make(request, lambda text: print(f"lora-jax: {text}", file=sys.stderr, flush=True))
+    found = plan.make(request, _say)
     print(found.to_json() if line.json else table.table(found))
     if line.plot is not None:
         files.write(line.plot, plot.draw(found))
     return 0
+
+
+def _say(text: str) -> None:
+    print(f"lora-jax: {text}", file=sys.stderr, flush=True)

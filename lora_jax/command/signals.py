@@ -1,6 +1,7 @@
 """Signals that ask a run to stop, heard by all of its processes."""
 
 import signal
+import sys
 from typing import Any
 
 from lora_jax.command import processes
@@ -12,6 +13,12 @@ class Interrupted(Exception):
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+
+    def report(self, how_to_go_on: str) -> int:
+        """Say so in the first process; returns the exit code."""
+        if processes.is_first():
+            print(f"lora-jax: stopped by {self}; {how_to_go_on}", file=sys.stderr)
+        return 128 + self.signum
 
 
 class Signals:

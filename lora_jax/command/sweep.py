@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,8 +50,7 @@ def sweep_command(line: argparse.Namespace) -> int:
         start(configs, directory, rich.console.Console())
     except Interrupted as error:
         each = f"lora-jax finetune --resume {directory}/N"
-        print(f"lora-jax: stopped by {error}; go on with each of the {len(configs)} runs N by: {each}", file=sys.stderr)
-        return 128 + error.signum
+        return error.report(f"go on with each of the {len(configs)} runs N by: {each}")
     return 0
 
 
@@ -147,7 +145,9 @@ class _Program:
 
     def __init__(self, task: Task, runs: Sequence[Run], sets: Sequence[dict[str, Adapter]]):
         self._task, self._runs, seeds = task, runs, [run.config.seed for run in runs]
-        self._first_states = [jax.eval_shape(_first_state, run.config, adapters) for run, adapters in zip(runs, sets)]
+        self._first_states = [
+            jax.eval_shape(functools.partial(_first_state, run.config, adapters)) for run, adapters in zip(runs, sets)
+        ]
         self._batches = {seed: task.train_batches(seed) for seed in seeds}
         tx = functools.partial(optimizer, runs[0].config)
         rates = {"learning_rate": np.array([run.config.learning_rate for run in runs], np.float32)}

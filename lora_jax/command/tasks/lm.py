@@ -123,7 +123,7 @@ def _init(model: llama.Loaded, config: RunConfig) -> dict[str, Adapter]:
 
 def _encode(corpus: language.Corpus, tokenizer: TextTokenizer, config: RunConfig) -> Any:
     try:
-        return language.encode(corpus, tokenizer, config.max_length, datetime.date.fromisoformat(config.date))
+        return language.encode(corpus, tokenizer, config.max_length, config.day)
     except InputError as error:
         raise InputError(f"{config.data or 'movie reviews'}: {error}") from None
 
@@ -191,10 +191,14 @@ def token_losses(losses: Callable[..., jax.Array], params: Any, batch: Mapping[s
       params: its parameters.
       batch: `input_ids`, `segment_ids`, `positions` and `targets`, `(batch, length)`.
     """
-    following = lambda array: jnp.pad(array[:, 1:], ((0, 0), (0, 1)))
-    learnt = following(batch["targets"]).astype(jnp.float32)
+    learnt = _following(batch["targets"]).astype(jnp.float32)
     places = {"segment_ids": batch["segment_ids"], "positions": batch["positions"]}
-    return losses(params, batch["input_ids"], following(batch["input_ids"]), **places) * learnt, learnt
+    return losses(params, batch["input_ids"], _following(batch["input_ids"]), **places) * learnt, learnt
+
+
+def _following(array: jax.Array) -> jax.Array:
+    """What comes one place later, and a zero at the end: `(batch, length)`."""
+    return jnp.pad(array[:, 1:], ((0, 0), (0, 1)))
 
 
 def _loss(model: llama.Loaded, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
