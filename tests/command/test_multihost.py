@@ -109,6 +109,7 @@ def killed(directory, number, processes):
         assert i == number or re.search(said, output), output
 
 
+@pytest.mark.slow
 def test_two_processes(home, reference, tmp_path):
     """The `model` axis spans both processes, so that both hold every row."""
     directory = tmp_path / "run"
@@ -119,6 +120,7 @@ def test_two_processes(home, reference, tmp_path):
     same(directory, reference)
 
 
+@pytest.mark.slow
 def test_four_processes(home, reference, tmp_path):
     directory = tmp_path / "run"
     options, mesh = tiny_lm.options(home, directory, **OPTIONS), ["--mesh", "data=8"]
@@ -130,6 +132,7 @@ def test_four_processes(home, reference, tmp_path):
     same(directory, reference)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all(home, tmp_path):
     directory = tmp_path / "run"
     options = tiny_lm.options(home, directory, **OPTIONS | {"steps": 200})

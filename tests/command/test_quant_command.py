@@ -44,6 +44,7 @@ def reference(home):
     return home / "reference"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_alike(home, reference, tmp_path, capsys, monkeypatch):
     step = finetune.Progress.step
 

@@ -60,7 +60,7 @@ def whole_distance(got, want):
 METRIC = {"classify": "test_accuracy", "lm": "perplexity"}
 
 
-@pytest.fixture(scope="module", params=["classify", "lm"])
+@pytest.fixture(scope="module", params=["classify", pytest.param("lm", marks=pytest.mark.slow)])
 def swept(request, home):
     """The task, the directory of a sweep of it and what was printed, and one of its runs made by itself."""
     task = request.param
@@ -133,6 +133,7 @@ def test_a_list_of_runs(home, tmp_path, capsys):
     assert [(c.rank, c.alpha, c.learning_rate) for c in configs] == [(2, 4.0, 2e-3), (8, 16.0, 1e-3)]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_leaves_runs_to_go_on_with(home, tmp_path):
     out = tmp_path / "out"
     process = tiny.start(*arguments(home, "classify", "sweep", out, **GRIDS["classify"] | {"steps": 200000}))

@@ -55,7 +55,8 @@ def greedy(loaded, ids, count):
 def attached(loaded, *args, **options):
     """Adapters of every product, moved off their start."""
     config = lj.LoraConfig(rank=2, alpha=1, **options)
-    adapters = random_adapters(lj.init(jax.random.key(0), config, loaded.apply, loaded.variables, *args), jnp.float32)
+    init = lambda variables: lj.init(jax.random.key(0), config, loaded.apply, variables, *args)
+    adapters = random_adapters(jax.eval_shape(init, loaded.variables), jnp.float32)
     return lj.attach(loaded.variables, adapters), lj.merge(loaded.variables, adapters), adapters
 
 

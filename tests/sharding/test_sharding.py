@@ -23,10 +23,10 @@ SIZES = decoder.Sizes(width=32, heads=4, layers=2, hidden=96, vocabulary=80, len
 MESHES = {"data": {"data": 8}, "fsdp": {"data": 8}, "tensor": {"data": 2, "model": 4}}
 CASES = [
     ("data", "unrolled", False),
-    ("data", "scan", True),
-    ("fsdp", "unrolled", True),
+    pytest.param("data", "scan", True, marks=pytest.mark.slow),
+    pytest.param("fsdp", "unrolled", True, marks=pytest.mark.slow),
     ("fsdp", "scan", False),
-    ("tensor", "unrolled", False),
+    pytest.param("tensor", "unrolled", False, marks=pytest.mark.slow),
     ("tensor", "scan", True),
 ]
 TX = optax.adam(1e-2)
