@@ -314,7 +314,7 @@ def test_moments_that_nothing_reaches_are_an_error():
 
 
 def test_moments_of_low_precision_are_summed_up_in_float32():
-    x = jax.random.normal(jax.random.key(0), (40, 4)).astype(BF16)
+    x = normal(0, 40, 4).astype(BF16)
     pair = lj.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)))
     found = lj.moments(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 3), BF16)}, {"w": pair}, x)["w"].second
     assert distance(found, x.astype(F32).T @ x.astype(F32)) < 1e-6
@@ -329,8 +329,8 @@ def test_moments_name_the_part_of_a_stack_that_nothing_reaches():
 
 def test_a_head_can_have_rows():
     """Tokens may be a head's outputs: its columns are then the rows."""
-    variables = {"w": jax.random.normal(jax.random.key(0), (6, 4)), "head": jax.random.normal(jax.random.key(1), (4, 9))}
-    fn, x = lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"], jax.random.normal(jax.random.key(2), (5, 6))
+    variables = {"w": normal(0, 6, 4), "head": normal(1, 4, 9)}
+    fn, x = lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"], normal(2, 5, 6)
     config = lj.LoraConfig(rank=2, targets=["w"], trainable_token_indices={"head": [7, 0]})
     adapters = moved(lj.init(jax.random.key(3), config, fn, variables, x))
     assert adapters["head"].values.shape == (2, 4)
@@ -340,7 +340,7 @@ def test_a_head_can_have_rows():
 
 
 def test_rows_replace_those_of_a_table_of_low_precision():
-    table = 1000 * jax.random.normal(jax.random.key(0), (9, 4)).astype(BF16)
+    table = 1000 * normal(0, 9, 4).astype(BF16)
     rows = lj.Rows(jnp.full((2, 4), 0.5), (3, 5), lj.Layout((), (0,), (1,)))
     got = lj.lora(lambda p, ids: p["t"][ids])(lj.attach({"t": table}, {"t": rows}), jnp.arange(9))
     np.testing.assert_array_equal(got.astype(F32), lj.merge({"t": table}, {"t": rows})["t"].astype(F32))

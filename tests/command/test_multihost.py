@@ -24,6 +24,11 @@ from tests.support import tiny, tiny_lm
 
 STEPS = 16
 OPTIONS = {"batch_size": 8, "steps": STEPS, "max_length": 24, "targets": "q_proj"}
+# The command, where a process that is silent for 10 seconds counts as dead, not for 30.
+START = (
+    "import sys; from lora_jax.command import cli, processes; assert processes._HEARTBEAT > 10; "
+    "processes._HEARTBEAT = 10; sys.exit(cli.main())"
+)
 LONG = 180  # seconds: far more than a process takes, so that one that hangs fails the test
 
 
@@ -71,7 +76,7 @@ class Processes:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         own = ["--coordinator", place, "--processes", count, "--process-id", list(range(count))]
         given = lambda i: [str(text[i] if isinstance(text, list) else text) for text in (*arguments, *own)]
-        command = [sys.executable, "-u", "-m", "lora_jax.command.cli"]
+        command = [sys.executable, "-u", "-c", START]
         self.all = [subprocess.Popen([*command, *given(i)], env=environment, **streams) for i in range(count)]
 
     def __enter__(self):

@@ -36,6 +36,7 @@ def arguments(home, task, command, out, **changes):
         line = tiny_lm.options(home / "lm", out, steps=6, max_length=24, targets="up_proj")
     else:
         line = [*tiny.options(home, out, steps=6), "--targets", "up", "value"]
+        line[line.index("--max-length") + 1] = "8"
     given = dict(zip(line[1::2], line[2::2])) | {f"--{k.replace('_', '-')}": v for k, v in changes.items()}
     given = {option: value if isinstance(value, list) else [value] for option, value in given.items() if value is not None}
     return [command, *(str(x) for option, values in given.items() for x in (option, *values))]

@@ -352,7 +352,7 @@ def test_stacked_sets_are_measured_one_after_the_other():
 
 
 def test_a_sweep_ends_as_its_runs_do(lenient):
-    found = compare_sweep(dataclasses.replace(SMALL, batch=2, layers=1), [(1, 1e-3, 0), (4, 3e-3, 0), (2, 3e-3, 1)])
+    found = compare_sweep(dataclasses.replace(SMALL, batch=2, layers=1), [(1, 1e-3, 0), (4, 3e-3, 1)])
     assert found.distance < 1e-5 and found.compilations == 1
 
 
