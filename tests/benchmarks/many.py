@@ -71,7 +71,7 @@ class Rows:
 def compare_rows(sizes: decoder.Sizes, sets: int = 16, timed: int = 0) -> Rows:
     """A batch whose rows have one of several sets, or none."""
     model, tokens = decoder.plain(sizes), decoder.batch(sizes)[:, :-1]
-    variables = model.init(jax.random.key(0), tokens[:1])
+    variables = jax.jit(model.init)(jax.random.key(0), tokens[:1])
     given = trained_sets(model, variables, sets)
     index = jnp.array([(7 * i) % (sets + 1) - 1 for i in range(sizes.batch)])
     many, one = jax.jit(lj.many.lora(model.apply)), jax.jit(lj.lora(model.apply))
@@ -129,7 +129,7 @@ class Sweep:
 def compare_sweep(sizes: decoder.Sizes, options: Sequence[tuple[int, float, int]] = OPTIONS, steps: int = STEPS) -> Sweep:
     """Runs that differ in rank, learning rate and seed."""
     model = decoder.plain(sizes)
-    variables = model.init(jax.random.key(0), decoder.batch(sizes)[:1, :-1])
+    variables = jax.jit(model.init)(jax.random.key(0), decoder.batch(sizes)[:1, :-1])
     sets = [adapter_set(model, variables, rank, 2.0 * HIGHEST, seed) for rank, _, seed in options]
     shape = (steps, sizes.batch, sizes.length + 1)
     data = {seed: jax.random.randint(jax.random.key(seed), shape, 0, sizes.vocabulary) for *_, seed in options}

@@ -42,7 +42,7 @@ def all_variants(sizes: decoder.Sizes, flavour: decoder.Flavour) -> list[Variant
     """Every variant; peers where they are installed."""
     tokens = decoder.batch(sizes)
     model = decoder.plain(sizes, flavour)
-    variables = model.init(jax.random.key(0), tokens[:, :-1])
+    variables = jax.jit(model.init)(jax.random.key(0), tokens[:, :-1])
     found = [
         variant("full fine-tuning", lambda p, _, t: decoder.loss(model.apply, p, t), variables, {}, tokens),
         *_written_out(sizes, flavour, variables["params"], tokens),
@@ -57,7 +57,7 @@ def all_variants(sizes: decoder.Sizes, flavour: decoder.Flavour) -> list[Variant
 def _written_out(sizes: decoder.Sizes, flavour: decoder.Flavour, params: Any, tokens: jax.Array) -> Iterator[Variant]:
     """Naive `W + A B`, and the low-rank products in the model itself."""
     base, low_rank = decoder.plain(sizes, flavour), decoder.by_hand(sizes, flavour)
-    pairs = low_rank.init(jax.random.key(0), tokens[:, :-1])["lora"]
+    pairs = jax.jit(low_rank.init)(jax.random.key(0), tokens[:, :-1])["lora"]
 
     def add(params: Any, pairs: Any) -> Any:
         if "a" in pairs:

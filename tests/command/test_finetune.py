@@ -130,6 +130,7 @@ def test_inspect_without_the_base(reference, capsys, tmp_path):
     assert "there is no directory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_signals_save_and_resume_goes_on(home, reference, tmp_path):
     directory, arguments = tmp_path / "run", tiny.options(home, tmp_path / "run", STEPS)
     for signum, code, step in ((signal.SIGINT, 130, 42), (signal.SIGTERM, 143, 84)):
@@ -158,11 +159,13 @@ def kill_reference(home, reference):
     return found[0], found[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(KILLS))
 def test_kill_at_a_random_moment(home, kill_reference, tmp_path, number):
     reference, seconds = kill_reference
     directory, start = tmp_path / "run", tiny.options(home, tmp_path / "run", KILL_STEPS)
-    share = (number + random.random()) / KILLS
+    draw = random.Random(number)
+    share = (number + draw.random()) / KILLS
     process = tiny.start(*start, quiet=True)
     began = time.monotonic()
     if share < 0.2:  # before the first steps
@@ -171,7 +174,7 @@ def test_kill_at_a_random_moment(home, kill_reference, tmp_path, number):
         lines = (share - 0.2) / 0.8 * KILL_STEPS
         while process.poll() is None and len(metrics.read(directory)) <= lines:
             time.sleep(0.01)
-        time.sleep(0.1 * random.random())
+        time.sleep(0.1 * draw.random())
     process.kill()
     process.wait()
     moment, found = time.monotonic() - began, metrics.read(directory)

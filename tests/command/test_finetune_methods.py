@@ -24,7 +24,8 @@ def home(tmp_path_factory):
 
 
 def train(home, out, *options):
-    assert cli.main([*tiny.options(home, out, STEPS), *options]) == 0
+    few = ["--max-length", "8", "--targets", "query", "down/kernel"]  # one length of a batch, and few pairs to compile
+    assert cli.main([*tiny.options(home, out, STEPS), *few, *options]) == 0
     return lj.checkpoint.restore(out / "adapters")
 
 
@@ -49,11 +50,27 @@ def test_methods(home, tmp_path, capsys, options, frozen, extra):
     assert "bad" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("init", options.CHANGE_THE_BASE)
-def test_a_changed_base(home, tmp_path, init):
+@pytest.fixture(scope="module")
+def plain(home):
+    train(home, home / "plain", "--method", "lora")
+    return home / "plain"
+
+
+@pytest.fixture(scope="module")
+def pissa(home):
+    train(home, home / "pissa", "--init", "pissa")
+    return home / "pissa"
+
+
+@pytest.mark.parametrize(
+    "init", ["pissa", *(pytest.param(init, marks=pytest.mark.slow) for init in options.CHANGE_THE_BASE if init != "pissa")]
+)
+def test_a_changed_base(home, plain, pissa, tmp_path, init):
     """The run trains pairs on the changed base; the other commands see plain ones of twice the rank on the original."""
-    directory = tmp_path / "run"
-    found = train(home, directory, "--init", init)
+    directory = pissa if init == "pissa" else tmp_path / "run"
+    if init != "pissa":
+        train(home, directory, "--init", init)
+    found = lj.checkpoint.restore(directory / "adapters")
     initial, converted = lj.checkpoint.load(directory / "initial"), inspect.load_adapters(directory)
     base = registry.prepare(run.read_config(directory)).task.variables
     pairs = {path: a for path, a in initial.items() if isinstance(a, lj.LowRank)}
@@ -61,20 +78,16 @@ def test_a_changed_base(home, tmp_path, init):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), trained, lj.merge(base, converted))
     assert {converted[path].rank for path in pairs} == {8}
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    plain = tmp_path / "plain"
-    train(home, plain, "--method", "lora")
     first = json.loads((plain / "metrics.jsonl").read_text().splitlines()[0])
     assert lines[0]["test_accuracy"] == first["test_accuracy"]  # step 0 is the base model
     assert cli.main(["export", str(directory), "--format", "peft", "--out", str(tmp_path / "peft")]) == 0
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 8
 
 
-def test_a_run_on_a_changed_base_goes_on_where_it_stopped(home, tmp_path):
+def test_a_run_on_a_changed_base_goes_on_where_it_stopped(pissa, tmp_path):
     """From the checkpoint before the last, a resumed run ends with the same adapters, bit for bit."""
-    whole = tmp_path / "whole"
-    found = train(home, whole, "--init", "pissa")
-    part = tmp_path / "part"
-    shutil.copytree(whole, part)
+    found, part = lj.checkpoint.restore(pissa / "adapters"), tmp_path / "part"
+    shutil.copytree(pissa, part)
     shutil.rmtree(part / "adapters" / str(STEPS))
     assert cli.main(["finetune", "--resume", str(part)]) == 0
     again = lj.checkpoint.restore(part / "adapters")

@@ -87,15 +87,15 @@ def test_perplexity_is_that_of_each_text_alone(home, reference):
 def test_a_stopped_run_ends_alike(home, reference, tmp_path, capsys, monkeypatch):
     directory, arguments = tmp_path / "run", tiny_lm.options(home, tmp_path / "run")
     step = Progress.step
-    for stop in (8, 21):
+    for stop, signum, code in ((8, signal.SIGINT, 130), (21, signal.SIGTERM, 143)):
 
-        def stopping(self, number, loss, stop=stop):
+        def stopping(self, number, loss, stop=stop, signum=signum):
             step(self, number, loss)
             if number == stop:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signum)
 
         monkeypatch.setattr(Progress, "step", stopping)
-        assert f"finetune --resume {directory}" in call(arguments, capsys, code=130)
+        assert f"finetune --resume {directory}" in call(arguments, capsys, code=code)
         assert lj.checkpoint.restore(directory / "adapters").step == stop
         arguments = ["finetune", "--resume", directory]
     monkeypatch.setattr(Progress, "step", step)

@@ -24,6 +24,11 @@ from tests.support import tiny, tiny_lm
 
 STEPS = 16
 OPTIONS = {"batch_size": 8, "steps": STEPS, "max_length": 24, "targets": "q_proj"}
+# The command, where a process that is silent for 10 seconds counts as dead, not for 30.
+START = (
+    "import sys; from lora_jax.command import cli, processes; assert processes._HEARTBEAT > 10; "
+    "processes._HEARTBEAT = 10; sys.exit(cli.main())"
+)
 LONG = 180  # seconds: far more than a process takes, so that one that hangs fails the test
 
 
@@ -71,7 +76,7 @@ class Processes:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         own = ["--coordinator", place, "--processes", count, "--process-id", list(range(count))]
         given = lambda i: [str(text[i] if isinstance(text, list) else text) for text in (*arguments, *own)]
-        command = [sys.executable, "-u", "-m", "lora_jax.command.cli"]
+        command = [sys.executable, "-u", "-c", START]
         self.all = [subprocess.Popen([*command, *given(i)], env=environment, **streams) for i in range(count)]
 
     def __enter__(self):
@@ -109,6 +114,7 @@ def killed(directory, number, processes):
         assert i == number or re.search(said, output), output
 
 
+@pytest.mark.slow
 def test_two_processes(home, reference, tmp_path):
     """The `model` axis spans both processes, so that both hold every row."""
     directory = tmp_path / "run"
@@ -119,6 +125,7 @@ def test_two_processes(home, reference, tmp_path):
     same(directory, reference)
 
 
+@pytest.mark.slow
 def test_four_processes(home, reference, tmp_path):
     directory = tmp_path / "run"
     options, mesh = tiny_lm.options(home, directory, **OPTIONS), ["--mesh", "data=8"]
@@ -130,6 +137,7 @@ def test_four_processes(home, reference, tmp_path):
     same(directory, reference)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all(home, tmp_path):
     directory = tmp_path / "run"
     options = tiny_lm.options(home, directory, **OPTIONS | {"steps": 200})

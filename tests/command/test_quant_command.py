@@ -45,6 +45,7 @@ def reference(home):
     return home / "reference"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_alike(home, reference, tmp_path, capsys, monkeypatch):
     step = Progress.step
 
@@ -108,8 +109,9 @@ def test_export(home, reference, tmp_path, capsys):
 
 def test_a_classifier(tmp_path, capsys):
     tiny.model(tmp_path / "model")
-    tiny.reviews(tmp_path / "reviews.csv")
-    call([*tiny.options(tmp_path, tmp_path / "run", steps=6), "--quantize", "int8", "--block", 8], capsys)
+    tiny.reviews(tmp_path / "reviews.csv", count=60)
+    few = ["--max-length", 8, "--targets", "query"]
+    call([*tiny.options(tmp_path, tmp_path / "run", steps=3), *few, "--quantize", "int8", "--block", 8], capsys)
     base = classify.load_base(tmp_path / "model", run.read_config(tmp_path / "run"))
     leaves, _ = paths.flatten(base.model.variables)
     assert sum(map(paths.is_quantized, leaves.values())) == 6 * base.model.config.num_hidden_layers

@@ -37,6 +37,7 @@ def arguments(home, task, command, out, **changes):
         line = tiny_lm.options(home / "lm", out, steps=6, max_length=24, targets="up_proj")
     else:
         line = [*tiny.options(home, out, steps=6), "--targets", "up", "value"]
+        line[line.index("--max-length") + 1] = "8"
     given = dict(zip(line[1::2], line[2::2])) | {f"--{k.replace('_', '-')}": v for k, v in changes.items()}
     given = {option: value if isinstance(value, list) else [value] for option, value in given.items() if value is not None}
     return [command, *(str(x) for option, values in given.items() for x in (option, *values))]
@@ -61,7 +62,7 @@ def whole_distance(got, want):
 METRIC = {"classify": "test_accuracy", "lm": "perplexity"}
 
 
-@pytest.fixture(scope="module", params=["classify", "lm"])
+@pytest.fixture(scope="module", params=["classify", pytest.param("lm", marks=pytest.mark.slow)])
 def swept(request, home):
     """The task, the directory of a sweep of it and what was printed, and one of its runs made by itself."""
     task = request.param
@@ -134,6 +135,7 @@ def test_a_list_of_runs(home, tmp_path, capsys):
     assert [(c.rank, c.alpha, c.learning_rate) for c in configs] == [(2, 4.0, 2e-3), (8, 16.0, 1e-3)]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_leaves_runs_to_go_on_with(home, tmp_path):
     out = tmp_path / "out"
     process = tiny.start(*arguments(home, "classify", "sweep", out, **GRIDS["classify"] | {"steps": 200000}))

@@ -15,7 +15,7 @@ X = normal(1, 5, 8)
 
 def adapters_of(fn, variables, *args, **options):
     config = lj.LoraConfig(rank=2, **options)
-    return random_adapters(lj.init(jax.random.key(0), config, fn, variables, *args), jnp.float32)
+    return random_adapters(jax.eval_shape(lambda v: lj.init(jax.random.key(0), config, fn, v, *args), variables), jnp.float32)
 
 
 class Normed(nn.Module):

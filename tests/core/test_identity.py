@@ -52,7 +52,10 @@ def test_equals_merged_weights(name, wrapper, dtype, bound):
         assert distance(run(ours), run(oracle)) < bound
 
 
-@pytest.mark.parametrize("name", FRONTENDS)
+HALF = [pytest.param(name, marks=pytest.mark.slow if name.startswith("flax_") else []) for name in FRONTENDS]
+
+
+@pytest.mark.parametrize("name", HALF)
 def test_bfloat16_is_near_float32(name):
     with settings(name, BF16):
         case, adapters = prepare(name, BF16)

@@ -8,6 +8,7 @@ import pytest
 from flax import linen, nnx
 
 import lora_jax as lj
+from tests.support.frontends import normal
 
 
 class Block(nnx.Module):
@@ -37,7 +38,7 @@ class Model(nnx.Module):
         return self.layers[0].up(x)
 
 
-X = jax.random.normal(jax.random.key(0), (3, 5, 8))
+X = normal(0, 3, 5, 8)
 
 
 def assert_close(got, want, tolerance=1e-5):

@@ -51,9 +51,12 @@ def compared(case, adapters):
     return distance(got[0], want[0]), distance(got[1], want[1])
 
 
-# The Hugging Face models are the slowest and have no rule of their own: scales on them are in the whole suite alone.
-CASES = [(name, with_magnitudes) for name in FRONTENDS] + [
-    pytest.param(name, with_scales, marks=[pytest.mark.slow] if name.startswith("flax_") else []) for name in FRONTENDS
+# Whole models have no rule that the others lack: what is more than a pair on them is in the whole suite alone.
+WHOLE = ("flax_bert", "flax_gpt2", "nnx_modules", "linen_mlp")
+CASES = [
+    pytest.param(name, add, marks=pytest.mark.slow if name in WHOLE else [])
+    for add in (with_magnitudes, with_scales)
+    for name in FRONTENDS
 ]
 
 

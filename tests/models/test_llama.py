@@ -55,7 +55,8 @@ def greedy(loaded, ids, count):
 def attached(loaded, *args, **options):
     """Adapters of every product, moved off their start."""
     config = lj.LoraConfig(rank=2, alpha=1, **options)
-    adapters = random_adapters(lj.init(jax.random.key(0), config, loaded.apply, loaded.variables, *args), jnp.float32)
+    init = lambda variables: lj.init(jax.random.key(0), config, loaded.apply, variables, *args)
+    adapters = random_adapters(jax.eval_shape(init, loaded.variables), jnp.float32)
     return lj.attach(loaded.variables, adapters), lj.merge(loaded.variables, adapters), adapters
 
 
@@ -99,16 +100,17 @@ def test_packed_documents_are_apart(name):
     loaded = llama.load(DATA / name)
     lengths = (4, 4, 4)
     segments = jnp.repeat(jnp.arange(3), jnp.array(lengths))[None]
-    packed = loaded.apply(loaded.variables, ids[:1], segment_ids=segments)
+    apply = jax.jit(loaded.apply)
+    packed = apply(loaded.variables, ids[:1], segment_ids=segments)
     start = 0
     for length in lengths:
-        alone = loaded.apply(loaded.variables, ids[:1, start : start + length])
+        alone = apply(loaded.variables, ids[:1, start : start + length])
         np.testing.assert_allclose(packed[:, start : start + length], alone, rtol=0, atol=1e-5)
         start += length
     positions = jnp.array([[*range(4)] * 3])
-    given = loaded.apply(loaded.variables, ids[:1], segment_ids=segments, positions=positions)
+    given = apply(loaded.variables, ids[:1], segment_ids=segments, positions=positions)
     np.testing.assert_array_equal(given, packed)
-    assert jnp.abs(loaded.apply(loaded.variables, ids[:1], segment_ids=segments, positions=2 * positions) - packed).max() > 1e-3
+    assert jnp.abs(apply(loaded.variables, ids[:1], segment_ids=segments, positions=2 * positions) - packed).max() > 1e-3
 
 
 def test_rows_that_see_nothing_have_finite_gradients():
@@ -266,13 +268,13 @@ def test_an_invocation_sequence_acts_from_the_prompt_on():
     ids = jnp.array([[3, 7, 8, 5], [3, 4, 9, 5]])
     config = lj.LoraConfig(rank=2, targets=["q_proj", "v_proj", "down_proj"], alora_invocation_tokens=[7, 8])
     adapters = lj.init(jax.random.key(0), config, loaded.apply, loaded.variables, ids)
-    adapters = jax.tree.map(lambda leaf: leaf + jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), adapters)
-    params = lj.attach(loaded.variables, adapters)
-    longer, active = ids, lj.active_from(ids, [7, 8])
-    for _ in range(4):
-        logits = lj.lora(loaded.apply, active=active)(params, longer)
-        longer = jnp.concatenate([longer, jnp.argmax(logits[:, -1:], -1).astype(jnp.int32)], 1)
-        active = jnp.concatenate([active, active[:, -1:]], 1)
+    adapters = jax.tree.map(lambda leaf: np.asarray(leaf) + np.sin(np.arange(leaf.size)).reshape(leaf.shape), adapters)
+    params = lj.attach(loaded.variables, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), adapters))
+    longer = np.pad(ids, ((0, 0), (0, 4)))  # one shape: what comes after a token does not reach it
+    active = np.pad(lj.active_from(ids, [7, 8]), ((0, 0), (0, 4)), mode="edge")
+    step = jax.jit(lj.lora(loaded.apply, active=active))
+    for last in range(4, 8):
+        longer[:, last] = np.argmax(step(params, longer)[:, last - 1], -1)
     tokens, _ = llama.generate(loaded, params, ids, max_new_tokens=4)
     np.testing.assert_array_equal(tokens, longer[:, 4:])
     base, _ = llama.generate(loaded, loaded.variables, ids, max_new_tokens=4)

@@ -15,6 +15,7 @@ from lora_jax.adapters import quant
 from lora_jax.core import paths
 from lora_jax.models import bert, llama
 from tests.support import tiny, tiny_lm
+from tests.support.frontends import normal
 from tests.support.gguf_write import write
 
 KERNELS = ["re:.*/layer.*/kernel"]
@@ -106,7 +107,7 @@ def test_bad_requests(directory, options, message):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_shards_round_their_own_blocks(kind, spec):
     mesh = sharding.make_mesh({"data": 2, "model": 4})
-    kernel = jax.random.normal(jax.random.key(0), (128, 64))
+    kernel = normal(0, 128, 64)
     shards = jax.device_put(kernel, jax.NamedSharding(mesh, spec))
     compiled = jax.jit(lambda w: quant.rounded(w, kind, 0, 16)).lower(shards).compile().as_text()
     assert "all-" not in compiled
@@ -117,7 +118,7 @@ def test_shards_round_their_own_blocks(kind, spec):
 
 def test_blocks_that_shards_cut():
     mesh = sharding.make_mesh({"data": 2, "model": 4})
-    kernel = jax.random.normal(jax.random.key(0), (64, 32))
+    kernel = normal(0, 64, 32)
     shards = jax.device_put(kernel, jax.NamedSharding(mesh, jax.P("model", "data")))
     found = lj.quantize({"w": shards}, ["w"], "nf4", block=32)["w"]
     same(found, lj.quantize({"w": kernel}, ["w"], "nf4", block=32)["w"])

@@ -200,7 +200,7 @@ def test_tensors_that_do_not_fit_are_errors(spoil, message, copied):
         copied.take().tensors(spoil).load()
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "modules_to_save"])
+@pytest.mark.parametrize("field", ["rank_pattern", pytest.param("modules_to_save", marks=pytest.mark.slow)])
 def test_a_hundred_thousand_patterns_end_in_time(field, copied):
     keys = [f"module_{i}_proj" for i in range(100_000)]
     began = time.monotonic()

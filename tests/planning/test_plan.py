@@ -209,7 +209,7 @@ def data(model, length=19):
     return ids[:, :-1], ids[:, 1:]
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_losses_without_logits(tied):
     model = llama.init(tiny_lm.sizes(tie_word_embeddings=tied), jax.random.key(0), scan_layers=True)
     ids, labels = data(model)
@@ -221,7 +221,7 @@ def test_losses_without_logits(tied):
     np.testing.assert_allclose(model.losses(model.variables, ids, labels), whole(model.variables), atol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_losses_on_a_mesh(tied):
     """With rows kept apart and the head gathered: the losses and gradients of one device."""
     options = {"scan_layers": True, "remat": "full"}
@@ -235,7 +235,9 @@ def test_losses_on_a_mesh(tied):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, wanted)
 
 
-@pytest.mark.parametrize(("options", "window"), [({}, None), ({"scan_layers": True, "remat": "full"}, 3)])
+@pytest.mark.parametrize(
+    ("options", "window"), [pytest.param({}, None, marks=pytest.mark.slow), ({"scan_layers": True, "remat": "full"}, 3)]
+)
 def test_attention_in_blocks(options, window):
     """The last block is shorter than the others; gradients too; packed rows and padding."""
     sizes = tiny_lm.sizes(sliding_window=window, sliding_layers=() if window is None else (1,))

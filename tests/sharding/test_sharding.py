@@ -16,6 +16,7 @@ import lora_jax as lj
 from lora_jax import sharding
 from lora_jax.training import train
 from tests.benchmarks import decoder
+from tests.support.frontends import normal
 
 P = jax.P
 # A rank, a length and a width that no other axis and no shard of a kernel has: shapes in the program tell what they are.
@@ -23,10 +24,10 @@ SIZES = decoder.Sizes(width=32, heads=4, layers=2, hidden=96, vocabulary=80, len
 MESHES = {"data": {"data": 8}, "fsdp": {"data": 8}, "tensor": {"data": 2, "model": 4}}
 CASES = [
     ("data", "unrolled", False),
-    ("data", "scan", True),
-    ("fsdp", "unrolled", True),
+    pytest.param("data", "scan", True, marks=pytest.mark.slow),
+    pytest.param("fsdp", "unrolled", True, marks=pytest.mark.slow),
     ("fsdp", "scan", False),
-    ("tensor", "unrolled", False),
+    pytest.param("tensor", "unrolled", False, marks=pytest.mark.slow),
     ("tensor", "scan", True),
 ]
 TX = optax.adam(1e-2)
@@ -250,7 +251,7 @@ def test_shapes_get_shardings_too():
 def test_quantised_kernels_keep_their_sharding():
     mesh = sharding.make_mesh({"data": 2, "model": 4})
     place = lambda tree: jax.device_put(tree, sharding.parameter_shardings(mesh, tree, {"w": P("model", "data")}))
-    dense = {"w": jax.random.normal(jax.random.key(0), (64, 32))}
+    dense = {"w": normal(0, 64, 32)}
     before = lj.quantize(dense, ["w"], "int8", block=32)
     after = place(before)
     assert after["w"].qvalue.sharding.spec == P("model", "data")

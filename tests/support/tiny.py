@@ -59,7 +59,11 @@ def options(directory, out, steps=40):
 
 def start(*arguments, quiet=False):
     """The command as a process of its own; its output goes to `stdout`, all in one, unless it is quiet."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PYTHONPATH": str(ROOT),
+    }
     streams = {"stdout": subprocess.DEVNULL if quiet else subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "lora_jax.command.cli", *map(str, arguments)], env=environment, **streams

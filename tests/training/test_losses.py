@@ -10,10 +10,11 @@ import lora_jax as lj
 from lora_jax.training.losses import token_cross_entropy
 from tests.benchmarks.measure import dot_flops
 from tests.support.dataflow import dependents
+from tests.support.frontends import normal
 from tests.support.identity import distance, random_adapters
 
-HIDDEN = jax.random.normal(jax.random.key(0), (3, 7, 8))
-WEIGHTS = jax.random.normal(jax.random.key(1), (8, 50))
+HIDDEN = normal(0, 3, 7, 8)
+WEIGHTS = normal(1, 8, 50)
 LABELS = jax.random.randint(jax.random.key(2), (3, 7), 0, 50)
 NOISE = jax.random.uniform(jax.random.key(3), (3, 7))
 
@@ -41,7 +42,7 @@ def test_chunks_of_several_parts(chunk):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_may_be_adapted(tied):
     """Inside `lora(fn)`, a head of its own or a tied table, quantised or not."""
-    params = {"table": jax.random.normal(jax.random.key(4), (50, 8)), "head": WEIGHTS}
+    params = {"table": normal(4, 50, 8), "head": WEIGHTS}
 
     def fn(params, ids):
         head = (lambda x: x @ params["table"].T) if tied else (lambda x: x @ params["head"])

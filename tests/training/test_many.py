@@ -26,9 +26,11 @@ def model(p, x):
 def trained(rank, seed=0, scale=2.0, **options):
     """A set whose arrays are all random."""
     config = lj.LoraConfig(rank=rank, alpha=scale * rank, **options)
-    adapters = lj.init(jax.random.key(seed), config, model, VARIABLES, X)
+    adapters = jax.eval_shape(lambda variables: lj.init(jax.random.key(seed), config, model, variables, X), VARIABLES)
     leaves, treedef = jax.tree.flatten(adapters)
-    return jax.tree.unflatten(treedef, [0.3 * normal(seed + i, *leaf.shape) for i, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(
+        treedef, [jnp.asarray(0.3 * np.asarray(normal(seed + i, *leaf.shape))) for i, leaf in enumerate(leaves)]
+    )
 
 
 def same(first, second):
@@ -161,13 +163,13 @@ def test_adapters_that_act_on_some_tokens(grouped):
 @pytest.mark.parametrize("flavour", ["scan", "remat"])
 def test_layers_under_a_scan_or_remat(flavour, grouped, lenient):
     model, tokens = decoder.plain(SMALL, flavour), decoder.batch(SMALL)[:3, :-1]
-    variables = model.init(jax.random.key(0), tokens)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
     sets, index = trained_sets(model, variables, 3), jnp.array([2, -1, 0])
     fn = lj.many.lora(model.apply, grouped=grouped)
     got = jax.jit(fn)(variables, lj.many.stack(sets), index, tokens)
+    apply = jax.jit(model.apply)
     want = [
-        model.apply(lj.merge(variables, sets[i]) if i >= 0 else variables, tokens[r : r + 1])
-        for r, i in enumerate(index.tolist())
+        apply(lj.merge(variables, sets[i]) if i >= 0 else variables, tokens[r : r + 1]) for r, i in enumerate(index.tolist())
     ]
     assert distance(got, jnp.concatenate(want)) < 1e-5
     if grouped:
@@ -267,7 +269,7 @@ def test_a_batch_of_many_costs_what_one_set_costs(lenient):
 
 def test_sets_of_other_ranks_and_alphas_share_the_program_of_lora(lenient):
     model, tokens = decoder.plain(SMALL), decoder.batch(SMALL)[:1, :-1]
-    variables = model.init(jax.random.key(0), tokens)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
     ready = [lj.algebra.pad_rank(lj.algebra.fold_scale(one), 8) for one in trained_sets(model, variables, 4)]
     args = [(lj.attach(variables, one), tokens) for one in ready]
     rest = iter(args[1:])
@@ -277,7 +279,7 @@ def test_sets_of_other_ranks_and_alphas_share_the_program_of_lora(lenient):
 
 def test_exchangeable_sets_have_one_structure(lenient):
     model, tokens = decoder.plain(SMALL), decoder.batch(SMALL)[:1, :-1]
-    variables = model.init(jax.random.key(0), tokens)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
     shapes = [jax.eval_shape(lambda first=first: exchangeable(trained_sets(model, variables, 2, first))) for first in (0, 1)]
     assert jax.tree.structure(shapes[0]) == jax.tree.structure(shapes[1])
 
@@ -350,7 +352,7 @@ def test_stacked_sets_are_measured_one_after_the_other():
 
 
 def test_a_sweep_ends_as_its_runs_do(lenient):
-    found = compare_sweep(dataclasses.replace(SMALL, batch=2, layers=1), [(1, 1e-3, 0), (4, 3e-3, 0), (2, 3e-3, 1)])
+    found = compare_sweep(dataclasses.replace(SMALL, batch=2, layers=1), [(1, 1e-3, 0), (4, 3e-3, 1)])
     assert found.distance < 1e-5 and found.compilations == 1
 
 

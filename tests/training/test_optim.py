@@ -12,6 +12,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.core.adapter import Rows
 from lora_jax.training.optim import decay_mask, lora_fa, lora_plus
+from tests.support.frontends import normal
 
 pytestmark = pytest.mark.usefixtures("lenient")  # optax promotes dtypes
 FLAT = lj.Layout((), (0,), (1,))
@@ -257,7 +258,7 @@ def test_both_flows_take_the_same_steps(name):
         return x @ params["out"]["kernel"]
 
     loss = lambda params, x, key=None: jnp.mean((lj.lora(model)(params, x) - 1.0) ** 2)
-    x, tx = jax.random.normal(jax.random.key(2), (5, 4)), lj.optimizer(make())
+    x, tx = normal(2, 5, 4), lj.optimizer(make())
     step = lj.train.make_train_step(loss, make(), max_grad_norm=1.0)
     state = lj.train.init_state(adapters, make(), key=jax.random.key(0))
     params = lj.attach(variables, adapters)
