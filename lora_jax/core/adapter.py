@@ -244,7 +244,8 @@ class Adapted:
 
 def static_fields(adapter: Any) -> dict[str, Any]:
     """The fields of an adapter that are not arrays."""
-    return {f.name: getattr(adapter, f.name) for f in dataclasses.fields(adapter) if f.name not in adapter.children()}
+    arrays = adapter.children()
+    return {f.name: getattr(adapter, f.name) for f in dataclasses.fields(adapter) if f.name not in arrays}
 
 
 def to_json(static: Mapping[str, Any]) -> dict[str, Any]:

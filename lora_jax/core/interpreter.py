@@ -115,14 +115,22 @@ def evaluate(context: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence
     """Evaluate an open jaxpr on values of which some are implicit; results may be implicit too."""
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
     read = lambda v: v.val if isinstance(v, jax_compat.Literal) else env[v]
-    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, jax_compat.Literal)}
-    kept = {v for v in jaxpr.outvars if not isinstance(v, jax_compat.Literal)}
-    for i, eqn in enumerate(jaxpr.eqns):
+    for eqn, done_with in zip(jaxpr.eqns, _last_uses(jaxpr)):
         values = [read(v) for v in eqn.invars]
         with jax_compat.source_scope(eqn):
             results = context.apply(eqn, values) if context.handles(eqn, values) else jax_compat.bind(eqn, values)
         env.update(zip(eqn.outvars, results))
-        for v in {v for v in eqn.invars if not isinstance(v, jax_compat.Literal)}:
-            if last[v] == i and v not in kept:
-                del env[v]  # so that an eager run holds no more than the function itself would
+        for v in done_with:  # so that an eager run holds no more than the function itself would
+            del env[v]
     return [read(v) for v in jaxpr.outvars]
+
+
+def _last_uses(jaxpr: Any) -> list[list[Any]]:
+    """For each equation, the variables that nothing after it reads."""
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, jax_compat.Literal)}
+    kept = {v for v in jaxpr.outvars if not isinstance(v, jax_compat.Literal)}
+    done_with: list[list[Any]] = [[] for _ in jaxpr.eqns]
+    for v, i in last.items():
+        if v not in kept:
+            done_with[i].append(v)
+    return done_with
