@@ -44,6 +44,10 @@ class Factor:
             return self
         return dataclasses.replace(self, array=fn(self.array, self.dim(axis)))
 
+    def summed(self, axis: int) -> Self:
+        """The sum along an axis, if there is a dimension along it; that dimension keeps size 1."""
+        return self.along(axis, lambda array, dim: jnp.sum(array, dim, keepdims=True))
+
     def laid_along(self, labels: Sequence[int], dtype: Any) -> jax.Array:
         """The array with its dimensions in the order of `labels`, of size 1 along those that it lacks."""
         order = sorted(range(len(self.axes)), key=lambda d: list(labels).index(self.axes[d]))

@@ -181,12 +181,19 @@ class ProbeContext(Context):
         self.uses.setdefault(path, {})[use] = None
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes", "indexed", "origin"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes", "indexed", "origin", "is_sum"])
 @dataclasses.dataclass(frozen=True)
 class AxisFactor(Factor):
-    """A factor that stands for some axes of the parameter, its `origin`, and moves as they do."""
+    """A factor that stands for some axes of the parameter, its `origin`, and moves as they do.
+
+    `is_sum`: whether a sum was taken over them, as over the in axes of a product with ones.
+    """
 
     origin: tuple[int, ...] = ()
+    is_sum: bool = False
+
+    def summed(self, axis: int) -> Self:
+        return dataclasses.replace(super().summed(axis), is_sum=self.is_sum or axis in self.axes)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["factors"], meta_fields=["path"])
@@ -237,9 +244,9 @@ class Probe(Factored):
         return jax_compat.bind(eqn, [self.base, other.base])[0]
 
     def _record_product(self, context: ProbeContext, eqn: Equation, roles: Mapping[int, str]) -> None:
-        def role(factor: Factor) -> str:
+        def role(factor: AxisFactor) -> str:
             held = {roles[axis] for axis in factor.axes}
-            return next((role for role in ("in", "out", "batch") if role in held), "stack")
+            return next((role for role in ("in", "out", "batch") if role in held), "in" if factor.is_sum else "stack")
 
         self._record(context, "product", eqn, role)
 

@@ -124,6 +124,9 @@ LOOKUPS = {
     "position_table": lambda p, ids: lax.dynamic_slice_in_dim(p["t"], ids[0, 2], 3) + 1.0,
     "in_a_loop": lambda p, ids: lax.map(lambda i: p["t"][i], ids.reshape(-1)),
     "in_a_branch": lambda p, ids: lax.cond(ids[0, 0] == 0, lambda: p["t"][ids], lambda: jnp.zeros((2, 3, 4))),
+    "bag_of_rows": lambda p, ids: jnp.tanh(p["t"][ids].mean(1)),
+    "sum_of_a_window": lambda p, ids: lax.dynamic_slice_in_dim(p["t"], ids[0, 2], 3).sum(0) * 2.0,
+    "table_of_sums": lambda p, ids: p["t"].sum(1)[ids],
     "relative_bias": lambda p, ids: jnp.transpose(p["t"][RELATIVE + 4], (2, 0, 1)),
     "sampled_softmax": lambda p, ids: X[:, :4] @ p["t"][ids[0]].T,
     "tied": lambda p, ids: jnp.tanh(p["t"][ids]) @ p["t"].T,
@@ -160,6 +163,13 @@ FORMS = {
     "vmap_over_tables": ({"w": (9, 3, 4)}, lambda p, x: jax.vmap(lambda w, i: w[i], in_axes=(1, 0))(p["w"], IDS.T)),
     "vmap_over_layer_indices": ({"w": (4, 8, 6)}, lambda p, x: jax.vmap(lambda x, i: x @ p["w"][i])(x, jnp.arange(5) % 4)),
     "vmap_over_convolutions": ({"w": (3, 2, 8, 6)}, lambda p, x: jax.vmap(lambda w, x: conv(x[None], w))(p["w"], stacked(x))),
+    "lone_axis_of_an_einsum": ({"w": (3, 8, 6)}, lambda p, x: jnp.einsum("ti,kio->to", x, p["w"])),
+    "mean_of_matrices": ({"w": (8, 3, 6)}, lambda p, x: x @ p["w"].mean(1)),
+    "sum_of_groups_of_inputs": ({"w": (8, 6)}, lambda p, x: x[:, :4] @ p["w"].reshape(2, 4, 6).sum(0)),
+    "sum_of_outputs_beside_them": ({"w": (8, 6)}, lambda p, x: x @ p["w"] + x @ p["w"].sum(1, keepdims=True)),
+    "sum_of_copies": ({"w": (8, 6)}, lambda p, x: x @ jnp.broadcast_to(p["w"][None], (3, 8, 6)).sum(0)),
+    "sum_of_a_stack_of_two": ({"w": (8, 8)}, lambda p, x: x @ jnp.stack([p["w"], p["w"].T * 2.0]).sum(0)),
+    "sum_of_a_scanned_matrix": ({"w": (3, 8, 2, 8)}, lambda p, x: lax.scan(lambda x, w: layer(x, w.sum(1)), x, p["w"])[0]),
     "ragged_transposed": ({"w": (6, 8, 3)}, lambda p, x: lax.ragged_dot(x, p["w"].transpose(2, 1, 0), jnp.array([3, 0, 2]))),
 }  # fmt: skip
 

@@ -25,6 +25,8 @@ LAYOUTS = {
     "table": ((9, 4), (), (0,), (1,), lambda w, x: w[jnp.array([1, 2])]),
     "window_of_a_table": ((9, 4), (), (0,), (1,), lambda w, x: w[jnp.array([1, 2]), 1:3]),
     "tied_table": ((9, 8), (), (0,), (1,), lambda w, x: (x + w[jnp.arange(5)]) @ w.T),
+    "summed": ((3, 8, 6), (), (0, 1), (2,), lambda w, x: x @ w.sum(0)),
+    "summed_rows_of_a_table": ((9, 2, 4), (), (0,), (1, 2), lambda w, x: w[jnp.array([1, 2])].sum(0)),
     "in_a_branch": ((8, 8), (), (0,), (1,), lambda w, x: lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x)),
 }  # fmt: skip
 
@@ -44,6 +46,7 @@ OBSTACLES = {
     "scalar": ((), "other", "it is a scalar", lambda w, x: x * w),
     "vector": ((8,), "linear", "it has no out axis, so a pair would save nothing", lambda w, x: x @ w),
     "outer": ((6, 2), "linear", "it has no in axis, so a pair would save nothing", lambda w, x: jnp.tensordot(x, w, 0)),
+    "summed": ((8, 6), "linear", "it has no out axis, so a pair would save nothing", lambda w, x: x @ w.sum(1)),
     "returned": ((8, 8), "other", "the function returns it", lambda w, x: w),
     "power": ((8, 8), "other", "no rule keeps it low-rank", lambda w, x: x @ w**2),
     "own_rule": ((8, 8), "other", "the function has a derivative rule of its own", lambda w, x: jax.nn.relu(w) @ x.T),

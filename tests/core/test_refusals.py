@@ -75,6 +75,35 @@ def test_two_adapted_operands():
     assert distance(forced, fn(lj.merge(variables, pairs), X)) < 1e-5
 
 
+LAYOUT, STACKED = lj.Layout((), (0,), (1,)), lj.Layout((0,), (1,), (2,))
+SUMS = {
+    "stack": (0, lj.LowRank(normal(3, 3, 8, 2), normal(4, 3, 2, 6), STACKED)),
+    "magnitude": (1, lj.LowRank(normal(3, 8, 2), normal(4, 2, 6), LAYOUT, magnitude=1 + jnp.arange(6.0))),
+    "vera": (1, lj.LowRank(normal(3, 8, 2), normal(4, 2, 6), LAYOUT, lambda_d=normal(5, 2), lambda_b=normal(6, 6))),
+    "bias": (1, lj.LowRank(normal(3, 8, 2), normal(4, 2, 6), LAYOUT, bias=normal(5, 6))),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_over_an_axis_that_several_arrays_have(name):
+    axis, pair = SUMS[name]
+    variables = {"w": normal(1, *((3, 8, 6) if name == "stack" else (8, 6)))}
+    fn = lambda p, x: (x @ p["w"].sum(axis).reshape(8, -1)).sum(1)
+    with pytest.raises(lj.NotLowRankError, match="several arrays of its adapter lie"):
+        lj.lora(fn)(lj.attach(variables, {"w": pair}), X)
+    if name == "bias":
+        return
+    run = lambda f: jax.jit(lambda a: value_and_grads(f, a, X))({"w": pair})
+    ours = run(lambda a, x: lj.lora(fn, on_unsupported="materialize")(lj.attach(variables, a), x))
+    assert distance(ours, run(lambda a, x: fn(lj.merge(variables, a), x))) < 1e-5
+
+
+def test_a_sum_over_inputs_needs_no_bias():
+    pair = lj.LowRank(normal(3, 8, 2), normal(4, 2, 6), LAYOUT, bias=normal(5, 6))
+    with pytest.raises(lj.NotLowRankError, match="in axis is taken apart, and its adapter has a bias"):
+        lj.lora(lambda p, x: x[:, :4] @ p["w"].reshape(2, 4, 6).sum(0))(lj.attach({"w": normal(1, 8, 6)}, {"w": pair}), X)
+
+
 def test_init_refuses_a_kernel_with_such_a_use():
     fn = lambda p, x: x @ p["w"] + x @ (p["w"] ** 2)
     text = r"also used in a way that is not low-rank.*\n  w \(8, 8\): `integer_pow` at .*test_refusals"

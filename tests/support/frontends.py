@@ -219,7 +219,7 @@ def experts_gathered(dtype: Any) -> Case:
 
 @frontend
 def moved_about(dtype: Any) -> Case:
-    """Reshape, split, concatenate, stack, reverse, pad and scale on the way to the product."""
+    """Reshape, split, concatenate, stack, reverse, pad, scale and sum on the way to the product."""
 
     def fn(p: Any, x: Any) -> Any:
         q, k = jnp.split(p["qk"].reshape(8, 6, 5), [2], axis=1)
@@ -229,9 +229,10 @@ def moved_about(dtype: Any) -> Case:
         tall = jnp.concatenate([p["v"], p["w"]], axis=0)
         z = jnp.concatenate([x, x], axis=1) @ tall
         padded = x @ jnp.pad(p["v"], ((0, 0), (1, 2)), constant_values=0.5)
-        return jnp.concatenate([x @ joint, y.reshape(6, -1), z, padded, jnp.einsum("ti,inh->tnh", x, k).reshape(6, -1)], axis=1)
+        heads, mean = jnp.einsum("ti,inh->tnh", x, k).reshape(6, -1), x @ p["taps"].mean(1)
+        return jnp.concatenate([x @ joint, y.reshape(6, -1), z, padded, heads, mean], axis=1)
 
-    variables = params(dtype, qk=(8, 30), v=(8, 7), w=(8, 7))
+    variables = params(dtype, qk=(8, 30), v=(8, 7), w=(8, 7), taps=(8, 3, 5))
     return Case(fn, variables, (normal(9, 6, 8, dtype=dtype),), config())
 
 

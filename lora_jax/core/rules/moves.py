@@ -297,6 +297,29 @@ def _neg(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     return [_times(weight, _on_base(eqn, weight)[0], lax.neg)]
 
 
+def _reduce_sum(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
+    """`w.sum(axes)`: of each term the one factor that lies along an axis is summed; looked-up rows are an activation."""
+    rows, gone, terms = weight.as_activation(context, eqn), eqn.params["axes"], weight.terms
+    if rows is not weight:
+        return jax_compat.bind(eqn, [rows])
+    summed = [axis for axis in gone if weight.shape[axis] != 1]
+    weight.divide(summed)
+    for axis in summed:
+        terms = [_summed(term, axis, weight.shape[axis]) for term in terms]
+    kept = [axis for axis in range(len(weight.shape)) if axis not in gone]
+    new = {old: position for position, old in enumerate(kept)}
+    terms = [term.map(lambda factor: factor.relabel(new)) for term in terms]
+    return [weight.joined(_on_base(eqn, weight)[0], terms, alone=True)]
+
+
+def _summed(term: Any, axis: int, size: int) -> Any:
+    """A term summed along an axis, which then has size 1; `size` times itself where none of its arrays lies along the axis."""
+    along = [part for part in term.parts if axis in part.axes]
+    if len(along) > 1:
+        raise NotLowRank("it is summed over an axis along which several arrays of its adapter lie")
+    return term.map(lambda part: part.summed(axis)) if along else term.times(lambda array: array * size)
+
+
 def _all_gather(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     if not eqn.params["tiled"]:
         raise NotLowRank("an untiled all_gather adds an axis")
@@ -325,5 +348,6 @@ MOVES: dict[str, Rule] = {
     "mul": _scale,
     "div": _scale,
     "neg": _neg,
+    "reduce_sum": _reduce_sum,
     "all_gather": _all_gather,
 }
