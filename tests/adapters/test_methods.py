@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import lora_jax as lj
+from lora_jax.adapters.config import SINCE_2
 from lora_jax.core import jax_compat
 from tests.support.frontends import normal
 from tests.support.identity import BF16, F32, distance, random_adapters, value_and_grads
@@ -278,7 +279,7 @@ def test_an_invocation_sequence_is_never_ignored():
 def test_old_configurations_are_read():
     config = lj.LoraConfig(rank=2, targets=["up"])
     fields = json.loads(config.to_json()) | {"format_version": 1}
-    for name in lj.config.SINCE_2:
+    for name in SINCE_2:
         del fields[name]
     assert lj.LoraConfig.from_json(json.dumps(fields)) == config
     with pytest.raises(ValueError, match="unknown fields: dora"):
