@@ -32,7 +32,6 @@ METHODS = {
     "alora": {"alora_invocation_tokens": [7, 8]},
     "alora_dora_bias": {"alora_invocation_tokens": [7, 8], "dora": True, "lora_bias": True},
 }
-FORMS = ("unrolled", "stacked", "some_layers")
 
 
 def layer(x, p):
@@ -88,7 +87,14 @@ def oracle(method, fn, variables, adapters, ids=IDS):
     return merged if "alora" not in method else jnp.where(active(method, ids)[..., None], merged, fn(variables, ids))
 
 
-CASES = [(m, f) for m in METHODS for f in FORMS if (m, f) != ("embedding_dora", "some_layers")]  # an embedding is in no layer
+# An embedding is in no layer. A stack of which some layers are adapted stands for one of which all are.
+CASES = [
+    (method, form)
+    for method in METHODS
+    for form in ("unrolled", "some_layers")
+    if (method, form) != ("embedding_dora", "some_layers")
+]
+CASES += [pytest.param(method, "stacked", marks=[] if method == "embedding_dora" else pytest.mark.slow) for method in METHODS]
 
 
 @pytest.mark.parametrize(("method", "form"), CASES)
