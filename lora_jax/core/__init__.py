@@ -15,13 +15,23 @@ Read `transform` (`lora`), then `weight`, then one rule.
 | `adapter`, `paths` | adapters, and the tree that they are attached to |
 | `deferred`, `quantized` | bases that are made where they are used |
 
+What the wings above share is here, too: `errors`, `files`, `fields` (options said once), `text_table`.
+
 To let a weight through one more primitive, write `rule(context, eqn, *operands) -> results` and enter it in the table of its
-file. A rule that moves a weight returns `weight.move(base, fn)`: the equation's result on the base, and for each `Factor` what
-the equation does to the axes that the factor has. A rule that cannot keep the factors raises `NotLowRank(reason)`. Then the
-contract `lora(fn)(attach(p, a), x) == fn(merge(p, a), x)`, in value and gradient, wants a line in `tests/core/test_layers.py`
-or in the frontends of `tests/support/frontends.py`; `explain` follows without a line of its own.
+file. A rule that moves a weight returns `weight.move(base, fn)`: the equation's result on the base (by `on_bases`, since a
+base may be `Deferred`), and for each `Factor` what the equation does to the axes that the factor has; `with_terms` where
+terms differ. If its operand may be rows that were looked up, it first asks `weight.as_activation`. It raises
+`NotLowRank(reason)` where factors cannot stay factors; the walk makes of it the user's `NotLowRankError`, or `W + AB` where
+that is allowed. `explain` walks with the same rules, over one `AxisFactor` for each axis: a rule that makes an axis disappear
+must say what role it had, since an axis that no product meets counts as a stack.
+
+The contract `lora(fn)(attach(p, a), x) == fn(merge(p, a), x)`, in value and gradient, is `tests/core/test_identity.py` over
+the models of `tests/support/frontends.py`; single forms of a use are in `test_control_flow.py`, refusals in
+`test_refusals.py`.
 
 To add a method, write a `Method` (`weight`) in a file of `methods/`: what it does `before` A, `inside` and `after` B, what it
 does to the whole weight (`dense`), and which of its arrays move with it (`map`). `methods/terms.py` makes it of an adapter's
-arrays; `adapter.PARTS` says along which axes those lie; `adapters/merging.py` what they do to merged weights.
+arrays; `adapter.PARTS` says along which axes those lie, and `EXTRA` that they are arrays of a pair. Outside the core
+`adapters/merging.py` must know it, `adapters/init.py` and `adapters/config.py` make it, `training/many.py` (`_neutral`) says
+what leaves a parameter as it is, `training/optim.py` what decays, and `peft/writing.py` what a file can hold.
 """

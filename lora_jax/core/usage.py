@@ -217,7 +217,7 @@ class Probe(Factored):
 
     def join_axes(self, groups: Sequence[set[int]]) -> Self:
         """Axes that a reshape merges share a role from here on: one factor stands for them."""
-        return type(self)(self.base, tuple(_joined(term, groups) for term in self.terms))
+        return self.with_terms(self.base, [_joined(term, groups) for term in self.terms])
 
     def joined(self, base: Any, terms: Sequence[Any], alone: bool) -> Self:
         if not alone:

@@ -1,9 +1,10 @@
 """A parameter that is a base and small factors: `base + sum of terms`.
 
-A `Weight` is what flows through `lora(fn)` in an adapted parameter's place. Each dimension of each factor of a term lies along
-one axis of the weight, or along the rank. A rule that moves the weight (`rules/moves.py`: transpose, reshape, slice) moves the
-base and relabels the factors; only a product with an activation (`rules/products.py`) uses them, and then without multiplying
-them with each other first.
+A `Weight` is what flows through `lora(fn)` in an adapted parameter's place. Each dimension of each factor of a term lies
+along one axis of the weight, or along the rank. A factor that lacks an axis is constant along it, or the axis has size 1; an
+axis that both A and B have is a batch axis, along which there is a stack of pairs. A rule that moves the weight
+(`rules/moves.py`: transpose, reshape, slice) moves the base and relabels the factors; only a product with an activation
+(`rules/products.py`) uses them, and then without multiplying them with each other first.
 
 A product is `x W + sum of branches`, and the branch of a pair is `y = s (x A) B` with the steps of its methods around it:
 
@@ -68,7 +69,7 @@ class Term:
 
     @property
     def parts(self) -> Iterator[Factor]:
-        """All the factors that `map` maps, in its order."""
+        """All the factors that `map` maps, in its order: A and B, and those of the methods."""
         found: list[Factor] = []
         self.map(lambda part: found.append(part) or part)
         return iter(found)
@@ -82,14 +83,14 @@ class Term:
         return self
 
     def divide(self, axes: Sequence[int]) -> None:
-        """Raise NotLowRank if these axes must not be taken apart."""
+        """Raise NotLowRank if no part of these axes (a slice, rows, a sum) may be taken: a rule asks before it does so."""
 
     def times(self, fn: Callable[[Any], Any]) -> Self:
-        """The term of a weight that is multiplied with a number: `fn` multiplies an array with it."""
+        """The term of a weight that is multiplied with a number: `fn` multiplies an array with it, unless there is no pair."""
         return self
 
     def with_axis(self, axis: int, size: int) -> Self:
-        """The same with an explicit dimension along an axis that it may be constant along."""
+        """The same with an explicit dimension along an axis where weights are joined: a term is zero outside its own place."""
         if any(axis in factor.axes for factor in self.factors):
             return self
         first, *others = self.factors
@@ -259,7 +260,7 @@ class Factored(ImplicitArray):
 
     def move(self, base: Any, fn: Callable[[Factor], Factor]) -> Self:
         """A new base, and `fn` applied to each factor."""
-        return type(self)(base, tuple(term.map(fn) for term in self.terms))
+        return self.with_terms(base, [term.map(fn) for term in self.terms])
 
     def divide(self, axes: Iterable[int]) -> None:
         """Raise NotLowRank if these axes must not be taken apart."""
@@ -271,9 +272,13 @@ class Factored(ImplicitArray):
         """The same before a reshape makes one axis of each group."""
         return self
 
-    def joined(self, base: Any, terms: Sequence[Any], alone: bool) -> Self:
-        """Terms of several weights on one base, with something that is none among them unless `alone`."""
+    def with_terms(self, base: Any, terms: Sequence[Any]) -> Self:
+        """A new base and new terms: what `move` can't say, since it treats all terms alike."""
         return type(self)(base, tuple(terms))
+
+    def joined(self, base: Any, terms: Sequence[Any], alone: bool) -> Self:
+        """Terms of several weights on one base; `alone`: nothing else is joined to them."""
+        return self.with_terms(base, terms)
 
     def can_index(self, axes: Sequence[int]) -> bool:
         """Whether an index into these axes looks rows up: it picks from one factor of each term, not from a stack of pairs."""
@@ -305,7 +310,7 @@ class Factored(ImplicitArray):
         if not self.keyed:
             return jax.tree.map(lambda leaf: leaf, self)
         fold = lambda key: jax.random.fold_in(key, index)
-        return type(self)(self.base, tuple(term.map_keys(fold) for term in self.terms))
+        return self.with_terms(self.base, [term.map_keys(fold) for term in self.terms])
 
     def constrained(self, sharding: Any) -> Self:
         """The base's sharding is fixed; the factors follow."""
@@ -320,7 +325,7 @@ class Factored(ImplicitArray):
         by_axis = dict(enumerate(spec))
         place = lambda f: dataclasses.replace(f, array=jax.P(*(by_axis.get(axis) for axis in f.axes)))
         moved = self.move(spec, place)
-        return type(self)(spec, tuple(term.map_keys(lambda key: jax.P()) for term in moved.terms))
+        return self.with_terms(spec, [term.map_keys(lambda key: jax.P()) for term in moved.terms])
 
     # --- used
 
@@ -355,7 +360,7 @@ class Factored(ImplicitArray):
         raise NotImplementedError
 
     def settled(self, context: Any) -> Any:
-        """What a gather makes of it: rows may be multiplied out at once."""
+        """What a gather makes of it: rows become an array at once, where a dynamic slice stays a weight until it is used."""
         raise NotImplementedError
 
     def multiply(self, context: Any, product: "Product") -> Any:

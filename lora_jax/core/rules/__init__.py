@@ -2,14 +2,14 @@
 
 from lora_jax.core.interpreter import Rule
 from lora_jax.core.rules.control_flow import CONTROL_FLOW
-from lora_jax.core.rules.convolution import convolution
+from lora_jax.core.rules.convolution import conv_general_dilated
 from lora_jax.core.rules.moves import MOVES
 from lora_jax.core.rules.products import dot_general
-from lora_jax.core.rules.ragged_dot import ragged_dot
+from lora_jax.core.rules.ragged_dot import ragged_dot_general
 
 PRODUCTS: dict[str, Rule] = {
     "dot_general": dot_general,
-    "conv_general_dilated": convolution,
-    "ragged_dot_general": ragged_dot,
+    "conv_general_dilated": conv_general_dilated,
+    "ragged_dot_general": ragged_dot_general,
 }
 RULES: dict[str, Rule] = MOVES | PRODUCTS | CONTROL_FLOW

@@ -64,7 +64,7 @@ class Convolution(Product):
         return y.reshape(*y.shape[:channel], groups * size, *y.shape[channel + 2 :])
 
 
-def convolution(context: Context, eqn: Equation, x: Any, weight: Any) -> list[Any]:
+def conv_general_dilated(context: Context, eqn: Equation, x: Any, weight: Any) -> list[Any]:
     """The weight is the kernel."""
     x = as_activation(context, eqn, x)
     if is_implicit(x):

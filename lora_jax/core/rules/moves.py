@@ -247,7 +247,7 @@ def _pad(context: Context, eqn: Equation, weight: Any, value: Any) -> list[Any]:
     for axis, config in enumerate(eqn.params["padding_config"]):
         if config != (0, 0, 0):
             terms = tuple(_padded(term, axis, weight.shape[axis], config) for term in terms)
-    return [weight.joined(_on_base(eqn, weight, value)[0], terms, alone=True)]
+    return [weight.with_terms(_on_base(eqn, weight, value)[0], terms)]
 
 
 def _joined_operands(context: Context, eqn: Equation, operands: Sequence[Any]) -> list[Any]:
@@ -290,7 +290,7 @@ def _scale(context: Context, eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
 
 
 def _times(weight: Factored, base: Any, fn: Callable[[Any], Any]) -> Factored:
-    return weight.joined(base, [term.times(fn) for term in weight.terms], alone=True)
+    return weight.with_terms(base, [term.times(fn) for term in weight.terms])
 
 
 def _neg(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
@@ -309,7 +309,7 @@ def _reduce_sum(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     kept = [axis for axis in range(len(weight.shape)) if axis not in gone]
     new = {old: position for position, old in enumerate(kept)}
     terms = [term.map(lambda factor: factor.relabel(new)) for term in terms]
-    return [weight.joined(_on_base(eqn, weight)[0], terms, alone=True)]
+    return [weight.with_terms(_on_base(eqn, weight)[0], terms)]
 
 
 def _summed(term: Any, axis: int, size: int) -> Any:

@@ -85,7 +85,8 @@ class Product:
         kept = sorted({axis for gain in after for axis in gain.axes} - set(out))
         same = x is self.x and not before and not kept
         base = self.result if same else self.with_base(scaled_along(x, before, self.x_labels), kept).astype(self.result.dtype)
-        return jnp.sum(scaled_along(base, after, [*kept, *out]), tuple(range(len(kept))))
+        scaled = scaled_along(base, after, [*kept, *out])
+        return jnp.sum(scaled, tuple(range(len(kept)))) if kept else scaled
 
     def along_outputs(self, part: Factor, others: set[int]) -> Any:
         """A factor that lies along the out axes, broadcastable to the result; `others` must be summed over."""

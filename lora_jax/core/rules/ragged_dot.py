@@ -67,7 +67,7 @@ class RaggedDot(Product):
         return lax.ragged_dot(x, array, self.group_sizes, how) if len(own) == 3 else lax.dot(x, array, precision=how)
 
 
-def ragged_dot(context: Context, eqn: Equation, x: Any, weight: Any, group_sizes: Any, *offset: Any) -> list[Any]:
+def ragged_dot_general(context: Context, eqn: Equation, x: Any, weight: Any, group_sizes: Any, *offset: Any) -> list[Any]:
     """The weight is the stack of matrices."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (xc, wc), (xb, _) = numbers.dot_dimension_numbers
