@@ -199,7 +199,7 @@ def restore(directory: str | os.PathLike[str], *, step: int | None = None, tx: A
             _check_fit(adapters, variables)
             adapters |= _on_mesh(adapters, variables)
         state = None if tx is None else _unpack_state(meta["state"], vectors.get("state", {}), adapters, tx)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"the checkpoint {folder} can't be used: {error}") from None
     config = None if meta["config"] is None else LoraConfig.from_json(json.dumps(meta["config"]))
     return Checkpoint(adapters, config, meta["step"], state, meta["data"])
@@ -391,7 +391,7 @@ def _check_fit(adapters: Mapping[str, Adapter], variables: Any) -> None:
             continue
         try:
             check(path, adapter, jnp.shape(leaves[path]))
-        except ValueError as error:
+        except InputError as error:
             problems.append(str(error))
     if problems:
         listing = "".join(f"\n  {problem}" for problem in problems)
