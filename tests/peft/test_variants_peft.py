@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_jax as lj
+from lora_jax.core.adapter import Rows
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "variants"
 CASES = json.loads((DATA / "cases.json").read_text())["cases"]
@@ -99,7 +100,7 @@ class Reference:
             if "value" in parts:
                 made[f"{module}/bias"] = lj.Full(parts.pop("value"))
             if "values" in parts:
-                made[path] = lj.adapter.Rows(**parts, indices=self.indices(), layout=layout(2))
+                made[path] = Rows(**parts, indices=self.indices(), layout=layout(2))
             elif parts:
                 made[path] = self.pair(module, parts, tensors)
         return made
