@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 import lora_jax as lj
 from lora_jax.adapters.combine import combine
 from tests.support.identity import distance
+from tests.support.marks import every_other
 from tests.support.pairs import pair
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "combine"
@@ -32,7 +33,7 @@ def options(method, majority="total"):
 
 
 @pytest.mark.parametrize("file", sorted(DATA.glob("*-*.safetensors")), ids=lambda file: file.stem)
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", every_other([True, False]))
 def test_peft_gets_the_same(file, stacked):
     method, majority = file.stem.split("-")
     want = load_file(file)

@@ -15,6 +15,7 @@ from lora_jax.adapters.config import SINCE_2
 from lora_jax.core import jax_compat
 from tests.support.frontends import normal
 from tests.support.identity import BF16, F32, distance, random_adapters, value_and_grads
+from tests.support.marks import slow_unless
 
 IDS = jnp.array([[1, 7, 8, 2, 5], [7, 8, 3, 7, 8], [8, 7, 0, 10, 4]])
 METHODS = {
@@ -87,14 +88,23 @@ def oracle(method, fn, variables, adapters, ids=IDS):
     return merged if "alora" not in method else jnp.where(active(method, ids)[..., None], merged, fn(variables, ids))
 
 
+# One of each kind of arrays that a method has; the mixtures of them are slow.
+KINDS = ("lora", "lora_fa", "vera", "dora_fa_bias", "rows", "embedding_dora", "alora")
+EACH_KIND = slow_unless(lambda method: method in KINDS, METHODS)
+
+
 # An embedding is in no layer. A stack of which some layers are adapted stands for one of which all are.
-CASES = [
-    (method, form)
-    for method in METHODS
-    for form in ("unrolled", "some_layers")
-    if (method, form) != ("embedding_dora", "some_layers")
-]
-CASES += [pytest.param(method, "stacked", marks=[] if method == "embedding_dora" else pytest.mark.slow) for method in METHODS]
+CASES = slow_unless(
+    lambda case: (
+        case[1] == "unrolled" or case == ("embedding_dora", "stacked") or (case[1] == "some_layers" and case[0] in KINDS)
+    ),
+    [
+        (method, form)
+        for method in METHODS
+        for form in ("unrolled", "stacked", "some_layers")
+        if (method, form) != ("embedding_dora", "some_layers")
+    ],
+)
 
 
 @pytest.mark.parametrize(("method", "form"), CASES)
@@ -113,7 +123,7 @@ def test_equals_merged_weights(method, form):
 
 
 @pytest.mark.parametrize("form", [pytest.param("unrolled", marks=pytest.mark.slow), "stacked"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH_KIND)
 def test_vmap(method, form):
     """Over the input alone, and over input and adapters."""
     fn, variables, adapters, _ = prepare(method, form)
@@ -127,7 +137,7 @@ def test_vmap(method, form):
 
 
 @pytest.mark.parametrize("form", ["unrolled", pytest.param("stacked", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH_KIND)
 def test_bfloat16_base(method, form):
     """A base of bfloat16 under adapters of float32 gives bfloat16, near what float32 gives."""
     fn, variables, adapters, _ = prepare(method, form, BF16)
@@ -140,7 +150,7 @@ def test_bfloat16_base(method, form):
     assert distance(got.astype(F32), exact) < 3e-2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH_KIND)
 def test_training_moves_what_is_trained_and_checkpoints_hold_it_all(method, tmp_path, lenient):
     fn, variables, adapters, config = prepare(method, "stacked")
     loss = lambda params, ids, key: jnp.mean(lj.lora(fn, active=active(method), key=key)(params, ids) ** 2)
@@ -160,7 +170,7 @@ def test_training_moves_what_is_trained_and_checkpoints_hold_it_all(method, tmp_
     jax.tree.map(np.testing.assert_array_equal, again.adapters, state.adapters)
 
 
-@pytest.mark.parametrize("form", ["unrolled", "stacked"])
+@pytest.mark.parametrize("form", [pytest.param("unrolled", marks=pytest.mark.slow), "stacked"])
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_of_a_kernels_shape_is_made(method, form):
     """Forward and backward, every value of the kernels' shapes is one of the base's own, as plain LoRA has them too."""

@@ -13,6 +13,7 @@ import lora_jax as lj
 from lora_jax.adapters import quant
 from lora_jax.core import paths
 from tests.support.identity import F32, distance, prepare, random_adapters, settings, value_and_grads
+from tests.support.marks import every_other
 
 ROUNDED = ("plain_function", "linen_mlp", "linen_attention", "linen_scan_remat", "linen_tied_embedding", "conv_2d", "gemma_einsum",
            "transposed_kernel", "experts_einsum", "experts_ragged", "experts_gathered", "moved_about", "control_flow", "nnx_modules")  # fmt: skip
@@ -27,7 +28,7 @@ def rounded(case, adapters):
     return quantized, jax.tree.unflatten(treedef, [quant.dense(leaf) for leaf in leaves.values()])
 
 
-@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("name", every_other(ROUNDED))
 def test_quantised_kernels_equal_dense_ones_of_their_values(name):
     with settings(name, F32), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         case, adapters = prepare(name, F32)
@@ -60,8 +61,10 @@ def model(form):
     return fn, {"layers": layers, "head": normal(2, 32, 7)}, normal(3, 5, 32)
 
 
-@pytest.mark.parametrize("dtype", ["nf4", "int4", "int8", "fp8"])
-@pytest.mark.parametrize("form", ["stacked", "unrolled"])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    every_other([(form, dtype) for dtype in ("nf4", "int4", "int8", "fp8") for form in ("stacked", "unrolled")]),
+)
 def test_nothing_dense_is_kept_for_the_backward_pass(form, dtype):
     """Of a quantised kernel, adapted or not, the gradient keeps its integers and scales alone."""
     fn, variables, x = model(form)

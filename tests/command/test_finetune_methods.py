@@ -33,8 +33,8 @@ def train(home, out, *options):
     ("options", "frozen", "extra"),
     [
         (["--dora"], (), ("magnitude",)),
-        (["--method", "vera"], ("a", "b"), ("lambda_d", "lambda_b")),
-        (["--method", "lora_fa", "--scaling", "rslora"], ("a",), ()),
+        pytest.param(["--method", "vera"], ("a", "b"), ("lambda_d", "lambda_b"), marks=pytest.mark.slow),
+        pytest.param(["--method", "lora_fa", "--scaling", "rslora"], ("a",), (), marks=pytest.mark.slow),
         (["--lora-plus", "4"], (), ()),
     ],
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else None,

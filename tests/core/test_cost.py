@@ -59,7 +59,7 @@ def test_the_frozen_kernels_have_no_optimizer_state(lenient):
     assert sum(moments) == 2 * sum(leaf.size for leaf in jax.tree.leaves(adapters))
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", ["unrolled", *(pytest.param(name, marks=pytest.mark.slow) for name in FLAVOURS[1:])])
 def test_magnitudes_cost_little(flavour, lenient):
     """DoRA's step has at most 1.15 times the FLOPs of LoRA's: 1.003 times without remat, 1.10 with it."""
     ratios = [

@@ -9,6 +9,7 @@ from flax import linen, nnx
 
 import lora_jax as lj
 from tests.support.frontends import normal
+from tests.support.marks import every_other
 
 
 class Block(nnx.Module):
@@ -107,7 +108,7 @@ def test_method():
     assert_close(fn(params, X), model.first(X))
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", every_other([True, False]))
 def test_lora_equals_merged(jit):
     fn, params = lj.nnx.functional(Model())
     adapters = random_adapters(fn, params, X)

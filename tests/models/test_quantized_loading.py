@@ -17,6 +17,7 @@ from lora_jax.models import bert, llama
 from tests.support import tiny, tiny_lm
 from tests.support.frontends import normal
 from tests.support.gguf_write import write
+from tests.support.marks import every_other
 
 KERNELS = ["re:.*/layer.*/kernel"]
 
@@ -31,10 +32,12 @@ def same(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+KINDS = [("nf4", "float32"), ("nf4", "bfloat16"), ("int4", "float32"), ("int8", "bfloat16"), ("fp8", "float32")]
+
+
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("int4", "float32"), ("int8", "bfloat16"), ("fp8", "float32")]
+    ("kind", "dtype", "scan_layers"), every_other([(*kind, scan) for scan in (False, True) for kind in KINDS])
 )
-@pytest.mark.parametrize("scan_layers", [False, True])
 def test_as_the_dense_model_quantised(directory, kind, dtype, scan_layers):
     options = {"dtype": dtype, "scan_layers": scan_layers}
     got = llama.load(directory, quantize=kind, block=16, **options)

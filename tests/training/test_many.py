@@ -159,8 +159,15 @@ def test_adapters_that_act_on_some_tokens(grouped):
         assert distance(got[row : row + 1], want) < 1e-5
 
 
-@BOTH
-@pytest.mark.parametrize("flavour", ["scan", "remat"])
+@pytest.mark.parametrize(
+    ("flavour", "grouped"),
+    [
+        ("scan", True),
+        ("remat", False),
+        pytest.param("scan", False, marks=pytest.mark.slow),
+        pytest.param("remat", True, marks=pytest.mark.slow),
+    ],
+)
 def test_layers_under_a_scan_or_remat(flavour, grouped, lenient):
     model, tokens = decoder.plain(SMALL, flavour), decoder.batch(SMALL)[:3, :-1]
     variables = jax.jit(model.init)(jax.random.key(0), tokens)
@@ -351,6 +358,7 @@ def test_stacked_sets_are_measured_one_after_the_other():
     assert distance(got, jnp.stack([metric(lj.attach(VARIABLES, one), X) for one in sets])) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_as_its_runs_do(lenient):
     found = compare_sweep(dataclasses.replace(SMALL, batch=2, layers=1), [(1, 1e-3, 0), (4, 3e-3, 1)])
     assert found.distance < 1e-5 and found.compilations == 1
