@@ -15,6 +15,7 @@ import lora_jax as lj
 from lora_jax.adapters.initializers import convert, corda, eva, gradients, loftq, lora_ga, milora, olora, pissa
 from lora_jax.adapters.initializers.moments import Moments, moments
 from tests.support.identity import distance
+from tests.support.marks import every_other
 from tests.support.pairs import matrices
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "initializers"
@@ -108,8 +109,7 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "name"), every_other([(method, name) for method in METHODS for name in LAYOUTS]))
 def test_the_pair_is_what_the_paper_defines_and_the_base_the_rest(method, name):
     variables, adapters = given(name)
     call, wanted = METHODS[method]
@@ -370,7 +370,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", every_other(TRAINED))
 def test_what_was_trained_fits_the_original_base(method):
     targets = ["heads", "layers/w"] + ["conv"] * (method not in ("corda", "eva"))  # there are no moments of a convolution
     config = lj.LoraConfig(rank=2, alpha=4, targets=targets, train=["norm"])

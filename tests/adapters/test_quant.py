@@ -106,8 +106,12 @@ def test_merging():
     assert distance(fn(back, x), lj.lora(fn)(quantized, x)) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", ["nf4", "int4", "int8", "fp8"])
-@pytest.mark.parametrize("block", [16, None])
+@pytest.mark.parametrize(
+    ("dtype", "block"),
+    every_other(
+        [("nf4", 16), ("nf4", None), ("int4", None), ("int4", 16), ("int8", 16), ("int8", None), ("fp8", None), ("fp8", 16)]
+    ),
+)
 def test_merging_into_quantised_kernels(dtype, block):
     """The same as to quantise the dense sum; adapters of nothing leave the kernels almost as they are."""
     fn, variables, x = model("stacked")

@@ -107,6 +107,7 @@ def test_export(home, reference, tmp_path, capsys):
     assert len(safetensors.numpy.load_file(tmp_path / "peft" / "adapter_model.safetensors")) == 28
 
 
+@pytest.mark.slow
 def test_a_classifier(tmp_path, capsys):
     tiny.model(tmp_path / "model")
     tiny.reviews(tmp_path / "reviews.csv", count=60)

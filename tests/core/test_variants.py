@@ -12,7 +12,7 @@ import lora_jax as lj
 from lora_jax.core.methods.dora import column_norm
 from tests.support.frontends import FRONTENDS, Case
 from tests.support.identity import F32, F64, distance, prepare, settings, value_and_grads
-from tests.support.marks import slow_unless
+from tests.support.marks import every_other, slow_unless
 from tests.support.never_formed import formed
 
 
@@ -68,7 +68,7 @@ def test_magnitudes_and_scales_equal_merged_weights(name, add):
         assert max(compared(case, jax.jit(functools.partial(add, case))(adapters))) < 1e-10
 
 
-@pytest.mark.parametrize("name", [name for name in FRONTENDS if name not in ("experts_einsum", "moved_about")])
+@pytest.mark.parametrize("name", every_other(name for name in FRONTENDS if name not in ("experts_einsum", "moved_about")))
 def test_nothing_of_the_kernels_shape_depends_on_the_adapters(name):
     """DoRA's norm too is made without W + AB: `W^T A` and sums alone."""
     with settings(name, F32):

@@ -81,6 +81,7 @@ def test_an_estimate_for_llama_8b(monkeypatch):
     assert 1.0 < found.steps[0].temporary_bytes / 2**30 < 1.7
 
 
+@pytest.mark.slow
 def test_arguments_on_a_mesh(config):
     """What is counted without a compiler is what the compiler says; a chip holds less than half of a step on one chip."""
     asked = request(config, topology="cpu:8", mesh={"fsdp": 4, "model": 2}, batch=4, compare=("full",))

@@ -23,7 +23,7 @@ P = jax.P
 SIZES = decoder.Sizes(width=32, heads=4, layers=2, hidden=96, vocabulary=80, length=20, batch=8, rank=3)
 MESHES = {"data": {"data": 8}, "fsdp": {"data": 8}, "tensor": {"data": 2, "model": 4}}
 CASES = [
-    ("data", "unrolled", False),
+    pytest.param("data", "unrolled", False, marks=pytest.mark.slow),
     pytest.param("data", "scan", True, marks=pytest.mark.slow),
     pytest.param("fsdp", "unrolled", True, marks=pytest.mark.slow),
     ("fsdp", "scan", False),

@@ -14,6 +14,7 @@ from tests.benchmarks import decoder, measure
 from tests.benchmarks.many import compare_rows, compare_sweep, exchangeable, trained_sets
 from tests.support.frontends import FRONTENDS, normal, params
 from tests.support.identity import distance, random_adapters
+from tests.support.marks import every_other
 
 SMALL = decoder.Sizes(width=32, heads=2, layers=2, hidden=48, vocabulary=64, length=8, batch=6, rank=8)
 X, VARIABLES = normal(9, 4, 3, 8), params(jnp.float32, w=(8, 6), u=(6, 4))
@@ -137,8 +138,7 @@ KINDS = {
 BOTH = pytest.mark.parametrize("grouped", [False, True])
 
 
-@BOTH
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("grouped", "kind"), every_other([(grouped, kind) for kind in KINDS for grouped in (False, True)]))
 def test_each_row_has_its_own_set(kind, grouped):
     check_rows([KINDS[kind](i) for i in range(3)], [2, -1, 0, 2], grouped=grouped)
 
@@ -185,8 +185,7 @@ def test_layers_under_a_scan_or_remat(flavour, grouped, lenient):
         assert jaxpr.count("= ragged_dot_general") == products  # A and B of every kernel, none of them gathered
 
 
-@BOTH
-@pytest.mark.parametrize("own_sizes", [False, True])
+@pytest.mark.parametrize(("grouped", "own_sizes"), every_other([(True, True), (True, False), (False, False), (False, True)]))
 def test_experts_that_all_rows_share(own_sizes, grouped):
     """JAX can't vmap their ragged products; here they are one product for all rows."""
     case = FRONTENDS["experts_ragged"](jnp.float32)
