@@ -15,7 +15,7 @@ import lora_jax as lj
 from lora_jax.adapters.initializers import convert, corda, eva, gradients, loftq, lora_ga, milora, olora, pissa
 from lora_jax.adapters.initializers.moments import Moments, moments
 from tests.support.identity import distance
-from tests.support.marks import every_other
+from tests.support.marks import checkerboard, every_other
 from tests.support.pairs import matrices
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "initializers"
@@ -109,7 +109,7 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "name"), every_other([(method, name) for method in METHODS for name in LAYOUTS]))
+@pytest.mark.parametrize(("method", "name"), checkerboard(METHODS, LAYOUTS))
 def test_the_pair_is_what_the_paper_defines_and_the_base_the_rest(method, name):
     variables, adapters = given(name)
     call, wanted = METHODS[method]

@@ -13,7 +13,7 @@ import lora_jax as lj
 from lora_jax.adapters import quant
 from lora_jax.core import paths
 from tests.support.identity import F32, distance, prepare, random_adapters, settings, value_and_grads
-from tests.support.marks import every_other
+from tests.support.marks import checkerboard, every_other
 
 ROUNDED = ("plain_function", "linen_mlp", "linen_attention", "linen_scan_remat", "linen_tied_embedding", "conv_2d", "gemma_einsum",
            "transposed_kernel", "experts_einsum", "experts_ragged", "experts_gathered", "moved_about", "control_flow", "nnx_modules")  # fmt: skip
@@ -61,10 +61,7 @@ def model(form):
     return fn, {"layers": layers, "head": normal(2, 32, 7)}, normal(3, 5, 32)
 
 
-@pytest.mark.parametrize(
-    ("form", "dtype"),
-    every_other([(form, dtype) for dtype in ("nf4", "int4", "int8", "fp8") for form in ("stacked", "unrolled")]),
-)
+@pytest.mark.parametrize(("form", "dtype"), checkerboard(["stacked", "unrolled"], ["nf4", "int4", "int8", "fp8"]))
 def test_nothing_dense_is_kept_for_the_backward_pass(form, dtype):
     """Of a quantised kernel, adapted or not, the gradient keeps its integers and scales alone."""
     fn, variables, x = model(form)

@@ -15,7 +15,7 @@ from lora_jax.models import llama
 from lora_jax.models.decoder_config import Llama3Rope, LlamaConfig, read_config
 from lora_jax.planning.flops import dot_flops
 from tests.support.identity import distance, random_adapters
-from tests.support.marks import every_other
+from tests.support.marks import checkerboard, every_other
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "llama"
 PEFT = DATA.parent / "peft"
@@ -72,7 +72,7 @@ def test_logits_are_those_of_hugging_face(form):
     np.testing.assert_allclose(loaded.apply(loaded.variables, ids), want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "form"), every_other([(name, form) for form in ("unrolled", "scanned") for name in FAMILY]))
+@pytest.mark.parametrize(("name", "form"), checkerboard(FAMILY, ["unrolled", "scanned"]))
 def test_the_family_with_and_without_padding(name, form):
     ids, mask, output, masked = truth(name)
     loaded = llama.load(DATA / name, **FORMS[form])

@@ -14,7 +14,7 @@ from tests.benchmarks import decoder, measure
 from tests.benchmarks.many import compare_rows, compare_sweep, exchangeable, trained_sets
 from tests.support.frontends import FRONTENDS, normal, params
 from tests.support.identity import distance, random_adapters
-from tests.support.marks import every_other
+from tests.support.marks import checkerboard, every_other
 
 SMALL = decoder.Sizes(width=32, heads=2, layers=2, hidden=48, vocabulary=64, length=8, batch=6, rank=8)
 X, VARIABLES = normal(9, 4, 3, 8), params(jnp.float32, w=(8, 6), u=(6, 4))
@@ -138,7 +138,7 @@ KINDS = {
 BOTH = pytest.mark.parametrize("grouped", [False, True])
 
 
-@pytest.mark.parametrize(("grouped", "kind"), every_other([(grouped, kind) for kind in KINDS for grouped in (False, True)]))
+@pytest.mark.parametrize(("grouped", "kind"), checkerboard([False, True], KINDS))
 def test_each_row_has_its_own_set(kind, grouped):
     check_rows([KINDS[kind](i) for i in range(3)], [2, -1, 0, 2], grouped=grouped)
 
