@@ -214,3 +214,14 @@ def test_merge_and_unmerge():
     assert lj.merge(VARIABLES, adapters, check=True)["w"].dtype == jnp.float32
     with pytest.raises(ValueError, match=r"^w: a Full adapter, Rows and one with a magnitude replace their parameter"):
         lj.unmerge(VARIABLES, {"w": lj.Full(VARIABLES["w"])})
+
+
+def test_a_branch_has_the_precision_of_its_product():
+    """Of the weight's operand and of the other's, in whichever order the product has them."""
+    highest, default = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
+    fn = lambda p, x: jax.lax.dot_general(p["w"], x, (((0,), (1,)), ((), ())), precision=(highest, default))
+    variables, x = {"w": normal(1, 8, 6)}, normal(2, 5, 8)
+    adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=2), fn, variables, x)
+    jaxpr = jax.make_jaxpr(lambda a: lj.lora(fn)(lj.attach(variables, a), x))(adapters)
+    found = [eqn.params["precision"] for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert found == [(highest, default), (default, highest), (default, highest)]

@@ -10,8 +10,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core.methods.dora import column_norm
-from tests.support.frontends import FRONTENDS, Case
-from tests.support.identity import F32, F64, distance, prepare, settings, value_and_grads
+from tests.support.frontends import FRONTENDS, Case, normal
+from tests.support.identity import F32, F64, distance, prepare, random_adapters, settings, value_and_grads
 from tests.support.marks import every_other, slow_unless
 from tests.support.never_formed import formed
 
@@ -182,3 +182,14 @@ def test_a_bias_is_not_added_to_each_part_of_a_product(model):
     plain = dataclasses.replace(pair, bias=None, magnitude=jnp.arange(1.0, 7.0))  # a magnitude may be
     want = x @ lj.merge(params, {"w": plain})["w"]
     np.testing.assert_allclose(jax.jit(lj.lora(model))(lj.attach(params, {"w": plain}), x), want, atol=2e-5)
+
+
+def test_magnitudes_of_a_kernel_whose_axes_go_round():
+    """The out axes of the product are in another order than the kernel's, and the permutation is not its own inverse."""
+    fn = lambda p, x: jnp.tensordot(x, jnp.transpose(p["w"], (2, 0, 1)), [[1], [1]])
+    variables, x = {"w": normal(1, 8, 2, 3)}, normal(2, 5, 8)
+    adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=2, dora=True), fn, variables, x)
+    adapters = random_adapters(adapters, F32)
+    low_rank = lambda a, x: lj.lora(fn)(lj.attach(variables, a), x)
+    merged = lambda a, x: fn(lj.merge(variables, a), x)
+    assert distance(value_and_grads(low_rank, adapters, x), value_and_grads(merged, adapters, x)) < 1e-5
