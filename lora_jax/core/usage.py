@@ -202,7 +202,6 @@ class ProbeTerm(Term):
     """One factor for each axis of a parameter."""
 
     factors: tuple[AxisFactor, ...]
-    path: str
 
     def roles(self, role: Callable[[AxisFactor], str]) -> tuple[str, ...]:
         """The role of each axis of the parameter, by that of its factor."""

@@ -17,7 +17,7 @@ A product is `x W + sum of branches`, and the branch of a pair is `y = s (x A) B
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
@@ -43,14 +43,17 @@ class WeightContext(Context):
     masks: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
 class Term:
     """What a parameter has beside its base: factors that move with it.
 
-    Subclasses are dataclasses with a `path` and `factors`.
+    Args:
+      factors: what moves.
+      path: the parameter's path.
     """
 
-    path: str
     factors: tuple[Factor, ...]
+    path: str
 
     @property
     def rowwise(self) -> str:
@@ -68,15 +71,15 @@ class Term:
         return False
 
     @property
-    def parts(self) -> Iterator[Factor]:
+    def parts(self) -> list[Factor]:
         """All the factors that `map` maps, in its order: A and B, and those of the methods."""
         found: list[Factor] = []
         self.map(lambda part: found.append(part) or part)
-        return iter(found)
+        return found
 
     def map(self, fn: Callable[[Factor], Factor]) -> Self:
         """`fn` applied to all that moves with the weight."""
-        return dataclasses.replace(self, factors=tuple(map(fn, self.factors)))  # type: ignore[type-var]
+        return dataclasses.replace(self, factors=tuple(map(fn, self.factors)))
 
     def map_keys(self, fn: Callable[[Any], Any]) -> Self:
         """`fn` applied to the PRNG keys."""
@@ -94,7 +97,7 @@ class Term:
         if any(axis in factor.axes for factor in self.factors):
             return self
         first, *others = self.factors
-        return dataclasses.replace(self, factors=(first.explicit(axis, size), *others))  # type: ignore[type-var]
+        return dataclasses.replace(self, factors=(first.explicit(axis, size), *others))
 
     def added(self, context: WeightContext, product: "Product", result: Any) -> Any:
         """The result of a product with what the term adds."""
@@ -160,8 +163,6 @@ class Method:
 class LowRankTerm(Term):
     """`scale A B`, summed over the rank, with the steps of its methods."""
 
-    factors: tuple[Factor, ...]
-    path: str
     scale: float = 1.0
     methods: tuple[Method, ...] = ()
 

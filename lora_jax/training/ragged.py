@@ -160,12 +160,12 @@ def _ragged_dot(context: Context, eqn: Equation, x: Any, matrices: Any, sizes: A
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (xc, wc), (xb, _) = numbers.dot_dimension_numbers
     group = numbers.rhs_group_dimensions
-    values = x, _plain(matrices), sizes, *offset
+    x, matrices = _plain(x), _plain(matrices)
     if (xc, xb) != ((1,), ()) or numbers.lhs_ragged_dimensions != (0,) or len(group) != 1 or offset:
-        return jax_compat.bind(eqn, list(map(_plain, values)))
+        return jax_compat.bind(eqn, [x, matrices, sizes, *offset])
     free = next(d for d in range(3) if d not in (*group, *wc))
-    ordered = lax.transpose(values[1], (group[0], wc[0], free))
-    return [_shared(eqn.params["precision"], eqn.params["preferred_element_type"])(_plain(x), ordered, sizes)]
+    ordered = lax.transpose(matrices, (group[0], wc[0], free))
+    return [_shared(eqn.params["precision"], eqn.params["preferred_element_type"])(x, ordered, sizes)]
 
 
 @functools.cache

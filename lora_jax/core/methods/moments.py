@@ -29,8 +29,6 @@ class ObservedTerm(Term):
       moments: `(*batch, (inputs + 1) ** 2)`, whose gradient is wanted.
     """
 
-    factors: tuple[Factor, ...]
-    path: str
     moments: Factor
 
     @property
