@@ -11,13 +11,13 @@ import numpy as np
 import safetensors
 
 from lora_jax import peft
-from lora_jax.command import hf_export, run
+from lora_jax.command import adapter_files, hf_export, run
 from lora_jax.command.inspect import load_adapters
 from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks import classify, lm
 from lora_jax.command.tasks.registry import task_module
-from lora_jax.core import files
-from lora_jax.core.adapter import Adapter
+from lora_jax.core import files, paths
+from lora_jax.core.adapter import Adapter, Full
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import bert
@@ -35,6 +35,7 @@ _QUANTIZED = {
     "merged": "the adapters were trained beside kernels quantised to {} and are folded into the base as it is stored, so that "
     "the outputs differ by what the quantisation changes",
 }
+_VOCABULARY = ("embed_tokens", "lm_head")  # the modules of a decoder that have a row or column for each token
 _TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM"}
 
 
@@ -47,7 +48,7 @@ def export_command(line: argparse.Namespace) -> int:
 def import_command(line: argparse.Namespace) -> int:
     """`lora-jax import`; returns the exit code."""
     out = line.out or run.free_directory(pathlib.Path("runs"))
-    return _report(f"run: {out}", import_(line.directory, line.model, out))
+    return _report(f"run: {out}", import_(line.directory, line.model, out, line.untie))
 
 
 def _report(done: str, notes: Sequence[str]) -> int:
@@ -76,20 +77,29 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
     task = task_module(config)
     source = task.base_directory(config)
     # The sum of kernel and adapter is made in float32 and rounded once, to the base's own dtype.
-    base = task.load_base(source, dataclasses.replace(config, dtype="float32", quantize=None, block=None))
+    own = run.own_base(directory)
+    base = task.load_base(source, dataclasses.replace(config, dtype="float32", quantize=None, block=None), own=own)
     adapters = load_adapters(directory, base.model.variables)
     if form == "peft":
-        _export_peft(config, base, adapters, source, out)
+        _export_peft(config, base, adapters, source, out, own)
     else:
-        _export_merged(config, base, adapters, source, out)
+        _export_merged(config, base, adapters, source, out, own)
     stored = (_GGUF,) if form == "peft" and source.is_file() else ()
     rounded = () if config.quantize is None else (_QUANTIZED[form].format(config.quantize),)
     return (*_notes(base), *stored, *rounded)
 
 
 def _export_peft(
-    config: RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
+    config: RunConfig,
+    base: Any,
+    adapters: Mapping[str, Adapter],
+    source: pathlib.Path,
+    out: pathlib.Path,
+    own: pathlib.Path | None,
 ) -> None:
+    if own is not None and (own / run.EMBEDDINGS).is_file():
+        leaves = paths.flatten(base.model.variables)[0]
+        adapters = {path: Full(leaf) for path, leaf in leaves.items() if path.split("/")[1] in _VOCABULARY} | dict(adapters)
     with files.fresh_directory(out) as directory:
         peft.save(
             directory,
@@ -100,10 +110,17 @@ def _export_peft(
             task_type=_TASK_TYPES[config.task],
             variables=base.model.variables,
         )
+        if own is not None:
+            hf_export.write_tokenizer(directory, own, base.tokenizer)
 
 
 def _export_merged(
-    config: RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
+    config: RunConfig,
+    base: Any,
+    adapters: Mapping[str, Adapter],
+    source: pathlib.Path,
+    out: pathlib.Path,
+    own: pathlib.Path | None,
 ) -> None:
     _check_pooling(base)
     if isinstance(base, lm.Base):
@@ -113,7 +130,11 @@ def _export_merged(
     dtypes = hf_export.stored_dtypes(source)
     with files.fresh_directory(out) as directory:
         hf_export.write(directory, base.model.variables, adapters, _names(base), fields, dtypes)
-        hf_export.write_tokenizer(directory, source, base.tokenizer)
+        hf_export.write_tokenizer(directory, own or source, base.tokenizer)
+        if isinstance(base, lm.Base):
+            generation = hf_export.generation_fields(source, base.model.config, lm.end_ids(base, config))
+            hf_export.write_json(directory / "generation_config.json", generation)
+            hf_export.name_end(directory, base.tokenizer, config.ends)
 
 
 def _names(base: Any) -> dict[str, HFName]:
@@ -149,13 +170,14 @@ def _notes(base: Any) -> tuple[str, ...]:
 # --- import -----------------------------------------------------------------------------------------------------------
 
 
-def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path) -> tuple[str, ...]:
+def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path, untie: bool = False) -> tuple[str, ...]:
     """Make a run of a PEFT directory.
 
     Args:
       source: the PEFT directory.
       model: the adapters' base: a Hugging Face directory, or a `.gguf` file.
       out: the run's directory.
+      untie: whether a head that is the embedding gets a kernel of its own.
 
     Returns:
       What the user should know about the run.
@@ -166,7 +188,7 @@ def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path) -> tup
     files.check_empty(out)
     task = _task_of(model)
     source, model = source.absolute(), model.absolute()
-    options: dict[str, Any] = {"task": task, "model": str(model), "imported": str(source), "max_length": 3}
+    options: dict[str, Any] = {"task": task, "model": str(model), "imported": str(source), "max_length": 3, "untie": untie}
     if task == "classify":
         options["labels"] = [f"LABEL_{i}" for i in range(_head_size(source))]
     config = RunConfig(**options)
@@ -174,11 +196,14 @@ def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path) -> tup
     options |= {"max_length": base.model.config.max_position_embeddings, "model_sha256": base.sha256}
     if task == "classify":
         options["labels"] = base.model.labels
-    adapters = peft.load(source, base.model.variables, names=_names(base))
     with files.fresh_directory(out) as directory:
+        brought = adapter_files.keep(source, model, base, directory / "base")
+        if brought:
+            base = task_module(config).load_base(model, config, own=directory / "base")
+        adapters = peft.load(source, base.model.variables, names=_names(base))
         run.create(directory, RunConfig(**options))
         checkpoint.save(directory / "adapters", adapters, step=0)
-    return _notes(base)
+    return (*_notes(base), *brought)
 
 
 def _task_of(model: pathlib.Path) -> str:

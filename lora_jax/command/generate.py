@@ -33,7 +33,7 @@ def generate(directory: pathlib.Path, prompt: str, how: GenerateOptions) -> str:
     """
     config = run.read_config(directory)
     check_task(config, "lm")
-    base = lm.load_base(lm.base_directory(config), config)
+    base = lm.load_base(lm.base_directory(config), config, own=run.own_base(directory))
     variables: Any = base.model.variables
     if not how.base:
         variables = attach(variables, load_adapters(directory, variables))
@@ -44,16 +44,18 @@ def generate(directory: pathlib.Path, prompt: str, how: GenerateOptions) -> str:
             f"the prompt's {len(ids)} tokens and {how.max_new_tokens} new ones are more than the model's {positions} "
             "positions: shorten the prompt, or lower --max-new-tokens"
         )
+    ends = lm.end_ids(base, config)
     found = llama.generate(
         base.model.model,
         variables,
         jnp.asarray(ids)[None],
         max_new_tokens=how.max_new_tokens,
-        eos_ids=lm.end_ids(base),
+        eos_ids=ends,
         temperature=how.temperature,
         key=jax.random.key(how.seed),
     )
-    return _text(base, ids, np.asarray(found.tokens[0])[: int(found.lengths[0])], how.chat)
+    new = np.asarray(found.tokens[0])[: int(found.lengths[0])]
+    return _text(base, ids, new[:-1] if new[-1] in ends else new, how.chat)
 
 
 def _text(base: lm.Base, prompt: np.ndarray, new: np.ndarray, chat: bool) -> str:

@@ -23,7 +23,7 @@ from lora_jax.models.decoder_config import LlamaConfig
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 SHARD_BYTES = 5_000_000_000
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -33,13 +33,23 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
-    "generation_config.json",
 )
 
 
 def llama_fields(source: pathlib.Path, config: LlamaConfig) -> dict[str, Any]:
     """The `config.json` of a decoder: the base's own, or for a `.gguf` file what says the same."""
-    return llama.hf_config(config) if source.is_file() else checkpoint_files.read_json(source, "config.json")
+    if source.is_file():
+        return llama.hf_config(config)
+    changed = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+    return checkpoint_files.read_json(source, "config.json") | changed
+
+
+def generation_fields(source: pathlib.Path, config: LlamaConfig, ends: Sequence[int]) -> dict[str, Any]:
+    """The `generation_config.json` of a decoder: the base's own, with the ids after which nothing more is generated."""
+    file = source / "generation_config.json"
+    special = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
+    fields = files.read_json_object(file) if file.is_file() else {name: id for name, id in special.items() if id is not None}
+    return fields | ({"eos_token_id": ends[0] if len(ends) == 1 else list(ends)} if ends else {})
 
 
 def bert_fields(source: pathlib.Path, labels: Sequence[str]) -> dict[str, Any]:
@@ -85,7 +95,7 @@ def write(
       dtypes: by tensor, without a leading `bert.`; float32 where there is none.
     """
     config = directory / "config.json"
-    _write_json(config, fields)
+    write_json(config, fields)
     shards: list[tuple[list[str], int]] = []
     held: dict[str, np.ndarray] = {}
 
@@ -124,13 +134,13 @@ def _name_shards(directory: pathlib.Path, shards: Sequence[tuple[Sequence[str], 
         (directory / f"{i}.safetensors").rename(directory / file)
         places |= dict.fromkeys(tensors, file)
     index = {"metadata": {"total_size": sum(size for _, size in shards)}, "weight_map": places}
-    _write_json(directory / checkpoint_files.INDEX, index)
+    write_json(directory / checkpoint_files.INDEX, index)
 
 
 def write_tokenizer(directory: pathlib.Path, source: pathlib.Path, tokenizer: TextTokenizer | tokenizers.Tokenizer) -> None:
     """The base's tokenizer files; for a `.gguf` file ones that say the same."""
     if source.is_dir():
-        for name in _TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 with files.reading(source / name):
                     shutil.copyfile(source / name, directory / name)
@@ -141,8 +151,23 @@ def write_tokenizer(directory: pathlib.Path, source: pathlib.Path, tokenizer: Te
     template = gguf_files.chat_template(source)
     if template is not None:
         config["chat_template"] = template
-    _write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "tokenizer_config.json", config)
 
 
-def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
+def name_end(directory: pathlib.Path, tokenizer: TextTokenizer, ends: Sequence[int]) -> None:
+    """Make what ends a turn the `eos_token` of tokenizer files, for tools that look for the end there.
+
+    Not where there are several, nor where the chat template writes `eos_token` itself.
+    """
+    if len(ends) != 1 or "eos_token" in (tokenizer.template or ""):
+        return
+    text = tokenizer.tokenizer.id_to_token(ends[0])
+    if text == tokenizer.special_tokens.get("eos_token"):
+        return
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).is_file():
+            write_json(directory / name, files.read_json_object(directory / name) | {"eos_token": text})
+
+
+def write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(dict(fields), indent=2) + "\n", encoding="utf-8")

@@ -59,7 +59,7 @@ def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, flo
         raise InputError("a text is empty: there is nothing to classify")
     config = run.read_config(directory)
     check_task(config, "classify")
-    base = classify.load_base(classify.base_directory(config), config)
+    base = classify.load_base(classify.base_directory(config), config, own=run.own_base(directory))
     model, adapters = base.model, load_adapters(directory, base.model.variables)
     tokens = labelled.token_ids(base.tokenizer, texts, config.max_length)
     examples = labelled.Examples(tokens, np.zeros(len(texts), np.int32))
@@ -107,16 +107,16 @@ def inspect(directory: pathlib.Path) -> list[Row]:
       InputError: there is no such run, it has no checkpoint yet, or its base model has changed.
     """
     config = run.read_config(directory)
-    base = _base_at_hand(config)
+    base = _base_at_hand(directory, config)
     adapters = load_adapters(directory, base.model.variables if base else None)
     weights = paths.flatten(base.model.variables)[0] if base else {}
     return [_row(path, adapter, quantized.dense(weights.get(path))) for path, adapter in adapters.items()]
 
 
-def _base_at_hand(config: run.RunConfig) -> Any:
+def _base_at_hand(directory: pathlib.Path, config: run.RunConfig) -> Any:
     task = task_module(config)
     source = task.location(config)
-    return task.load_base(source, config) if source.exists() else None
+    return task.load_base(source, config, own=run.own_base(directory)) if source.exists() else None
 
 
 def _row(path: str, adapter: Adapter, weight: Any) -> Row:

@@ -15,7 +15,7 @@ from lora_jax.core import files
 from lora_jax.core.errors import InputError
 from lora_jax.core.fields import LARGEST, Option, check, option, table
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CHANGE_THE_BASE = ("pissa", "olora", "milora")  # starts of `lora_jax.initializers`
 
 
@@ -61,6 +61,14 @@ class RunConfig:
     quantize: Annotated[
         str | None, option(f"quantise the kernels of the base's layers in memory: {', '.join(quant.DTYPES)}", since=4)
     ] = None
+    untie: Annotated[
+        bool,
+        option(
+            "give a head that is the embedding (tied) a kernel of its own, as adapters of one of the two need",
+            task="lm",
+            since=5,
+        ),
+    ] = False
     block: Annotated[int | None, option("how many quantised values share a scale, 64 if left out", since=4)] = None
     rank: Annotated[int, option("rank of every low-rank pair", sweep=True)] = 8
     alpha: Annotated[float, option("the scale of every pair is alpha / rank", sweep=True)] = 16.0
@@ -91,6 +99,7 @@ class RunConfig:
     date: Annotated[
         str, option("the day that chat templates are told, on which the run began: ISO 8601", recorded=True, since=2)
     ] = ""
+    ends: Annotated[Sequence[int], option("the ids that end what was learnt", recorded=True, since=5)] = ()
     imported: Annotated[
         str | None,
         option("the PEFT directory of the adapters; no data, and no meaning in options of training", recorded=True, since=2),

@@ -3,6 +3,8 @@
     RUN/config.json     the options, and digests of the data and of the base model
     RUN/adapters/       checkpoints of the adapters and of the training state
     RUN/initial/        the adapters at step 0, where the base was changed to make up for them (PiSSA and the like)
+    RUN/base/           of an imported run, what its adapters brought in place of the base's: the files of a tokenizer, and
+                        the embeddings of another vocabulary
     RUN/metrics.jsonl   a line per step: `step`, `loss` (null at step 0 and where it is not finite) and `test_accuracy`
                         or `perplexity` (null at steps without a test)
     RUN/curve.png       loss and test accuracy or perplexity by step
@@ -18,6 +20,14 @@ import pathlib
 from lora_jax.command.options import RunConfig
 from lora_jax.core import files
 from lora_jax.core.errors import MissingError, OccupiedError
+
+EMBEDDINGS = "embeddings.safetensors"
+
+
+def own_base(directory: pathlib.Path) -> pathlib.Path | None:
+    """What a run has in place of the base's own tokenizer and embeddings, if it has any."""
+    own = directory / "base"
+    return own if own.is_dir() else None
 
 
 def check_free(directory: pathlib.Path) -> None:

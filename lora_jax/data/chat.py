@@ -3,7 +3,7 @@
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -15,6 +15,20 @@ from lora_jax.core.errors import InputError
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode keeps these two free for use inside a program
+
+
+class Written(NamedTuple):
+    """A text as a chat template writes it.
+
+    Args:
+      text: the text.
+      spans: `text[start:end]` are the assistant's turns to learn.
+      unprompted: how many of them do not follow the template's prompt for the assistant, but an earlier part of it.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    unprompted: int
 
 
 class ChatTemplate:
@@ -30,8 +44,8 @@ class ChatTemplate:
 
     >>> talk = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
     >>> template = ChatTemplate(talk + "{% if add_generation_prompt %}<assistant>{% endif %}", {}, datetime.date(2025, 1, 1))
-    >>> text, spans = template.turns([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
-    >>> text, [text[start:end] for start, end in spans]
+    >>> [chat] = template.turns([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    >>> chat.text, [chat.text[start:end] for start, end in chat.spans]
     ('<user>Hi</><assistant>Hello</>', ['Hello</>'])
     """
 
@@ -55,38 +69,66 @@ class ChatTemplate:
         Raises:
           InputError: the template does not take these messages.
         """
+        _check_characters(messages)
         return self._render(messages, add_generation_prompt).replace(_OPEN, "").replace(_CLOSE, "")
 
-    def turns(self, messages: Messages) -> tuple[str, list[Span]]:
-        """The text of the messages, and the spans `text[start:end]` of the assistant's turns in it.
+    def turns(self, messages: Messages) -> list[Written]:
+        """The texts from which the assistant's turns are learnt, each turn from one of them.
 
-        Templates with `{% generation %}` marks say themselves where these are. In others a turn begins where the text of the
-        messages before it ends, the prompt for the assistant included, and goes to the end of the text up to its message.
+        Templates with `{% generation %}` marks say themselves where the turns are, in the text of all messages. In others a
+        turn is what the template adds to the messages before it and the prompt for the assistant, while no message follows: so
+        it is learnt as it is to be said. One text has all turns, unless the template writes a turn in another way once more
+        follows (it takes the thinking away, or ends it otherwise): then the next turn has a text of its own.
+
+        Where the prompt opens a thinking that the template does not write in turns (DeepSeek-R1), a message that begins with
+        that opening follows the prompt as it is; another one follows what comes before the opening.
 
         Raises:
-          InputError: the template does not take these messages, or its text of the first messages does not begin its text
-            of more messages, so that a turn has no certain place.
+          InputError: the template does not take these messages, or writes those before a turn in another way once the turn is
+            there, so that it has no certain beginning.
         """
+        _check_characters(messages)
         if self.marked:
-            return _marked_spans(self._render(messages, False))
-        text, spans = self.render(messages), []
+            return [_marked(self._render(messages, False))]
+        found: list[Written] = []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.render(messages[:i], add_generation_prompt=True)
-            after = self.render(messages[: i + 1])
-            if not (text.startswith(after) and after.startswith(before)):
-                raise InputError(
-                    f"the chat template writes the first {i + 1} messages in another way when more follow, so the place of the "
-                    "assistant's turn is not certain: put {% generation %} and {% endgeneration %} around it in the template"
-                )
-            spans.append((len(before), len(after)))
-        return text, spans
+            if message["role"] == "assistant":
+                turn = self._turn(messages, i)
+                earlier = found.pop() if found and turn.text.startswith(found[-1].text) else Written("", (), 0)
+                found.append(Written(turn.text, earlier.spans + turn.spans, earlier.unprompted + turn.unprompted))
+        return found
+
+    def _turn(self, messages: Messages, i: int) -> Written:
+        """The messages up to the assistant's turn `i`, of which that turn alone is learnt."""
+        before, after = self._prompt(messages, i), self.render(messages[: i + 1])
+        if after.startswith(before):
+            return Written(after, ((len(before), len(after)),), 0)
+        shown = self._render([*messages[:i], {**messages[i], "content": _OPEN}], False)
+        begin = _shared(before, shown)  # not with `after`: what is said may begin as the opening does
+        if not (after.startswith(before[:begin]) and before[:begin].startswith(self.render(messages[:i]))):
+            place = _shared(before, after)
+            raise InputError(
+                f"the chat template writes what is before the assistant's turn (message {i + 1}) in another way once that is "
+                f"there ({before[place:][:20]!r} becomes {after[place:][:20]!r}), so it has no certain beginning: put "
+                "{% generation %} and {% endgeneration %} around the turn in the template"
+            )
+        said, opening = messages[i]["content"], before[begin:]
+        for written in (opening, opening.rstrip()):
+            if written and said.startswith(written):
+                text = before + said.removeprefix(written) + shown.partition(_OPEN)[2]
+                return Written(text, ((len(before), len(text)),), 0)
+        return Written(after, ((begin, len(after)),), 1)
+
+    def _prompt(self, messages: Messages, i: int) -> str:
+        """The text up to where the assistant is to say message `i`."""
+        try:
+            return self.render(messages[:i], add_generation_prompt=True)
+        except InputError as error:
+            raise InputError(
+                f"where the assistant's turn (message {i + 1}) begins can't be found from the messages before it: {error}"
+            ) from None
 
     def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
-        plain = json.dumps(list(messages), ensure_ascii=False)
-        if _OPEN in plain or _CLOSE in plain:
-            raise InputError("a message holds U+FDD0 or U+FDD1, which are no characters: remove them")
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
@@ -97,6 +139,12 @@ class ChatTemplate:
             )
         except Exception as error:  # a template can raise whatever Python can
             raise InputError(f"the chat template does not take these messages: {error}") from None
+
+
+def _check_characters(messages: Messages) -> None:
+    plain = json.dumps(list(messages), ensure_ascii=False)
+    if _OPEN in plain or _CLOSE in plain:
+        raise InputError("a message holds U+FDD0 or U+FDD1, which are no characters: remove them")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -117,7 +165,7 @@ def _extension_calls(environment: jinja2.Environment, source: str) -> Any:
     return environment.parse(source).find_all(jinja2.nodes.ExtensionAttribute)
 
 
-def _marked_spans(marked: str) -> tuple[str, list[Span]]:
+def _marked(marked: str) -> Written:
     pieces, spans, length, start = [], [], 0, None
     for part in marked.replace(_CLOSE, _OPEN).split(_OPEN):
         pieces.append(part)
@@ -125,7 +173,12 @@ def _marked_spans(marked: str) -> tuple[str, list[Span]]:
             spans.append((start, length + len(part)))
         length += len(part)
         start = length if start is None else None
-    return "".join(pieces), spans
+    return Written("".join(pieces), tuple(spans), 0)
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _raise(message: str) -> NoReturn:

@@ -12,20 +12,23 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import operator
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_jax.core.errors import InputError
 from lora_jax.core.files import reading
 from lora_jax.data import tables
+from lora_jax.data.chat import Messages, Span, Written
 from lora_jax.data.tokenizer import TextTokenizer
 
 _BLANK = re.compile(r"\n(?:[ \t]*\n){2,}")
 _SUFFIXES = (".txt", *tables.SUFFIXES)
+_SAID = ("content", "reasoning_content", "thinking")  # the fields of a message in which chat templates look for what is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +65,40 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What became of documents longer than a row.
+    """What became of texts that are longer than a row, and of chats that their template changes.
 
     Args:
       split: texts that were split into several documents.
       cut: pairs and chats that were cut at their end.
       left_out: those of them of which nothing was left to learn.
+      apart: chats in several documents, since the template writes a turn in another way once more follows.
+      shortened: chats of which the template leaves something out that the assistant says or thinks.
+      unprompted: turns that do not follow the template's prompt for the assistant, which opens a thinking that they lack.
     """
 
     split: int = 0
     cut: int = 0
     left_out: int = 0
+    apart: int = 0
+    shortened: int = 0
+    unprompted: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.split + other.split, self.cut + other.cut, self.left_out + other.left_out)
+        return Counts(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+
+class Encoded(NamedTuple):
+    """What `encode` returns.
+
+    Args:
+      documents: those of each item.
+      counts: what became of some.
+      ends: the ids that end what is learnt: the tokenizer's `eos_token`, or the special tokens that end the turns of chats.
+    """
+
+    documents: list[list[Document]]
+    counts: Counts
+    ends: tuple[int, ...]
 
 
 def read(file: str | pathlib.Path, text: str, pair: tuple[str, str], messages: str) -> Corpus:
@@ -144,9 +167,7 @@ def _messages(where: str, messages: Any) -> list[dict[str, Any]]:
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def encode(
-    corpus: Corpus, tokenizer: TextTokenizer, max_length: int, today: datetime.date
-) -> tuple[list[list[Document]], Counts]:
+def encode(corpus: Corpus, tokenizer: TextTokenizer, max_length: int, today: datetime.date) -> Encoded:
     """The documents of each item, none longer than `max_length`.
 
     A text ends with the tokenizer's `eos_token`. One that is too long is split, so that each piece begins with the last token
@@ -160,47 +181,69 @@ def encode(
       InputError: no text is left, the tokenizer lacks what is needed, or the chat template can't be used; the line is named.
     """
     whole = {"stream": _encode_texts, "text": _encode_texts, "pairs": _encode_pairs, "chat": _encode_chats}[corpus.kind]
-    documents = whole(corpus, tokenizer, today)
-    cut = _split if corpus.kind in ("stream", "text") else _cut
-    results = [cut(document, max_length) for document in documents]
-    counts = sum((count for _, count in results), Counts())
+    documents, counts, ends = whole(corpus, tokenizer, today)
+    shorten = _split if corpus.kind in ("stream", "text") else _cut
+    results = [shorten(own, max_length) for own in documents]
     if not any(found for found, _ in results):
         raise InputError(f"nothing is left to learn: no completion or answer begins within max_length {max_length}; raise it")
-    return [found for found, _ in results], counts
+    return Encoded([found for found, _ in results], sum((count for _, count in results), counts), ends)
 
 
-def _encode_texts(corpus: Corpus, tokenizer: TextTokenizer, _: datetime.date) -> list[Document]:
+def _encode_texts(corpus: Corpus, tokenizer: TextTokenizer, _: datetime.date) -> Encoded:
     ids = [np.append(found, np.int32(tokenizer.end)) for found in tokenizer.ids(corpus.items)]
-    return [Document(tokens, np.arange(len(tokens)) > 0) for tokens in ids]
+    return Encoded([[Document(tokens, np.arange(len(tokens)) > 0)] for tokens in ids], Counts(), (tokenizer.end,))
 
 
-def _encode_pairs(corpus: Corpus, tokenizer: TextTokenizer, _: datetime.date) -> list[Document]:
+def _encode_pairs(corpus: Corpus, tokenizer: TextTokenizer, _: datetime.date) -> Encoded:
     prompts = tokenizer.ids([prompt for prompt, _ in corpus.items])
     completions = tokenizer.ids([completion for _, completion in corpus.items], special=False)
     documents = []
     for prompt, completion in zip(prompts, completions):
         tokens = np.concatenate([prompt, completion, [tokenizer.end]]).astype(np.int32)
-        documents.append(Document(tokens, np.arange(len(tokens)) >= max(1, len(prompt))))
-    return documents
+        documents.append([Document(tokens, np.arange(len(tokens)) >= max(1, len(prompt)))])
+    return Encoded(documents, Counts(), (tokenizer.end,))
 
 
-def _encode_chats(corpus: Corpus, tokenizer: TextTokenizer, today: datetime.date) -> list[Document]:
+def _encode_chats(corpus: Corpus, tokenizer: TextTokenizer, today: datetime.date) -> Encoded:
     template = tokenizer.chat(today)
-    texts, turns = [], []
+    chats: list[list[Written]] = []
     for line, messages in zip(corpus.lines, corpus.items):
         try:
-            text, spans = template.turns(messages)
+            chats.append(template.turns(messages))
         except InputError as error:
             raise InputError(f"line {line}: {error}") from None
-        if not spans:
+        if not any(written.spans for written in chats[-1]):
             raise InputError(f"line {line}: the chat template marks nothing as the assistant's, so there is nothing to learn")
-        texts.append(text)
-        turns.append(spans)
-    encoded = tokenizer.ids_and_ends(texts, special=False)
-    return [Document(ids, _inside(places, spans)) for (ids, places), spans in zip(encoded, turns)]
+    encoded = iter(tokenizer.ids_and_ends([written.text for chat in chats for written in chat], special=False))
+    documents: list[list[Document]] = []
+    ends: set[int] = set()
+    for chat in chats:
+        documents.append([])
+        for written, (ids, places) in zip(chat, encoded):
+            documents[-1].append(Document(ids, _inside(places, written.spans)))
+            ends |= _turn_ends(written, ids, places, tokenizer.added)
+    counts = sum(map(_count, chats, corpus.items), Counts())
+    return Encoded(documents, counts, tuple(sorted(ends)))
 
 
-def _inside(places: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+def _turn_ends(written: Written, ids: np.ndarray, places: np.ndarray, added: Collection[int]) -> set[int]:
+    """The tokens that end the turns: the last of each but for spaces, if it is an added one and so no part of what is said."""
+    found = set()
+    for start, end in written.spans:
+        last = start + len(written.text[start:end].rstrip())
+        [at] = np.nonzero((places[:, 0] >= start) & (places[:, 1] == last) & (places[:, 1] > places[:, 0]))
+        found |= {int(id) for id in ids[at] if id in added}
+    return found
+
+
+def _count(chat: Sequence[Written], messages: Messages) -> Counts:
+    texts = ["".join(written.text.split()) for written in chat]
+    parts = (message.get(name) for message in messages if message["role"] == "assistant" for name in _SAID)
+    lost = any(isinstance(part, str) and not any("".join(part.split()) in text for text in texts) for part in parts)
+    return Counts(apart=int(len(chat) > 1), shortened=int(lost), unprompted=sum(written.unprompted for written in chat))
+
+
+def _inside(places: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     """Which tokens lie within one of the spans as a whole; never the first."""
     inside = np.zeros(len(places), bool)
     for start, end in spans:
@@ -209,19 +252,20 @@ def _inside(places: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
     return inside
 
 
-def _split(document: Document, max_length: int) -> tuple[list[Document], Counts]:
-    """Pieces that share a token with the one before."""
+def _split(documents: Sequence[Document], max_length: int) -> tuple[list[Document], Counts]:
+    """Pieces of the one document, which share a token with the one before."""
+    [document] = documents
     starts = range(0, max(1, len(document.tokens) - 1), max_length - 1)
     pieces = [document.tokens[start : start + max_length] for start in starts]
     return [Document(piece, np.arange(len(piece)) > 0) for piece in pieces], Counts(split=int(len(pieces) > 1))
 
 
-def _cut(document: Document, max_length: int) -> tuple[list[Document], Counts]:
-    """The first `max_length` tokens; nothing, if none of them is learnt."""
-    kept = Document(document.tokens[:max_length], document.targets[:max_length])
-    cut = len(document.tokens) > max_length
-    left = kept.targets.any()
-    return [kept] if left else [], Counts(cut=int(cut and bool(left)), left_out=int(not left))
+def _cut(documents: Sequence[Document], max_length: int) -> tuple[list[Document], Counts]:
+    """The first `max_length` tokens of each; nothing of those of which none is learnt."""
+    cut = [Document(document.tokens[:max_length], document.targets[:max_length]) for document in documents]
+    kept = [document for document in cut if document.targets.any()]
+    longer = any(len(document.tokens) > max_length for document in documents)
+    return kept, Counts(cut=int(longer and bool(kept)), left_out=int(not kept))
 
 
 # --- the held-out part ------------------------------------------------------------------------------------------------

@@ -62,6 +62,11 @@ class TextTokenizer:
             raise InputError(f"{self.source} names no eos_token, so the end of a text can't be learnt: add it to {_CONFIG}")
         return found
 
+    @property
+    def added(self) -> frozenset[int]:
+        """The ids of tokens that no merge makes: ends, marks of roles and the like."""
+        return frozenset(self.tokenizer.get_added_tokens_decoder())
+
     def chat(self, today: datetime.date) -> ChatTemplate:
         """The chat template.
 
@@ -114,11 +119,9 @@ def _of_gguf(file: pathlib.Path) -> TextTokenizer:
 
 
 def _of_directory(directory: pathlib.Path) -> TextTokenizer:
-    file = directory / _CONFIG
-    config = files.read_json_object(file) if file.is_file() else {}
-    special = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+    special = {name: _content(value) for name, value in _read_config(directory).items() if name.endswith("_token")}
     named = {name: text for name, text in special.items() if isinstance(text, str)}
-    return TextTokenizer(read_tokenizer(directory), named, _template(directory, config), directory)
+    return TextTokenizer(read_tokenizer(directory), named, read_template(directory), directory)
 
 
 def read_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer:
@@ -141,15 +144,25 @@ def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _template(directory: pathlib.Path, config: Mapping[str, Any]) -> str | None:
+def read_template(directory: pathlib.Path) -> str | None:
+    """The chat template of a directory: `chat_template.jinja`, or what `tokenizer_config.json` has, or none.
+
+    Raises:
+      InputError: it can't be read.
+    """
     file = directory / _JINJA
     if file.is_file():
         with files.reading(file):
             return file.read_text(encoding="utf-8")
-    found = config.get("chat_template")
+    found = _read_config(directory).get("chat_template")
     if isinstance(found, list):  # several by name
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")
     if found is not None and not isinstance(found, str):
         raise InputError(f"{directory / _CONFIG}: chat_template must be a text, or a list with one of the name 'default'")
     return found
+
+
+def _read_config(directory: pathlib.Path) -> dict[str, Any]:
+    file = directory / _CONFIG
+    return files.read_json_object(file) if file.is_file() else {}

@@ -154,9 +154,9 @@ def read_config(fields: Mapping[str, Any]) -> LlamaConfig:
         tie_word_embeddings=_flag(fields, "tie_word_embeddings"),
         sliding_window=window,
         sliding_layers=sliding,
-        bos_token_id=next(iter(_ids(fields, "bos_token_id")), None),
-        eos_token_ids=_ids(fields, "eos_token_id"),
-        pad_token_id=next(iter(_ids(fields, "pad_token_id")), None),
+        bos_token_id=next(iter(token_ids(fields, "bos_token_id")), None),
+        eos_token_ids=token_ids(fields, "eos_token_id"),
+        pad_token_id=next(iter(token_ids(fields, "pad_token_id")), None),
     )
 
 
@@ -186,7 +186,12 @@ def _flag(fields: Mapping[str, Any], name: str) -> bool:
     return value
 
 
-def _ids(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def token_ids(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """The token ids of a field that holds none, one or a list.
+
+    Raises:
+      InputError: it holds something else.
+    """
     value = fields.get(name)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core import paths
+from lora_jax.core import files, paths
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.gguf_reader import GgufFile
@@ -20,7 +21,7 @@ from lora_jax.models.decoder import Cache as Cache
 from lora_jax.models.decoder import Llama as Llama
 from lora_jax.models.decoder_config import LlamaConfig as LlamaConfig
 from lora_jax.models.decoder_config import hf_config as hf_config
-from lora_jax.models.decoder_config import read_config
+from lora_jax.models.decoder_config import read_config, token_ids
 from lora_jax.models.generation import Generated as Generated
 from lora_jax.models.generation import generate as generate
 from lora_jax.models.weights import Reader, Sharding, parts
@@ -113,6 +114,30 @@ class Loaded:
         """
         return dataclasses.replace(self, model=self.model.clone(activations=batch_sharding(mesh)))
 
+    def with_vocabulary(self, tensors: Mapping[str, Any]) -> "Loaded":
+        """The same with an embedding and a head of another number of tokens.
+
+        Args:
+          tensors: `model.embed_tokens.weight` and, unless the two are tied, `lm_head.weight`: `(vocab, hidden)`.
+
+        Raises:
+          InputError: one is missing, or of a shape that does not fit.
+        """
+        config = dataclasses.replace(self.config, vocab_size=len(tensors["model.embed_tokens.weight"]))
+        params = dict(self.variables["params"])
+        for path, (shape, name) in parameters(config).items():
+            _, module, leaf = path.split("/", 2)
+            if module in ("embed_tokens", "lm_head"):
+                tensor = tensors.get(name.name)
+                if tensor is None or tensor.shape != (config.vocab_size, config.hidden_size):
+                    found = "none" if tensor is None else f"one of the shape {tensor.shape}"
+                    raise InputError(
+                        f"{name.name} must be of the shape {(config.vocab_size, config.hidden_size)}, but there is {found}"
+                    )
+                params[module] = {leaf: jnp.asarray(name.restore(tensor, shape), self.model.param_dtype)}
+        variables = {**self.variables, "params": params}
+        return dataclasses.replace(self, model=self.model.clone(config=config), variables=variables, config=config)
+
     def apply_cached(
         self, variables: Any, input_ids: Any, cache: Cache, attention_mask: Any = None, *, last_only: bool = False
     ) -> tuple[jax.Array, Cache]:
@@ -200,6 +225,8 @@ def load(
 
     Each parameter is read, cast, quantised and put on its devices before the next, so that no second copy of the model is ever
     held, nor a dense one of a quantised model; stacked kernels layer by layer.
+
+    The ids that end a text are those of `generation_config.json` or, where it names none, of `config.json`.
 
     Args:
       source: the directory, or a file that ends in `.gguf`.
@@ -312,11 +339,17 @@ def _loaded(
 
 
 def _read_directory(directory: pathlib.Path) -> LlamaConfig:
-    fields = checkpoint_files.read_json(directory, "config.json")
+    file, generation = directory / "config.json", directory / "generation_config.json"
+    fields = checkpoint_files.read_json(directory, file.name)
     try:
-        return read_config(fields)
+        config = read_config(fields)
+        if not generation.is_file():
+            return config
+        file = generation
+        ends = token_ids(files.read_json_object(file), "eos_token_id")
+        return dataclasses.replace(config, eos_token_ids=ends or config.eos_token_ids)
     except InputError as error:
-        raise InputError(f"{directory / 'config.json'}: {error}") from None
+        raise InputError(f"{file}: {error}") from None
 
 
 def _check_layers(tensors: Any, config: LlamaConfig) -> None:

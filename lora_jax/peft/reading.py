@@ -383,8 +383,9 @@ class _Reader:
 
     def _half_tied(self, slot: Slot, what: str) -> str:
         return (
-            f"{self.directory}: the adapter {what}, but {slot.path} is both {slot.tensor} and {slot.name.tied}: use a model "
-            "that has a parameter for each (llama.load(..., tie=False)), or an adapter of both (PEFT's ensure_weight_tying)"
+            f"{self.directory}: the adapter {what}, but {slot.path} is both {slot.tensor} and {slot.name.tied}: use a "
+            "model that has a parameter for each (llama.load(..., tie=False); --untie on a command line), or an adapter of "
+            "both (PEFT's ensure_weight_tying)"
         )
 
     def _forget(self, keys: Iterable[str]) -> None:

@@ -89,7 +89,7 @@ def test_bytes_that_are_no_text(tmp_path):
 
 
 def test_a_text_ends_with_the_end_mark(tokenizer):
-    [[document]], counts = language.encode(Corpus("text", ("The cat meows.",), (1,)), tokenizer, 100, DAY)
+    [[document]], counts, _ = language.encode(Corpus("text", ("The cat meows.",), (1,)), tokenizer, 100, DAY)
     assert tokenizer.tokenizer.decode(document.tokens.tolist(), skip_special_tokens=False) == "The cat meows.<|im_end|>"
     assert document.targets.tolist() == [False] + [True] * (len(document.tokens) - 1) and counts == Counts()
     held_out = lm.without_end(document, tokenizer.end)
@@ -98,16 +98,17 @@ def test_a_text_ends_with_the_end_mark(tokenizer):
 
 def test_only_completions_are_learnt(tokenizer):
     corpus = Corpus("pairs", (("The cat", " meows."), ("", "x y")), (1, 2))
-    [[pair], [alone]], _ = language.encode(corpus, tokenizer, 100, DAY)
+    [[pair], [alone]], _, ends = language.encode(corpus, tokenizer, 100, DAY)
     decode = lambda ids: tokenizer.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     assert decode(pair.tokens[~pair.targets]) == "The cat" and decode(pair.tokens[pair.targets]) == " meows.<|im_end|>"
     assert pair.tokens.tolist() == [*tokenizer.ids(["The cat"])[0], *tokenizer.ids([" meows."])[0], tokenizer.end]
+    assert ends == (tokenizer.end,)
     assert alone.targets.tolist() == [False] + [True] * (len(alone.tokens) - 1)
 
 
 def test_long_texts_are_split_and_each_token_is_learnt_once(tokenizer):
     text = "".join(f"{i:02d}" for i in range(50))
-    [pieces], counts = language.encode(Corpus("text", (text,), (1,)), tokenizer, 12, DAY)
+    [pieces], counts, _ = language.encode(Corpus("text", (text,), (1,)), tokenizer, 12, DAY)
     assert counts == Counts(split=1) and {len(piece.tokens) for piece in pieces[:-1]} == {12}
     whole = [*tokenizer.ids([text])[0], tokenizer.end]
     assert [pieces[0].tokens[0], *np.concatenate([piece.tokens[piece.targets] for piece in pieces])] == whole
@@ -117,7 +118,7 @@ def test_long_texts_are_split_and_each_token_is_learnt_once(tokenizer):
 
 def test_long_pairs_are_cut_and_counted(tokenizer):
     corpus = Corpus("pairs", (("ab", "cd" * 20), ("ab" * 20, "cd"), ("a", "b")), (1, 2, 3))
-    documents, counts = language.encode(corpus, tokenizer, 10, DAY)
+    documents, counts, _ = language.encode(corpus, tokenizer, 10, DAY)
     assert [len(found) for found in documents] == [1, 0, 1] and counts == Counts(cut=1, left_out=1)
     with pytest.raises(ValueError, match=r"nothing is left to learn.*max_length 10; raise it"):
         language.encode(Corpus("pairs", (("ab" * 20, "cd"),), (1,)), tokenizer, 10, DAY)
@@ -130,7 +131,7 @@ def test_what_the_tokenizer_must_have(tokenizer):
     with pytest.raises(ValueError, match=r"has no chat template: add a chat_template\.jinja"):
         language.encode(Corpus("chat", (CHAT,), (1,)), bare, 10, DAY)
     silent = TextTokenizer(tokenizer.tokenizer, {}, "{% generation %}{% endgeneration %}", tokenizer.source)
-    document, _ = language.encode(Corpus("chat", (CHAT,), (7,)), tokenizer, 100, DAY)
+    document, *_ = language.encode(Corpus("chat", (CHAT,), (7,)), tokenizer, 100, DAY)
     assert document[0][0].targets.any()
     with pytest.raises(ValueError, match="nothing is left to learn"):
         language.encode(Corpus("chat", (CHAT,), (7,)), silent, 100, DAY)

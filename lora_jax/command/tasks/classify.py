@@ -52,8 +52,8 @@ def base_directory(config: RunConfig) -> pathlib.Path:
     return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
 
 
-def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = None) -> Base:
-    """The base model with a head for the run's labels, on the mesh if there is one.
+def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = None, own: pathlib.Path | None = None) -> Base:
+    """The base model with a head for the run's labels, on the mesh if there is one; `own` has the run's own tokenizer.
 
     Raises:
       InputError: the directory does not hold a BERT and its tokenizer, or another one than the run was made with.
@@ -66,7 +66,7 @@ def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = No
     positions = model.config.max_position_embeddings
     if config.max_length > positions:
         raise InputError(f"max_length {config.max_length} is above the {positions} positions of the model {directory}")
-    return Base(model, load_tokenizer(directory, model.config.vocab_size), weights)
+    return Base(model, load_tokenizer(own or directory, model.config.vocab_size), weights)
 
 
 def load_tokenizer(directory: pathlib.Path, vocab_size: int) -> tokenizers.Tokenizer:

@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from jax.sharding import Mesh
 
 from lora_jax import sharding
 from lora_jax.adapters.init import init
+from lora_jax.command import run
 from lora_jax.command.metrics import PERPLEXITY
 from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest
@@ -53,26 +55,33 @@ def base_directory(config: RunConfig) -> pathlib.Path:
     return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
 
 
-def load_base(source: pathlib.Path, config: RunConfig, mesh: Mesh | None = None) -> Base:
-    """The base model, on the mesh if there is one, and its tokenizer.
+def load_base(source: pathlib.Path, config: RunConfig, mesh: Mesh | None = None, own: pathlib.Path | None = None) -> Base:
+    """The base model, on the mesh if there is one, and its tokenizer; `own` is what the run has in place of the base's.
 
     Raises:
       InputError: there is no Llama and its tokenizer, or another one than the run was made with.
     """
     place = None if mesh is None else sharding.by_path(functools.partial(llama.shardings, mesh))
-    options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
+    options: Any = {
+        "sharding": place,
+        "quantize": config.quantize,
+        "block": config.block,
+        "tie": False if config.untie else None,
+    }
     model = llama.load(source, dtype=jnp.dtype(config.dtype), **options)
-    tokenizer = text_tokenizer.load(source, model.config.vocab_size)
+    if own is not None and (own / run.EMBEDDINGS).is_file():
+        model = model.with_vocabulary(safetensors.numpy.load_file(own / run.EMBEDDINGS))
+    tokenizer = text_tokenizer.load(own or source, model.config.vocab_size)
     weights = digest(source)
     check_weights(config, source, weights)
     return Base(model if mesh is None else model.on_mesh(mesh), tokenizer, weights)
 
 
-def end_ids(base: Base) -> tuple[int, ...]:
-    """The ids after which nothing more is generated: the model's, and the tokenizer's own."""
+def end_ids(base: Base, config: RunConfig) -> tuple[int, ...]:
+    """The ids after which nothing more is generated: the model's, the tokenizer's own, and those that the run has learnt."""
     text = base.tokenizer.special_tokens.get("eos_token")
     own = None if text is None else base.tokenizer.tokenizer.token_to_id(text)
-    return tuple(sorted({*base.model.config.eos_token_ids, *(() if own is None else (own,))}))
+    return tuple(sorted({*base.model.config.eos_token_ids, *(() if own is None else (own,)), *config.ends}))
 
 
 def load_corpus(config: RunConfig) -> language.Corpus:
@@ -105,12 +114,13 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     positions = base.model.config.max_position_embeddings
     if config.max_length > positions:
         raise InputError(f"max_length {config.max_length} is above the {positions} positions of the model")
-    documents, counts = _encode(corpus, base.tokenizer, config)
+    documents, counts, ends = _encode(corpus, base.tokenizer, config)
+    config = dataclasses.replace(config, ends=ends)
     training, held_out = language.split(corpus, documents, config.held_out)
     if corpus.kind != "chat":
         held_out = [without_end(document, base.tokenizer.end) for document in held_out]
     train_rows, test_rows = (packing.pack(part, config.max_length) for part in (training, held_out))
-    description = _describe(corpus, (training, train_rows), (held_out, test_rows), counts)
+    description = _describe(corpus, (training, train_rows), (held_out, test_rows), counts, ends)
     task = _task(config, base.model, (train_rows, test_rows), description, mesh)
     return Session(config, task, functools.partial(_init, base.model))
 
@@ -121,7 +131,7 @@ def _init(model: llama.Loaded, config: RunConfig) -> dict[str, Adapter]:
     return init(jax.random.key(config.seed), config.lora, model.apply, model.variables, ids)
 
 
-def _encode(corpus: language.Corpus, tokenizer: TextTokenizer, config: RunConfig) -> Any:
+def _encode(corpus: language.Corpus, tokenizer: TextTokenizer, config: RunConfig) -> language.Encoded:
     try:
         return language.encode(corpus, tokenizer, config.max_length, config.day)
     except InputError as error:
@@ -139,7 +149,9 @@ def without_end(document: language.Document, end: int) -> language.Document:
 _Part = tuple[Sequence[language.Document], packing.PackedRows]
 
 
-def _describe(corpus: language.Corpus, training: _Part, held_out: _Part, counts: language.Counts) -> tuple[str, ...]:
+def _describe(
+    corpus: language.Corpus, training: _Part, held_out: _Part, counts: language.Counts, ends: tuple[int, ...]
+) -> tuple[str, ...]:
     """What was made of the data, in words."""
     lines, unit = [], "chats" if corpus.kind == "chat" else corpus.kind
     for what, (documents, packed) in {"to train on": training, "held out": held_out}.items():
@@ -151,6 +163,19 @@ def _describe(corpus: language.Corpus, training: _Part, held_out: _Part, counts:
         lines.append(f"{counts.cut:,} {unit} were longer than a row and were cut at their end")
     if counts.left_out:
         lines.append(f"{counts.left_out:,} {unit} were left out: nothing that is learnt begins within a row")
+    if counts.apart:
+        lines.append(
+            f"{counts.apart:,} chats are several documents: the template writes a turn in another way once more follows"
+        )
+    if counts.shortened:
+        lines.append(f"{counts.shortened:,} chats have thinking or text that the chat template leaves out: it is not learnt")
+    if counts.unprompted:
+        lines.append(
+            f"{counts.unprompted:,} turns do not follow the chat template's prompt for the assistant, which opens its "
+            "thinking; where their content begins with that opening (<think>), the thinking is learnt, too"
+        )
+    if not ends:
+        lines.append("the chat template ends no turn with a token of its own, so where an answer ends is not learnt")
     return tuple(lines)
 
 
