@@ -197,11 +197,11 @@ def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path, untie:
     if task == "classify":
         options["labels"] = base.model.labels
     with files.fresh_directory(out) as directory:
+        run.create(directory, RunConfig(**options))
         brought = adapter_files.keep(source, model, base, directory / "base")
         if brought:
-            base = task_module(config).load_base(model, config, own=directory / "base")
+            base = task_module(config).with_own(base, directory / "base")
         adapters = peft.load(source, base.model.variables, names=_names(base))
-        run.create(directory, RunConfig(**options))
         checkpoint.save(directory / "adapters", adapters, step=0)
     return (*_notes(base), *brought)
 

@@ -291,8 +291,8 @@ class _Reader:
                 tensor = self._take(key, slot.name.shape(slot.shape), slot.path)
                 if tensor is not None:
                     whole.setdefault(slot.path, []).append((slot, tensor))
-            elif slot.tensor in self.left and self._is_base(slot, self.tensors[slot.tensor]):
-                del self.left[slot.tensor]  # PEFT adds the embeddings of a model whose vocabulary was changed
+            else:  # PEFT adds the embeddings of a model whose vocabulary was changed, tied ones under both names
+                self._forget(n for n in (slot.tensor, slot.name.tied) if n in self.left and self._is_base(slot, self.tensors[n]))
         for listed in whole.values():
             for slot, tensor in listed:
                 self._same_tied_value(slot, tensor)

@@ -66,7 +66,17 @@ def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = No
     positions = model.config.max_position_embeddings
     if config.max_length > positions:
         raise InputError(f"max_length {config.max_length} is above the {positions} positions of the model {directory}")
-    return Base(model, load_tokenizer(own or directory, model.config.vocab_size), weights)
+    base = Base(model, load_tokenizer(directory, model.config.vocab_size), weights)
+    return base if own is None else with_own(base, own)
+
+
+def with_own(base: Base, own: pathlib.Path) -> Base:
+    """The base with a run's own tokenizer.
+
+    Raises:
+      InputError: it can't be read, or does not fit.
+    """
+    return dataclasses.replace(base, tokenizer=load_tokenizer(own, base.model.config.vocab_size))
 
 
 def load_tokenizer(directory: pathlib.Path, vocab_size: int) -> tokenizers.Tokenizer:

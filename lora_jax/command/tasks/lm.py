@@ -69,12 +69,22 @@ def load_base(source: pathlib.Path, config: RunConfig, mesh: Mesh | None = None,
         "tie": False if config.untie else None,
     }
     model = llama.load(source, dtype=jnp.dtype(config.dtype), **options)
-    if own is not None and (own / run.EMBEDDINGS).is_file():
-        model = model.with_vocabulary(safetensors.numpy.load_file(own / run.EMBEDDINGS))
-    tokenizer = text_tokenizer.load(own or source, model.config.vocab_size)
+    tokenizer = text_tokenizer.load(source, model.config.vocab_size)
     weights = digest(source)
     check_weights(config, source, weights)
-    return Base(model if mesh is None else model.on_mesh(mesh), tokenizer, weights)
+    base = Base(model if mesh is None else model.on_mesh(mesh), tokenizer, weights)
+    return base if own is None else with_own(base, own)
+
+
+def with_own(base: Base, own: pathlib.Path) -> Base:
+    """The base with a run's own tokenizer and, if there are any, embeddings.
+
+    Raises:
+      InputError: they can't be read, or do not fit.
+    """
+    file = own / run.EMBEDDINGS
+    model = base.model.with_vocabulary(safetensors.numpy.load_file(file)) if file.is_file() else base.model
+    return dataclasses.replace(base, model=model, tokenizer=text_tokenizer.load(own, model.config.vocab_size))
 
 
 def end_ids(base: Base, config: RunConfig) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
 
 
 def task_module(config: RunConfig) -> ModuleType:
-    """The module of the run's task: `base_directory`, `location` and `load_base` are there for each."""
+    """The module of the run's task: `base_directory`, `location`, `load_base` and `with_own` are there for each."""
     return _TASKS[config.task]
 
 
