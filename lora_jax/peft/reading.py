@@ -292,7 +292,8 @@ class _Reader:
                 if tensor is not None:
                     whole.setdefault(slot.path, []).append((slot, tensor))
             else:  # PEFT adds the embeddings of a model whose vocabulary was changed, tied ones under both names
-                self._forget(n for n in (slot.tensor, slot.name.tied) if n in self.left and self._is_base(slot, self.tensors[n]))
+                both = (slot.tensor, slot.name.tied)
+                self._forget(name for name in both if name in self.left and self._is_base(slot, self.tensors[name]))
         for listed in whole.values():
             for slot, tensor in listed:
                 self._same_tied_value(slot, tensor)

@@ -11,7 +11,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.core.fields import table
 
 CONFIG = """{
- "format_version": 4,
+ "format_version": 5,
  "task": "lm",
  "model": null,
  "data": "/texts.txt",
@@ -22,6 +22,7 @@ CONFIG = """{
  "messages_field": "messages",
  "held_out": 4096,
  "dtype": "float32",
+ "untie": false,
  "quantize": "nf4",
  "block": 32,
  "rank": 4,
@@ -44,6 +45,7 @@ CONFIG = """{
  "data_sha256": "",
  "model_sha256": "",
  "date": "",
+ "ends": [],
  "imported": null
 }
 """
