@@ -58,9 +58,6 @@ class RunConfig:
         Literal["float32", "bfloat16", "float16"],
         option("the base's dtype in memory: float32, bfloat16 or float16; adapters are float32", task="lm", since=2),
     ] = "float32"
-    quantize: Annotated[
-        str | None, option(f"quantise the kernels of the base's layers in memory: {', '.join(quant.DTYPES)}", since=4)
-    ] = None
     untie: Annotated[
         bool,
         option(
@@ -69,6 +66,9 @@ class RunConfig:
             since=5,
         ),
     ] = False
+    quantize: Annotated[
+        str | None, option(f"quantise the kernels of the base's layers in memory: {', '.join(quant.DTYPES)}", since=4)
+    ] = None
     block: Annotated[int | None, option("how many quantised values share a scale, 64 if left out", since=4)] = None
     rank: Annotated[int, option("rank of every low-rank pair", sweep=True)] = 8
     alpha: Annotated[float, option("the scale of every pair is alpha / rank", sweep=True)] = 16.0
