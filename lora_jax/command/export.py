@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors
+import safetensors.numpy
 
 from lora_jax import peft
 from lora_jax.command import adapter_files, hf_export, run
@@ -35,7 +35,6 @@ _QUANTIZED = {
     "merged": "the adapters were trained beside kernels quantised to {} and are folded into the base as it is stored, so that "
     "the outputs differ by what the quantisation changes",
 }
-_VOCABULARY = ("embed_tokens", "lm_head")  # the modules of a decoder that have a row or column for each token
 _TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM"}
 
 
@@ -77,50 +76,46 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
     task = task_module(config)
     source = task.base_directory(config)
     # The sum of kernel and adapter is made in float32 and rounded once, to the base's own dtype.
-    own = run.own_base(directory)
-    base = task.load_base(source, dataclasses.replace(config, dtype="float32", quantize=None, block=None), own=own)
+    plain = dataclasses.replace(config, dtype="float32", quantize=None, block=None)
+    base = task.load_base(source, plain, own=run.own_base(directory))
     adapters = load_adapters(directory, base.model.variables)
     if form == "peft":
-        _export_peft(config, base, adapters, source, out, own)
+        _export_peft(config, base, adapters, source, out)
     else:
-        _export_merged(config, base, adapters, source, out, own)
+        _export_merged(config, base, adapters, source, out)
     stored = (_GGUF,) if form == "peft" and source.is_file() else ()
     rounded = () if config.quantize is None else (_QUANTIZED[form].format(config.quantize),)
     return (*_notes(base), *stored, *rounded)
 
 
 def _export_peft(
-    config: RunConfig,
-    base: Any,
-    adapters: Mapping[str, Adapter],
-    source: pathlib.Path,
-    out: pathlib.Path,
-    own: pathlib.Path | None,
+    config: RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
 ) -> None:
-    if own is not None and (own / run.EMBEDDINGS).is_file():
-        leaves = paths.flatten(base.model.variables)[0]
-        adapters = {path: Full(leaf) for path, leaf in leaves.items() if path.split("/")[1] in _VOCABULARY} | dict(adapters)
     with files.fresh_directory(out) as directory:
         peft.save(
             directory,
-            adapters,
+            {**_own_embeddings(base), **adapters},
             config=None if config.imported else config.lora,
             names=_names(base),
             base_model=_ORIGINALS[config.task] if config.model is None else str(source),
             task_type=_TASK_TYPES[config.task],
             variables=base.model.variables,
         )
-        if own is not None:
-            hf_export.write_tokenizer(directory, own, base.tokenizer)
+        if base.own is not None:
+            hf_export.write_tokenizer(directory, base.own, base.tokenizer)
+
+
+def _own_embeddings(base: Any) -> dict[str, Adapter]:
+    """What the run has in place of the base's embedding and head, as parameters that PEFT puts in their place, too."""
+    file = None if base.own is None else base.own / run.EMBEDDINGS
+    if file is None or not file.is_file():
+        return {}
+    leaves, stored = paths.flatten(base.model.variables)[0], safetensors.numpy.load_file(file)
+    return {path: Full(leaves[path]) for path, name in base.model.names.items() if name.name in stored}
 
 
 def _export_merged(
-    config: RunConfig,
-    base: Any,
-    adapters: Mapping[str, Adapter],
-    source: pathlib.Path,
-    out: pathlib.Path,
-    own: pathlib.Path | None,
+    config: RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
 ) -> None:
     _check_pooling(base)
     if isinstance(base, lm.Base):
@@ -130,7 +125,7 @@ def _export_merged(
     dtypes = hf_export.stored_dtypes(source)
     with files.fresh_directory(out) as directory:
         hf_export.write(directory, base.model.variables, adapters, _names(base), fields, dtypes)
-        hf_export.write_tokenizer(directory, own or source, base.tokenizer)
+        hf_export.write_tokenizer(directory, base.own or source, base.tokenizer)
         if isinstance(base, lm.Base):
             generation = hf_export.generation_fields(source, base.model.config, lm.end_ids(base, config))
             hf_export.write_json(directory / "generation_config.json", generation)

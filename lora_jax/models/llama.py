@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core import files, paths
+from lora_jax.core import paths
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.gguf_reader import GgufFile
@@ -123,17 +123,16 @@ class Loaded:
         Raises:
           InputError: one is missing, or of a shape that does not fit.
         """
-        config = dataclasses.replace(self.config, vocab_size=len(tensors["model.embed_tokens.weight"]))
+        config = dataclasses.replace(self.config, vocab_size=max(map(len, tensors.values())))
         params = dict(self.variables["params"])
         for path, (shape, name) in parameters(config).items():
             _, module, leaf = path.split("/", 2)
             if module in ("embed_tokens", "lm_head"):
                 tensor = tensors.get(name.name)
-                if tensor is None or tensor.shape != (config.vocab_size, config.hidden_size):
+                wanted = name.shape(shape)
+                if tensor is None or tensor.shape != wanted:
                     found = "none" if tensor is None else f"one of the shape {tensor.shape}"
-                    raise InputError(
-                        f"{name.name} must be of the shape {(config.vocab_size, config.hidden_size)}, but there is {found}"
-                    )
+                    raise InputError(f"{name.name} must be of the shape {wanted}, but there is {found}")
                 params[module] = {leaf: jnp.asarray(name.restore(tensor, shape), self.model.param_dtype)}
         variables = {**self.variables, "params": params}
         return dataclasses.replace(self, model=self.model.clone(config=config), variables=variables, config=config)
@@ -339,15 +338,15 @@ def _loaded(
 
 
 def _read_directory(directory: pathlib.Path) -> LlamaConfig:
-    file, generation = directory / "config.json", directory / "generation_config.json"
-    fields = checkpoint_files.read_json(directory, file.name)
+    config, generation = _parsed(directory / "config.json", read_config), directory / "generation_config.json"
+    ends = _parsed(generation, lambda fields: token_ids(fields, "eos_token_id")) if generation.is_file() else ()
+    return dataclasses.replace(config, eos_token_ids=ends or config.eos_token_ids)
+
+
+def _parsed(file: pathlib.Path, parse: Callable[[Mapping[str, Any]], Any]) -> Any:
+    fields = checkpoint_files.read_json(file.parent, file.name)
     try:
-        config = read_config(fields)
-        if not generation.is_file():
-            return config
-        file = generation
-        ends = token_ids(files.read_json_object(file), "eos_token_id")
-        return dataclasses.replace(config, eos_token_ids=ends or config.eos_token_ids)
+        return parse(fields)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
 

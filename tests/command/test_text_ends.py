@@ -11,6 +11,7 @@ import lora_jax as lj
 from lora_jax.command import cli, export, generate, run
 from lora_jax.command.options import GenerateOptions, RunConfig
 from lora_jax.command.tasks import lm, registry
+from lora_jax.core import paths
 from lora_jax.models import llama
 from tests.support import tiny_lm
 
@@ -100,6 +101,8 @@ def test_a_template_that_writes_eos_token_keeps_it(home, tmp_path):
 
 def test_untie(home, tmp_path, capsys):
     """An adapter of a tied model's head alone: here, there and back."""
+    options = {"model": str(home / "model"), "data": str(home / "chats.jsonl"), "max_length": 64, "untie": True}
+    assert "params/lm_head/kernel" in paths.flatten(registry.prepare(RunConfig(task="lm", **options)).task.variables)[0]
     directory = new_run(home, tmp_path / "run", untie=True, targets=["lm_head"])
     adapters = lj.checkpoint.load(directory / "adapters")
     [path] = adapters

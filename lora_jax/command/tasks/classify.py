@@ -31,11 +31,12 @@ _TEST_BATCH = 128
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A base model and its tokenizer."""
+    """A base model and its tokenizer; `own` is where a run has its own instead."""
 
     model: bert.Loaded
     tokenizer: tokenizers.Tokenizer
     sha256: str
+    own: pathlib.Path | None = None
 
 
 def location(config: RunConfig) -> pathlib.Path:
@@ -76,7 +77,7 @@ def with_own(base: Base, own: pathlib.Path) -> Base:
     Raises:
       InputError: it can't be read, or does not fit.
     """
-    return dataclasses.replace(base, tokenizer=load_tokenizer(own, base.model.config.vocab_size))
+    return dataclasses.replace(base, tokenizer=load_tokenizer(own, base.model.config.vocab_size), own=own)
 
 
 def load_tokenizer(directory: pathlib.Path, vocab_size: int) -> tokenizers.Tokenizer:

@@ -34,11 +34,12 @@ _TEST_ROWS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A base model and its tokenizer."""
+    """A base model and its tokenizer; `own` is where a run has its own instead."""
 
     model: llama.Loaded
     tokenizer: TextTokenizer
     sha256: str
+    own: pathlib.Path | None = None
 
 
 def location(config: RunConfig) -> pathlib.Path:
@@ -84,7 +85,8 @@ def with_own(base: Base, own: pathlib.Path) -> Base:
     """
     file = own / run.EMBEDDINGS
     model = base.model.with_vocabulary(safetensors.numpy.load_file(file)) if file.is_file() else base.model
-    return dataclasses.replace(base, model=model, tokenizer=text_tokenizer.load(own, model.config.vocab_size))
+    tokenizer = text_tokenizer.load(own, model.config.vocab_size)
+    return dataclasses.replace(base, model=model, tokenizer=tokenizer, own=own)
 
 
 def end_ids(base: Base, config: RunConfig) -> tuple[int, ...]:
