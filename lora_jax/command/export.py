@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
+import safetensors
 
 from lora_jax import peft
 from lora_jax.command import adapter_files, hf_export, run
@@ -107,10 +107,8 @@ def _export_peft(
 
 def _own_embeddings(base: Any) -> dict[str, Adapter]:
     """What the run has in place of the base's embedding and head, as parameters that PEFT puts in their place, too."""
-    file = None if base.own is None else base.own / run.EMBEDDINGS
-    if file is None or not file.is_file():
-        return {}
-    leaves, stored = paths.flatten(base.model.variables)[0], safetensors.numpy.load_file(file)
+    stored = {} if base.own is None else run.own_embeddings(base.own)
+    leaves = paths.flatten(base.model.variables)[0]
     return {path: Full(leaves[path]) for path, name in base.model.names.items() if name.name in stored}
 
 
@@ -178,10 +176,13 @@ def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path, untie:
       What the user should know about the run.
 
     Raises:
-      InputError: there is no such base, the adapters do not fit it or can't be read, or `out` has files.
+      InputError: there is no such base, the adapters do not fit it or can't be read, `untie` means nothing there, or `out` has
+        files.
     """
     files.check_empty(out)
     task = _task_of(model)
+    if untie and task != "lm":
+        raise InputError(f"{model} has no head that could be its embedding: leave --untie out")
     source, model = source.absolute(), model.absolute()
     options: dict[str, Any] = {"task": task, "model": str(model), "imported": str(source), "max_length": 3, "untie": untie}
     if task == "classify":

@@ -17,9 +17,12 @@ A run is there once its `config.json` is. Each file is replaced in one go, and t
 import itertools
 import pathlib
 
+import numpy as np
+import safetensors.numpy
+
 from lora_jax.command.options import RunConfig
 from lora_jax.core import files
-from lora_jax.core.errors import MissingError, OccupiedError
+from lora_jax.core.errors import InputError, MissingError, OccupiedError
 
 EMBEDDINGS = "embeddings.safetensors"
 
@@ -28,6 +31,19 @@ def own_base(directory: pathlib.Path) -> pathlib.Path | None:
     """What a run has in place of the base's own tokenizer and embeddings, if it has any."""
     own = directory / "base"
     return own if own.is_dir() else None
+
+
+def own_embeddings(own: pathlib.Path) -> dict[str, np.ndarray]:
+    """The embedding and the head in there, by their Hugging Face names, if there are any.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    file = own / EMBEDDINGS
+    try:
+        return safetensors.numpy.load_file(file) if file.is_file() else {}
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{file} can't be read: {error}") from None
 
 
 def check_free(directory: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ import lora_jax as lj
 from lora_jax.command import cli, export, inspect, run
 from lora_jax.command.tasks import lm
 from lora_jax.models import llama
-from tests.support import tiny_lm
+from tests.support import tiny, tiny_lm
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 TEMPLATE = "{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}<|turn|>"
@@ -150,6 +150,21 @@ def test_tokens_without_embeddings_are_refused(home, capsys):
     add_token(home)
     said = import_(home, capsys, code=2)
     assert f"{home / 'peft'} has a token of the id 300, but there are embeddings of 300 tokens only" in said
+
+
+def test_damaged_embeddings(home, capsys):
+    add_token(home)
+    resize(home, tied=True)
+    import_(home, capsys)
+    (home / "run" / "base" / "embeddings.safetensors").write_bytes(b"\0" * 40)
+    assert call("generate", home / "run", "--prompt", "x") == 2
+    assert "embeddings.safetensors can't be read" in capsys.readouterr().err
+
+
+def test_untie_is_for_decoders(tmp_path, capsys):
+    tiny.model(tmp_path / "model")
+    assert call("import", tmp_path, "--model", tmp_path / "model", "--untie") == 2
+    assert "has no head that could be its embedding" in capsys.readouterr().err
 
 
 def test_an_embedding_without_its_head_is_refused(tmp_path, capsys):

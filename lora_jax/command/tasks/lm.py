@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from jax.sharding import Mesh
 
 from lora_jax import sharding
@@ -83,8 +82,8 @@ def with_own(base: Base, own: pathlib.Path) -> Base:
     Raises:
       InputError: they can't be read, or do not fit.
     """
-    file = own / run.EMBEDDINGS
-    model = base.model.with_vocabulary(safetensors.numpy.load_file(file)) if file.is_file() else base.model
+    embeddings = run.own_embeddings(own)
+    model = base.model.with_vocabulary(embeddings) if embeddings else base.model
     tokenizer = text_tokenizer.load(own, model.config.vocab_size)
     return dataclasses.replace(base, model=model, tokenizer=tokenizer, own=own)
 
