@@ -81,6 +81,10 @@ class Context:
         except NotLowRank as error:
             return jax_compat.bind(eqn, self.arrays(values, eqn, str(error)))
 
+    def enter(self, rule: Rule, eqn: Equation, values: Sequence[Any]) -> list[Any]:
+        """The results of an equation that has a body, by its rule."""
+        return rule(self, eqn, *values)
+
     def arrays(self, values: Sequence[Any], eqn: Equation | None, reason: str) -> list[Any]:
         """Values as arrays, where that is allowed."""
         return [value.as_array(self, eqn, reason) if is_implicit(value) else value for value in values]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax.extend import source_info_util
 
 Literal = jex.Literal
@@ -21,6 +22,8 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """Evaluate one equation on plain values, exactly as it stands in the jaxpr."""
+    if eqn.primitive.name.startswith("custom_"):  # a rule may do with its operands what NumPy constants of a jaxpr can't
+        values = list(map(jnp.asarray, values))
     out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
 

@@ -1,6 +1,7 @@
 """Flax NNX modules as plain functions of their parameters."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
 import jax
@@ -87,3 +88,52 @@ def _check_same_variables(old: Any, new: Any) -> None:
             f"({', '.join(sorted(before - after)) or 'none'}), so the state can't be given to the next call. Make them "
             "before `functional` (a cache, for instance, with init_cache), or use state='closed'"
         )
+
+
+def any_object(*trees: Any) -> bool:
+    """Whether there is an NNX object in any of these trees."""
+    return any(map(_is_object, jax.tree.leaves(trees, is_leaf=_is_object)))
+
+
+@contextlib.contextmanager
+def lent(args: Any, kwargs: Any) -> Iterator[tuple[Callable[..., Any], Callable[[Any], None]]]:
+    """How to call a function in a trace with arguments that hold NNX objects, and how to bring home what it changed in them.
+
+    NNX lets no trace change an object from outside, so the function gets copies.
+
+    Yields:
+      `call(fn, tree) -> (fn(tree, *args, **kwargs), state)`, for inside the trace, and `give_back(state)`, for outside.
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
+    places = [place for place, leaf in enumerate(leaves) if _is_object(leaf)]
+    objects, tag = [leaves[place] for place in places], object()
+    graph, changed = nnx.graphdef(objects), False
+    with nnx.update_context(tag):
+        with nnx.split_context(tag) as context:
+            links, state = context.split(objects)
+        before, structure = jax.tree.flatten(state)
+
+        def call(fn: Callable[..., Any], tree: Any) -> tuple[Any, Any]:
+            nonlocal links, changed
+            with nnx.merge_context(tag, inner=True) as context:
+                copies = context.merge(links, jax.tree.unflatten(structure, before))
+            found = dict(zip(places, copies))
+            args, kwargs = jax.tree.unflatten(treedef, [found.get(place, leaf) for place, leaf in enumerate(leaves)])
+            out = fn(tree, *args, **kwargs)
+            with nnx.split_context(tag) as context:
+                links, state = context.split(copies)
+            same = all(old is new for old, new in zip(before, jax.tree.leaves(state)))
+            changed = not same or nnx.graphdef(copies) != graph
+            return out, state
+
+        def give_back(state: Any) -> None:
+            if changed:  # objects that are only read may come from another trace
+                nnx.update(objects, nnx.state(objects))  # NNX refuses here, with all objects whole, what it must refuse
+                with nnx.merge_context(tag, inner=False) as context:
+                    context.merge(links, state)
+
+        yield call, give_back
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, nnx.Pytree | nnx.Variable)

@@ -1,7 +1,8 @@
-"""A function's jaxpr over the arrays of its parameter tree."""
+"""A function's jaxpr over the arrays of its parameter tree, walked."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,44 +18,64 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic) or is_quantized(leaf)
 
 
-@dataclasses.dataclass
-class Traced:
-    """A function's jaxpr over the arrays of its parameter tree, and how to put its results together."""
+def walk(
+    context: Context,
+    fn: Callable[..., Any],
+    treedef: Any,
+    leaves: Sequence[Any],
+    values: Sequence[Any],
+    args: Sequence[Any],
+    kwargs: Any,
+) -> tuple[Any, list[bool]]:
+    """`fn(tree, *args, **kwargs)`, with `values` in the place of the tree's arrays.
 
-    jaxpr: Any
-    traced: list[bool]
-    unflatten: Callable[[list[Any]], Any]
+    It is traced over these arrays and closes over everything else.
 
-    def run(self, context: Context, values: Sequence[Any]) -> Any:
-        """Evaluate with a value for each leaf of the parameter tree."""
-        jaxpr, consts = jax_compat.open_jaxpr(self.jaxpr)
-        results = evaluate(context, jaxpr, consts, [value for value, traced in zip(values, self.traced) if traced])
-        return self.unflatten(context.arrays(results, None, "the function returns it"))
+    Args:
+      context: says what becomes of an implicit value.
+      fn: the function.
+      treedef: the structure of its tree.
+      leaves: the leaves of its tree.
+      values: what stands in the place of each leaf, where that is an array.
+      args: what follows the tree.
+      kwargs: the same by name.
 
-    def reached_inputs(self, names: Sequence[str]) -> set[str]:
-        """The leaves that some equation or result uses."""
-        jaxpr, _ = jax_compat.open_jaxpr(self.jaxpr)
-        used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
-        inputs = [name for name, traced in zip(names, self.traced) if traced]
-        return {name for name, v in zip(inputs, jaxpr.invars) if id(v) in used}
-
-
-def trace(fn: Callable[..., Any], treedef: Any, leaves: Sequence[Any], args: Sequence[Any], kwargs: Any) -> Traced:
-    """Trace `fn(tree, *args, **kwargs)` over the arrays of the tree, closing over everything else."""
+    Returns:
+      What the function returns, and for each leaf whether some equation or result uses it.
+    """
     traced = [is_array(leaf) for leaf in leaves]
-    result: dict[str, Any] = {}
+    structure, static = None, []
 
-    def flat(*arrays: Any) -> list[Any]:
-        rest = iter(arrays)
-        tree = jax.tree.unflatten(treedef, [next(rest) if t else leaf for t, leaf in zip(traced, leaves)])
-        out, result["tree"] = jax.tree.flatten(fn(tree, *args, **kwargs))
-        result["static"] = [None if is_array(leaf) else (leaf,) for leaf in out]
-        return [leaf for leaf in out if is_array(leaf)]
+    with _lent(args, kwargs) as (call, give_back):
 
-    jaxpr = jax.make_jaxpr(flat)(*[quantized.dense_shape(leaf) for t, leaf in zip(traced, leaves) if t])
+        def flat(*arrays: Any) -> list[Any]:
+            nonlocal structure, static
+            rest = iter(arrays)
+            tree = jax.tree.unflatten(treedef, [next(rest) if t else leaf for t, leaf in zip(traced, leaves)])
+            out, structure = jax.tree.flatten(call(fn, tree))
+            static = [None if isinstance(leaf, jax.core.Tracer) else (leaf,) for leaf in out]
+            return [leaf for leaf in out if isinstance(leaf, jax.core.Tracer)]
 
-    def unflatten(arrays: list[Any]) -> Any:
-        rest = iter(arrays)
-        return jax.tree.unflatten(result["tree"], [next(rest) if s is None else s[0] for s in result["static"]])
+        closed = jax.make_jaxpr(flat)(*[quantized.dense_shape(leaf) for t, leaf in zip(traced, leaves) if t])
+        jaxpr, consts = jax_compat.open_jaxpr(closed)
+        results = evaluate(context, jaxpr, consts, [value for value, t in zip(values, traced) if t])
+        rest = iter(context.arrays(results, None, "the function returns it"))
+        out, lent = jax.tree.unflatten(structure, [next(rest) if s is None else s[0] for s in static])
+        give_back(lent)
 
-    return Traced(jaxpr, traced, unflatten)
+    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+    inputs = iter(jaxpr.invars)
+    return out, [t and id(next(inputs)) in used for t in traced]
+
+
+@contextlib.contextmanager
+def _lent(args: Sequence[Any], kwargs: Any) -> Iterator[tuple[Callable[..., Any], Callable[[Any], None]]]:
+    """How to call a function with these arguments inside a trace, and what then brings home what it changed in them."""
+    if "flax.nnx" in sys.modules:
+        from lora_jax.core import nnx
+
+        if nnx.any_object(args, kwargs):
+            with nnx.lent(args, kwargs) as loan:
+                yield loan
+            return
+    yield lambda fn, tree: (fn(tree, *args, **kwargs), None), lambda state: None

@@ -40,7 +40,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.core.methods.terms import term
 from lora_jax.core.paths import is_quantized
 from lora_jax.core.rules import RULES
-from lora_jax.core.tracing import is_array, trace
+from lora_jax.core.tracing import is_array, walk
 from lora_jax.core.weight import Weight, WeightContext
 
 
@@ -99,9 +99,10 @@ def lora(
             raise InputError("the parameters have no adapters: pass lora(fn) the tree that `attach` returns")
         _check_active({path: nodes[path].adapter for path in adapted}, active)
         context = WeightContext(RULES, materialize=on_unsupported == "materialize")
-        traced = trace(fn, treedef, [_base(node) for node in nodes.values()], args, kwargs)
-        out = traced.run(context, [_value(path, node, freeze, key, active) for path, node in nodes.items()])
-        inputs = traced.reached_inputs(list(nodes))
+        bases = [_base(node) for node in nodes.values()]
+        values = [_value(path, node, freeze, key, active) for path, node in nodes.items()]
+        out, used = walk(context, fn, treedef, bases, values, args, kwargs)
+        inputs = {path for path, use in zip(nodes, used) if use}
         idle = [path for path in adapted if path not in (inputs if _is_full(nodes[path]) else context.reached)]
         if idle and unused == "error":
             raise InputError(

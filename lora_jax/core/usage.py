@@ -16,7 +16,7 @@ from lora_jax.core.interpreter import Context, Equation, NotLowRank
 from lora_jax.core.rules import RULES
 from lora_jax.core.rules.products import Product
 from lora_jax.core.text_table import text_table
-from lora_jax.core.tracing import is_array, trace
+from lora_jax.core.tracing import is_array, walk
 from lora_jax.core.weight import Factored, Term
 
 
@@ -140,9 +140,9 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
     context, reached = ProbeContext(RULES), set()
 
     def run(leaves: list[Any], args: Any, kwargs: Any) -> None:
-        traced = trace(fn, treedef, leaves, args, kwargs)
-        reached.update(traced.reached_inputs(list(nodes)))
-        traced.run(context, [_probe(path, leaf) for path, leaf in zip(nodes, leaves)])
+        probes = [_probe(path, leaf) for path, leaf in zip(nodes, leaves)]
+        _, used = walk(context, fn, treedef, leaves, probes, args, kwargs)
+        reached.update(path for path, use in zip(nodes, used) if use)
 
     abstractly(run, leaves, args, kwargs)
     arrays = {path: leaf for path, leaf in zip(nodes, leaves) if hasattr(leaf, "dtype")}

@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core import programs
 from lora_jax.core.contraction import contract
 from lora_jax.core.deferred import is_deferred, on_bases, unstack_base, use
 from lora_jax.core.errors import NotLowRankError
 from lora_jax.core.factor import Factor
-from lora_jax.core.interpreter import Context, Equation, ImplicitArray, NotLowRank
+from lora_jax.core.interpreter import Context, Equation, ImplicitArray, NotLowRank, Rule
 
 if TYPE_CHECKING:
     from lora_jax.core.rules.products import Product
@@ -41,6 +42,9 @@ class WeightContext(Context):
     materialize: bool = False
     reached: set[str] = dataclasses.field(default_factory=set)
     masks: int = 0
+
+    def enter(self, rule: Rule, eqn: Equation, values: Sequence[Any]) -> list[Any]:
+        return programs.run(self, rule, eqn, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +260,10 @@ class Factored(ImplicitArray):
     def paths(self) -> list[str]:
         """The parameters that it is made of."""
         return [term.path for term in self.terms]
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The same with other paths."""
+        return self.with_terms(self.base, [dataclasses.replace(term, path=names[term.path]) for term in self.terms])
 
     # --- moving
 

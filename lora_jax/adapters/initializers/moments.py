@@ -15,7 +15,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.core.factor import RANK, Factor
 from lora_jax.core.methods.moments import ObservedTerm
 from lora_jax.core.rules import RULES
-from lora_jax.core.tracing import trace
+from lora_jax.core.tracing import walk
 from lora_jax.core.weight import Weight, WeightContext
 
 
@@ -73,8 +73,8 @@ def moments(
         return _observed(path, leaf, layouts[path], sums[path]) if path in layouts else quantized.frozen(leaf)
 
     def total(sums: dict[str, jax.Array]) -> jax.Array:
-        traced = trace(fn, treedef, leaves, args, kwargs)
-        out = traced.run(WeightContext(RULES), [value(path, leaf, sums) for path, leaf in zip(nodes, leaves)])
+        values = [value(path, leaf, sums) for path, leaf in zip(nodes, leaves)]
+        out, _ = walk(WeightContext(RULES), fn, treedef, leaves, values, args, kwargs)
         results = [leaf for leaf in jax.tree.leaves(out) if _is_float(leaf)]
         return sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in results), jnp.zeros(()))
 

@@ -12,13 +12,17 @@ from lora_jax.core.interpreter import Context, Equation, Rule, evaluate, is_impl
 
 
 def _jit(context: Context, eqn: Equation, *values: Any) -> list[Any]:
-    """Evaluated in place; shardings that the call fixes are kept as constraints."""
+    """Shardings that the call fixes are kept as constraints."""
     params = eqn.params
-    jaxpr, consts = jax_compat.open_jaxpr(params.get("jaxpr", params.get("call_jaxpr")))
     operands = list(map(_constrained, values, params.get("in_shardings", (None,) * len(values))))
-    with context.inside(eqn):
-        results = evaluate(context, jaxpr, consts, operands)
+    results = context.enter(_body, eqn, operands)
     return list(map(_constrained, results, params.get("out_shardings", (None,) * len(results))))
+
+
+def _body(context: Context, eqn: Equation, *values: Any) -> list[Any]:
+    jaxpr, consts = jax_compat.open_jaxpr(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
+    with context.inside(eqn):
+        return evaluate(context, jaxpr, consts, values)
 
 
 def _constrained(value: Any, sharding: Any) -> Any:
@@ -143,11 +147,21 @@ def _shard_map(context: Context, eqn: Equation, *values: Any) -> list[Any]:
         return list(mapped(*values))
 
 
+def _compiled_eagerly(rule: Rule) -> Rule:
+    """JAX compiles a loop that it meets outside a trace, once for its body; inside one the loop becomes part of that."""
+
+    def apply(context: Context, eqn: Equation, *values: Any) -> list[Any]:
+        inside_a_trace = isinstance(jnp.zeros(()), jax.core.Tracer)
+        return rule(context, eqn, *values) if inside_a_trace else context.enter(rule, eqn, values)
+
+    return apply
+
+
 CONTROL_FLOW: dict[str, Rule] = {
     **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), _jit),
-    **dict.fromkeys(("remat2", "checkpoint", "remat"), _remat),
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
+    **dict.fromkeys(("remat2", "checkpoint", "remat"), _compiled_eagerly(_remat)),
+    "scan": _compiled_eagerly(_scan),
+    "while": _compiled_eagerly(_while),
+    "cond": _compiled_eagerly(_cond),
     "shard_map": _shard_map,
 }
