@@ -16,6 +16,7 @@ from lora_jax.adapters.merging import unmerge as unmerge
 from lora_jax.adapters.quant import quantize as quantize
 from lora_jax.adapters.summary import summary as summary
 from lora_jax.core import paths as paths
+from lora_jax.core import rules as rules
 from lora_jax.core.adapter import Adapter as Adapter
 from lora_jax.core.adapter import Full as Full
 from lora_jax.core.adapter import Layout as Layout

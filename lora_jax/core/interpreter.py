@@ -66,6 +66,7 @@ class Context:
 
     rules: Mapping[str, Rule]
     entered: list[Equation] = dataclasses.field(default_factory=list)
+    kernel: Any = None  # the call of a registered function whose product is walked in its place
 
     def handles(self, eqn: Equation, values: Sequence[Any]) -> bool:
         """Whether an equation needs a rule."""
@@ -98,6 +99,15 @@ class Context:
         finally:
             self.entered.pop()
 
+    @contextlib.contextmanager
+    def through(self, kernel: Any) -> Iterator[None]:
+        """While the product that stands for a kernel is walked."""
+        self.kernel = kernel
+        try:
+            yield
+        finally:
+            self.kernel = None
+
     def place(self, eqn: Equation | None) -> tuple[str, str]:
         """A primitive, and where the user's code makes it, or makes the call around it; without an equation the return."""
         if eqn is None:
@@ -106,13 +116,7 @@ class Context:
         return eqn.primitive.name, next(filter(None, sites), "an unknown place")
 
 
-_REASONS: dict[str, str] = {
-    **dict.fromkeys(
-        ("custom_jvp_call", "custom_vjp_call"),
-        "the function has a derivative rule of its own, which takes the whole weight",
-    ),
-    **dict.fromkeys(("add", "sub"), "it is added to something, not multiplied with it"),
-}
+_REASONS = dict.fromkeys(("add", "sub"), "it is added to something, not multiplied with it")
 
 
 def evaluate(context: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

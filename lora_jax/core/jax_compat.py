@@ -59,6 +59,13 @@ def source_scope(eqn: Equation) -> contextlib.AbstractContextManager[Any]:
     return source_info_util.user_context(info.traceback, name_stack=stack)
 
 
+def called_function(eqn: Equation) -> str:
+    """`name at file:line` of the function that a call is of; empty for an equation without a body."""
+    body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    info = getattr(open_jaxpr(body)[0], "debug_info", None)
+    return info.func_src_info if info else ""
+
+
 def call_site(eqn: Equation) -> str:
     """`file:line (function)` of the code that made the equation; the file of an installed package begins with its name."""
     return source_info_util.summarize(eqn.source_info).rpartition("/site-packages/")[2]

@@ -67,6 +67,11 @@ def run(context: Any, rule: Rule, eqn: Equation, values: Sequence[Any]) -> list[
     return _renamed(results, names)
 
 
+def forget() -> None:
+    """Drop all programs, where the rules that they were made by have changed."""
+    _programs.clear()
+
+
 def _program(eqn: Equation) -> Callable[..., Any]:
     body = next(body for param in eqn.params.values() for body in _bodies(param))
     if body not in _programs:

@@ -229,7 +229,7 @@ class Probe(Factored):
     def settled(self, context: ProbeContext) -> Self:
         return self
 
-    def multiply(self, context: ProbeContext, product: Product) -> Any:
+    def multiplied(self, context: ProbeContext, product: Product) -> Any:
         self._record_product(context, product.eqn, product.roles)
         return product.result
 

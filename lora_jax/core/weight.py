@@ -44,7 +44,7 @@ class WeightContext(Context):
     masks: int = 0
 
     def enter(self, rule: Rule, eqn: Equation, values: Sequence[Any]) -> list[Any]:
-        return programs.run(self, rule, eqn, values)
+        return super().enter(rule, eqn, values) if self.kernel else programs.run(self, rule, eqn, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,6 +374,14 @@ class Factored(ImplicitArray):
 
     def multiply(self, context: Any, product: "Product") -> Any:
         """The result of a product with an activation."""
+        kernel = context.kernel
+        if kernel is None:
+            return self.multiplied(context, product)
+        kernel.result = self.multiplied(context, kernel.behind(product))
+        return kernel.result
+
+    def multiplied(self, context: Any, product: "Product") -> Any:
+        """The same, where it is known what multiplies the base."""
         raise NotImplementedError
 
     def multiply_pair(
@@ -388,7 +396,7 @@ class Factored(ImplicitArray):
 class Weight(Factored):
     """`base + sum of terms`, of the base's shape and dtype. A quantised parameter is one even without terms."""
 
-    def multiply(self, context: WeightContext, product: "Product") -> Any:
+    def multiplied(self, context: WeightContext, product: "Product") -> Any:
         context.reached.update(self.paths())
         result = product.result
         for term in self.terms:

@@ -17,6 +17,7 @@ from jax import lax
 
 from lora_jax.core import jax_compat
 from lora_jax.core.interpreter import Context, Equation, ImplicitArray, NotLowRank, Rule, evaluate, is_implicit
+from lora_jax.core.rules import kernels
 from lora_jax.core.rules.control_flow import CONTROL_FLOW
 from lora_jax.core.tracing import is_array
 
@@ -75,11 +76,19 @@ class RowContext(Context):
     def handles(self, eqn: Equation, values: Sequence[Any]) -> bool:
         return super().handles(eqn, values) or _has_ragged(eqn)
 
+    def apply(self, eqn: Equation, values: Sequence[Any]) -> list[Any]:
+        """JAX can't vmap a kernel for grouped rows any better than its own ragged product."""
+        if kernels.product_of(eqn):
+            return evaluate(self, *kernels.traced_product(eqn), values)
+        return super().apply(eqn, values)
+
 
 def _has_ragged(eqn: Equation) -> bool:
     """Whether an equation is a ragged product, or calls a function that has one."""
     if eqn.primitive.name == "ragged_dot_general":
         return True
+    if kernels.product_of(eqn):
+        return any(map(_has_ragged, kernels.traced_product(eqn)[0].eqns))
     if eqn.primitive.name not in CONTROL_FLOW:
         return False
     inner = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple | list) else [value])]

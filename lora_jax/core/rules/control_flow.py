@@ -9,10 +9,13 @@ from jax import lax
 
 from lora_jax.core import jax_compat
 from lora_jax.core.interpreter import Context, Equation, Rule, evaluate, is_implicit
+from lora_jax.core.rules import kernels
 
 
 def _jit(context: Context, eqn: Equation, *values: Any) -> list[Any]:
     """Shardings that the call fixes are kept as constraints."""
+    if kernels.product_of(eqn):
+        return kernels.call(context, eqn, *values)
     params = eqn.params
     operands = list(map(_constrained, values, params.get("in_shardings", (None,) * len(values))))
     results = context.enter(_body, eqn, operands)

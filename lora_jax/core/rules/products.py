@@ -18,6 +18,7 @@ from lora_jax.core.contraction import contract
 from lora_jax.core.deferred import use
 from lora_jax.core.factor import RANK, Factor, scaled_along
 from lora_jax.core.interpreter import Context, Equation, NotLowRank, is_implicit
+from lora_jax.core.rules.kernels import Kernel
 from lora_jax.core.weight import Factored
 
 Inside = Callable[[Any, Sequence[int]], Any]
@@ -32,12 +33,14 @@ class Product:
       x: the activation.
       weight: the weight, of which a product uses the base.
       roles: what the product does with each axis of the weight: `"in"` (contracted), `"out"` or `"batch"`.
+      kernel: a function that computes the product with the base in its place, where there is one.
     """
 
     eqn: Equation
     x: Any
     weight: Factored
     roles: Mapping[int, str]
+    kernel: Kernel | None = dataclasses.field(default=None, kw_only=True)
 
     labelled: ClassVar[bool] = False  # whether the axes of x and z have labels, so that a factor of the weight can scale them
 
@@ -59,10 +62,18 @@ class Product:
         """`inside(x A) B`."""
         raise NotImplementedError
 
+    def base_result(self, x: Any, kept: Sequence[int] = ()) -> Any:
+        """The same by the kernel, if there is one."""
+        if self.kernel is None:
+            return self.with_base(x, kept)
+        if kept:
+            raise NotLowRank("the adapter's magnitudes lie along axes that a kernel sums over")
+        return self.kernel.with_base(self, x)
+
     @functools.cached_property
     def result(self) -> Any:
         """`x W` with the base."""
-        return self.with_base(self.x)
+        return self.base_result(self.x)
 
     @property
     def contracted(self) -> set[int]:
@@ -84,7 +95,7 @@ class Product:
         before, after = ([gain for gain, on in zip(gains, on_x) if on == wanted] for wanted in (True, False))
         kept = sorted({axis for gain in after for axis in gain.axes} - set(out))
         same = x is self.x and not before and not kept
-        base = self.result if same else self.with_base(scaled_along(x, before, self.x_labels), kept).astype(self.result.dtype)
+        base = self.result if same else self.base_result(scaled_along(x, before, self.x_labels), kept).astype(self.result.dtype)
         scaled = scaled_along(base, after, [*kept, *out])
         return jnp.sum(scaled, tuple(range(len(kept)))) if kept else scaled
 

@@ -44,7 +44,7 @@ class RaggedDot(Product):
         return self._grouped(inside(z, ()), second, (group, RANK, outer))
 
     def scaled_base(self, x: Any, gains: Sequence[Factor]) -> Any:
-        base = self.result if x is self.x else self.with_base(x)
+        base = self.result if x is self.x else self.base_result(x)
         return functools.reduce(jnp.multiply, map(self._for_each_row, gains), base)
 
     def along_outputs(self, part: Factor, others: set[int]) -> Any:
