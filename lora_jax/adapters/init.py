@@ -183,7 +183,7 @@ def _by_word(word: str, free: dict[str, Parameter]) -> list[Parameter]:
 
 
 def _is_in_attention(path: str) -> bool:
-    return any(_ATTENTION.search(component) for component in path.split("/")[:-1])
+    return any(_ATTENTION.search(component) for component in paths.components(path)[:-1])
 
 
 def _refuse_mixed(candidates: Iterable[Parameter]) -> None:
@@ -205,7 +205,7 @@ def layer_index(path: str) -> int | None:
     >>> [layer_index(p) for p in ("layer_3/query/kernel", "layers/11/w", "EncoderBlock_0/Dense_1/kernel", "Dense_1/kernel")]
     [3, 11, 0, None]
     """
-    found = [match for component in path.split("/") if (match := _LAYER.fullmatch(component))]
+    found = [match for component in paths.components(path) if (match := _LAYER.fullmatch(component))]
     if len(found) > 1:
         raise InputError(f"layers: {path} has several numbered components, so its layer is not clear: use a pattern instead")
     return int(found[0][1]) if found else None

@@ -1,8 +1,9 @@
 """Parameter paths as strings, and patterns that select them.
 
 A path is a parameter's key path joined by `/`: `params/layer_0/attn/query/kernel`. Inside one key `%`, `.` and `/` are
-written `%25`, `%2E` and `%2F`, so that a path splits at its slashes alone and is a safe file or JSON key. The last `value`
-attribute of boxed Linen and NNX leaves, which have nothing else below them, is dropped.
+written `%25`, `%2E` and `%2F`, so that a path splits at its slashes alone and is a safe file or JSON key. What names nothing
+is dropped from its end: the `value` attribute of boxed Linen and NNX leaves, and the number of an only child without a name
+(Haliax's arrays), where nothing else is below.
 """
 
 import collections
@@ -48,8 +49,10 @@ def _join(key_path: Sequence[Any]) -> str:
 
 
 def _in_box(key_path: Sequence[Any]) -> bool:
-    """Whether a leaf is the `value` attribute of something, as a boxed leaf is."""
-    return len(key_path) > 1 and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value"
+    """Whether a leaf is the `value` attribute of something, as a boxed leaf is, or has no name at all."""
+    *above, last = key_path
+    unnamed = isinstance(last, jax.tree_util.FlattenedIndexKey) or last == jax.tree_util.GetAttrKey("value")
+    return bool(above) and unnamed
 
 
 def fold_in(key: jax.Array, path: str) -> jax.Array:
@@ -79,12 +82,21 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[di
     siblings = collections.Counter(key_path[:-1] for key_path, _ in leaves)
     by_path: dict[str, Any] = {}
     for key_path, leaf in leaves:
-        boxed = _in_box(key_path) and siblings[key_path[:-1]] == 1
+        boxed = siblings[key_path[:-1]] == 1 and _in_box(key_path)
         path = _join(key_path[:-1] if boxed else key_path)
         if path in by_path:
             raise InputError(f"two leaves of the tree have the path {path!r}: give their keys different names")
         by_path[path] = leaf
     return by_path, treedef
+
+
+def components(path: str) -> list[str]:
+    """The parts of a path; a key that holds slashes, as those of Haiku and Keras do, has several.
+
+    >>> components("net%2F~%2Flayer_0/w")
+    ['net', '~', 'layer_0', 'w']
+    """
+    return path.replace("%2F", "/").split("/")
 
 
 def normalize(pattern: str | re.Pattern[str]) -> str:
@@ -119,9 +131,8 @@ def matches(path: str, pattern: str) -> bool:
     """
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], path) is not None
-    whole = lambda text: text.replace("%2F", "/").split("/")  # a key that holds slashes, as Haiku's do, is matched in parts
-    components, wanted = whole(path), whole(pattern.strip("/").replace(".", "%2E"))
-    return components[-len(wanted) :] == wanted or components[-len(wanted) - 1 : -1] == wanted
+    found, wanted = components(path), components(pattern.strip("/").replace(".", "%2E"))
+    return found[-len(wanted) :] == wanted or found[-len(wanted) - 1 : -1] == wanted
 
 
 def near_misses(paths: Iterable[str], pattern: str, count: int = 5) -> list[str]:
@@ -132,7 +143,7 @@ def near_misses(paths: Iterable[str], pattern: str, count: int = 5) -> list[str]
     depth = text.count("/") + 1
 
     def likeness(path: str) -> float:
-        tails = ["/".join(path.split("/")[-depth - drop :][:depth]) for drop in (0, 1)]
+        tails = ["/".join(components(path)[-depth - drop :][:depth]) for drop in (0, 1)]
         best = max(difflib.SequenceMatcher(None, tail.lower(), text.lower()).ratio() for tail in tails)
         return best + sum(word.lower() in path.lower() for word in words)
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 
 import flax.linen as nn
@@ -6,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import lora_jax as lj
 from lora_jax.core import paths
 
 PATHS = ["params/layer_0/attn/query/kernel", "params/layer_0/attn/query/bias", "params/layer_1/mlp/up/kernel", "params/qkv"]
@@ -63,6 +65,30 @@ def test_keys_with_slashes_are_matched_in_parts():
     found, _ = paths.flatten({"net/~/linear_1": {"w": 1}, "net/~/linear_2": {"w": 2}})
     for pattern in ("linear_1", "~/linear_1/w", "net/~/linear_1"):
         assert paths.select(found, [pattern], "targets") == ["net%2F~%2Flinear_1/w"]
+
+
+def test_keys_with_slashes_have_layers_and_attention():
+    names = [f"net/layer_{i}/{part}" for i in range(2) for part in ("attention/query", "mlp/up")]
+    variables = {name: {"w": jnp.ones((4, 4))} for name in names}
+    fn = lambda p, x: functools.reduce(lambda x, name: x @ p[name]["w"], names, x)
+    chosen = lambda **options: list(lj.init(jax.random.key(0), lj.LoraConfig(rank=2, **options), fn, variables, jnp.ones((1, 4))))
+    assert chosen(layers=[0]) == ["net%2Flayer_0%2Fattention%2Fquery/w", "net%2Flayer_0%2Fmlp%2Fup/w"]
+    assert chosen(targets="attention") == [f"net%2Flayer_{i}%2Fattention%2Fquery/w" for i in range(2)]
+
+
+def test_an_only_child_without_a_name_is_dropped():
+    """As Haliax's arrays have it; where there are two, numbers tell them apart."""
+
+    class Named:
+        def __init__(self, *arrays):
+            self.arrays = arrays
+
+    jax.tree_util.register_pytree_node(Named, lambda node: (node.arrays, None), lambda aux, children: Named(*children))
+    found, treedef = paths.flatten({"q_proj": {"weight": Named(1.0)}, "both": Named(2.0, 3.0), "list": [4.0]})
+    assert list(found) == ["both/0", "both/1", "list/0", "q_proj/weight"]
+    assert paths.select(found, ["q_proj"], "targets") == ["q_proj/weight"]
+    assert jax.tree.unflatten(treedef, list(found.values()))["q_proj"]["weight"].arrays == (1.0,)
+    assert list(paths.flatten(Named(1.0))[0]) == ["0"]
 
 
 @jax.tree_util.register_dataclass
