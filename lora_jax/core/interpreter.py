@@ -116,7 +116,7 @@ class Context:
         return eqn.primitive.name, next(filter(None, sites), "an unknown place")
 
 
-_REASONS = dict.fromkeys(("add", "sub"), "it is added to something, not multiplied with it")
+_REASONS: dict[str, str] = dict.fromkeys(("add", "sub"), "it is added to something, not multiplied with it")
 
 
 def evaluate(context: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

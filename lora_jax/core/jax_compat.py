@@ -4,8 +4,10 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend import source_info_util
 
 Literal = jex.Literal
@@ -18,6 +20,11 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     `ClosedJaxpr` wraps a `Jaxpr` up to JAX 0.11; in 0.12 one class does both.
     """
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value belongs to a trace, so that its numbers are not known."""
+    return isinstance(value, Tracer)
 
 
 def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
@@ -57,6 +64,11 @@ def source_scope(eqn: Equation) -> contextlib.AbstractContextManager[Any]:
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
     return source_info_util.user_context(info.traceback, name_stack=stack)
+
+
+def shape_of(variable: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a variable of a jaxpr."""
+    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
 
 
 def called_function(eqn: Equation) -> str:

@@ -53,8 +53,8 @@ def walk(
             rest = iter(arrays)
             tree = jax.tree.unflatten(treedef, [next(rest) if t else leaf for t, leaf in zip(traced, leaves)])
             out, structure = jax.tree.flatten(call(fn, tree))
-            static = [None if isinstance(leaf, jax.core.Tracer) else (leaf,) for leaf in out]
-            return [leaf for leaf in out if isinstance(leaf, jax.core.Tracer)]
+            static = [None if jax_compat.is_traced(leaf) else (leaf,) for leaf in out]
+            return [leaf for leaf in out if jax_compat.is_traced(leaf)]
 
         closed = jax.make_jaxpr(flat)(*[quantized.dense_shape(leaf) for t, leaf in zip(traced, leaves) if t])
         jaxpr, consts = jax_compat.open_jaxpr(closed)

@@ -78,8 +78,8 @@ class RowContext(Context):
 
     def apply(self, eqn: Equation, values: Sequence[Any]) -> list[Any]:
         """JAX can't vmap a kernel for grouped rows any better than its own ragged product."""
-        if kernels.product_of(eqn):
-            return evaluate(self, *kernels.traced_product(eqn), values)
+        if product := kernels.product_of(eqn):
+            return evaluate(self, *kernels.traced_product(eqn, product), values)
         return super().apply(eqn, values)
 
 
@@ -87,8 +87,8 @@ def _has_ragged(eqn: Equation) -> bool:
     """Whether an equation is a ragged product, or calls a function that has one."""
     if eqn.primitive.name == "ragged_dot_general":
         return True
-    if kernels.product_of(eqn):
-        return any(map(_has_ragged, kernels.traced_product(eqn)[0].eqns))
+    if product := kernels.product_of(eqn):
+        return any(map(_has_ragged, kernels.traced_product(eqn, product)[0].eqns))
     if eqn.primitive.name not in CONTROL_FLOW:
         return False
     inner = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple | list) else [value])]

@@ -19,7 +19,7 @@ X = normal(9, 8, 8)
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     monkeypatch.setattr(kernels, "_rules", {})
-    lj.rules.register(gmm, lambda x, experts, sizes: lax.ragged_dot(x, experts, sizes))
+    lj.rules.register(gmm, lax.ragged_dot)
 
 
 def experts(p, x, sizes=SIZES):
@@ -72,7 +72,7 @@ def test_many(lenient):
 
 def test_rounded_product():
     """What adapters add to a product that rounds its kernel is not rounded."""
-    lj.rules.register(quantized_product, lambda x, w: lax.dot(x, w))
+    lj.rules.register(quantized_product, lax.dot)
     fn = lambda p, x: jnp.tanh(quantized_product(x, p["w"]))
     base, pair = params(jnp.float32, w=(8, 6)), lj.LowRank(normal(3, 8, 2), normal(4, 2, 6), lj.Layout((), (0,), (1,)), 0.5)
     got = jax.jit(lambda pair: lj.lora(fn)(lj.attach(base, {"w": pair}), X))(pair)
@@ -86,7 +86,7 @@ def jitted_product(x, w):
 
 def test_a_jitted_function_by_its_name():
     """What `jit` calls is found before what is inside it."""
-    lj.rules.register("jitted_product", lambda x, w: lax.dot(x, w))
+    lj.rules.register("jitted_product", lax.dot)
     base, pair = params(jnp.float32, w=(8, 6)), lj.LowRank(normal(3, 8, 2), normal(4, 2, 6), lj.Layout((), (0,), (1,)), 0.5)
     got = lj.lora(lambda p, x: jitted_product(x, p["w"]))(lj.attach(base, {"w": pair}), X)
     assert distance(got, X @ rounded(base["w"]) + 0.5 * (X @ pair.a) @ pair.b) < 1e-6

@@ -71,7 +71,9 @@ def test_keys_with_slashes_have_layers_and_attention():
     names = [f"net/layer_{i}/{part}" for i in range(2) for part in ("attention/query", "mlp/up")]
     variables = {name: {"w": jnp.ones((4, 4))} for name in names}
     fn = lambda p, x: functools.reduce(lambda x, name: x @ p[name]["w"], names, x)
-    chosen = lambda **options: list(lj.init(jax.random.key(0), lj.LoraConfig(rank=2, **options), fn, variables, jnp.ones((1, 4))))
+    chosen = lambda **options: list(
+        lj.init(jax.random.key(0), lj.LoraConfig(rank=2, **options), fn, variables, jnp.ones((1, 4)))
+    )
     assert chosen(layers=[0]) == ["net%2Flayer_0%2Fattention%2Fquery/w", "net%2Flayer_0%2Fmlp%2Fup/w"]
     assert chosen(targets="attention") == [f"net%2Flayer_{i}%2Fattention%2Fquery/w" for i in range(2)]
 

@@ -119,7 +119,7 @@ def test_what_a_call_changes_outside_of_jit_is_seen():
 def test_a_closure_over_a_tracer():
     """Two traces of one function, each with a value of its own that the inner function closes over."""
     tree = lj.attach(LAYERS, adapted(jitted, LAYERS))
-    inner = lambda scale: lj.lora(lambda p, x: jax.jit(lambda p, x: jitted(p, x) * scale)(p, x))(tree, X)
+    inner = lambda scale: lj.lora(jax.jit(lambda p, x: jitted(p, x) * scale))(tree, X)
     assert distance(jax.vmap(inner)(jnp.array([1.0, 2.0])), jnp.stack([inner(1.0), inner(1.0) * 2.0])) < 1e-6
     assert distance(jax.jit(inner)(3.0), inner(1.0) * 3.0) < 1e-6
 
@@ -143,12 +143,11 @@ def test_jit_keeps_its_name_and_what_it_donates():
     def decode_step(p, cache, x):
         return cache + x @ p["one"]
 
-    fn = lambda p, cache, x: decode_step(p, cache, x)
     tree = lj.attach(LAYERS, {"one": adapted(jitted, LAYERS)["one"]})
-    eqns = jax_compat.open_jaxpr(jax.make_jaxpr(lj.lora(fn))(tree, X, X))[0].eqns
+    eqns = jax_compat.open_jaxpr(jax.make_jaxpr(lj.lora(decode_step))(tree, X, X))[0].eqns
     assert [eqn.params["name"] for eqn in eqns if "name" in eqn.params] == ["decode_step"]
     cache = jnp.zeros((5, 8))
-    lj.lora(fn)(tree, cache, X)
+    lj.lora(decode_step)(tree, cache, X)
     assert cache.is_deleted() and not tree["one"].base.is_deleted()
 
 

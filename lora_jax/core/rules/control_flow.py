@@ -14,8 +14,8 @@ from lora_jax.core.rules import kernels
 
 def _jit(context: Context, eqn: Equation, *values: Any) -> list[Any]:
     """Shardings that the call fixes are kept as constraints."""
-    if kernels.product_of(eqn):
-        return kernels.call(context, eqn, *values)
+    if product := kernels.product_of(eqn):
+        return kernels.call(context, eqn, product, values)
     params = eqn.params
     operands = list(map(_constrained, values, params.get("in_shardings", (None,) * len(values))))
     results = context.enter(_body, eqn, operands)
@@ -154,7 +154,7 @@ def _compiled_eagerly(rule: Rule) -> Rule:
     """JAX compiles a loop that it meets outside a trace, once for its body; inside one the loop becomes part of that."""
 
     def apply(context: Context, eqn: Equation, *values: Any) -> list[Any]:
-        inside_a_trace = isinstance(jnp.zeros(()), jax.core.Tracer)
+        inside_a_trace = jax_compat.is_traced(jnp.zeros(()))
         return rule(context, eqn, *values) if inside_a_trace else context.enter(rule, eqn, values)
 
     return apply

@@ -65,16 +65,14 @@ def register(function: str | Callable[..., Any], rule: Callable[..., Any]) -> No
 
 def product_of(eqn: Equation) -> Callable[..., Any] | None:
     """The rule that is registered for the function that an equation calls."""
-    source = jax_compat.called_function(eqn)
-    return _rules.get(source) or _rules.get(source.partition(" at ")[0])
+    return _rules.get(jax_compat.called_function(eqn)) or _rules.get(_name(eqn))
 
 
-def traced_product(eqn: Equation) -> tuple[Any, Any]:
+def traced_product(eqn: Equation, rule: Callable[..., Any]) -> tuple[Any, Any]:
     """The product that stands for an equation, as a jaxpr and its constants."""
-    name, rule = _name(eqn), product_of(eqn)
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-    jaxpr, consts = jax_compat.open_jaxpr(jax.make_jaxpr(rule)(*shapes))
-    got, wanted = ([v.aval.shape for v in some.outvars] for some in (jaxpr, eqn))
+    name = _name(eqn)
+    jaxpr, consts = jax_compat.open_jaxpr(jax.make_jaxpr(rule)(*map(jax_compat.shape_of, eqn.invars)))
+    got, wanted = ([jax_compat.shape_of(v).shape for v in some.outvars] for some in (jaxpr, eqn))
     if got != wanted:
         raise InputError(f"the rule that is registered for {name} gives results of the shapes {got}, and {name} of {wanted}")
     return jaxpr, consts
@@ -103,9 +101,9 @@ class Kernel:
         return use(lambda *arrays: jax_compat.bind(self.eqn, arrays)[0], *operands)
 
 
-def call(context: Context, eqn: Equation, *operands: Any) -> list[Any]:
-    """The rule for a call of a registered function."""
-    jaxpr, consts = traced_product(eqn)
+def call(context: Context, eqn: Equation, rule: Callable[..., Any], operands: Sequence[Any]) -> list[Any]:
+    """The results of a registered function."""
+    jaxpr, consts = traced_product(eqn, rule)
     kernel = Kernel(eqn, operands)
     with context.inside(eqn), context.through(kernel):
         results = evaluate(context, jaxpr, consts, operands)
@@ -116,8 +114,8 @@ def call(context: Context, eqn: Equation, *operands: Any) -> list[Any]:
 
 def custom_call(context: Context, eqn: Equation, *operands: Any) -> list[Any]:
     """A function with a derivative rule of its own: what that does with a weight is known where the function is registered."""
-    if product_of(eqn):
-        return call(context, eqn, *operands)
+    if rule := product_of(eqn):
+        return call(context, eqn, rule, operands)
     raise NotLowRank(
         "the function has a derivative rule of its own, which takes the whole weight. If it is a solver or the like: call "
         "`lora` inside it, on the function that it differentiates; if it is a product: lora_jax.rules.register"
