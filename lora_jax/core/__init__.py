@@ -9,7 +9,8 @@ Read `transform` (`lora`), then `weight`, then one rule.
 | `interpreter` | the one walk over a jaxpr, for any kind of array that is never formed |
 | `weight` | `Weight`, its terms, and what a method may add to a product |
 | `factor`, `contraction` | arrays that lie along axes of a weight, and their products |
-| `rules/` | what each primitive does with a weight: moves, products, control flow |
+| `rules/` | what each primitive does with a weight: moves, products, control flow; `register` for functions that are none |
+| `programs` | a call or a loop with weights, compiled once |
 | `methods/` | DoRA, VeRA, aLoRA, biases, dropout, trained rows: one file each |
 | `usage` | `explain`: the same walk with probes, which record how each parameter is used |
 | `adapter`, `paths` | adapters, and the tree that they are attached to |

@@ -59,8 +59,12 @@ def lora(
     anything of W's shape but W. It composes with `jit`, `grad`, `vmap`, `jax.checkpoint`, `jax.export` and the rest.
     (LoRA: https://arxiv.org/abs/2106.09685)
 
+    Jit it: outside of `jit` Python runs `fn` at each call, as without `lora`, and what it does is traced. What `fn` calls
+    through `jit` or in loops is compiled once.
+
     Args:
-      fn: any function whose first argument is the parameter tree; every other argument passes as it is.
+      fn: any function whose first argument is the parameter tree; every other argument passes as it is. What it changes in
+        NNX objects among them it changes in the caller's.
       key: a PRNG key that turns dropout on the low-rank branches on, with a mask of its own for each use.
       active: for adapters with an invocation sequence, where in the input they act: booleans `(batch, tokens)`, as
         `active_from` makes them, or one for all. The input of each adapted product must have these as its first axes, in this
