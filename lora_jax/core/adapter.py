@@ -137,8 +137,7 @@ class LowRank(Adapter):
 
     def widened(self) -> Self:
         """The same with arrays of float32 at least, for what is not a product with an activation."""
-        arrays = {name: jnp.asarray(getattr(self, name)) for name in self.children()}
-        return dataclasses.replace(self, **{name: array.astype(wide_dtype(array)) for name, array in arrays.items()})
+        return dataclasses.replace(self, **{name: _wide(getattr(self, name)) for name in self.children()})
 
     def folded(self) -> Self:
         """The same change as an ordinary pair, with VeRA's scales multiplied into A and B."""
@@ -176,6 +175,12 @@ class LowRank(Adapter):
         label = lambda axes: [rank_label if axis < 0 else axis for axis in axes]
         order, pair = range(len(self.layout.batch + self.layout.inputs + self.layout.outputs)), self.folded()
         return jnp.einsum(pair.a, label(a_axes), pair.scaled(pair.b), label(b_axes), list(order), precision="highest")
+
+
+def _wide(array: Any) -> jax.Array:
+    if isinstance(array, jax.Array) and array.dtype.itemsize >= 4:  # as most are, and outside of `jit` each cast takes its time
+        return array
+    return jnp.asarray(array).astype(wide_dtype(array))
 
 
 def wide_dtype(*arrays: Any) -> Any:

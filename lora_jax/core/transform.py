@@ -156,7 +156,7 @@ def _value(path: str, node: Any, freeze: bool, key: Any, active: Any) -> Any:
 
 def _stop_gradient(leaf: Any) -> Any:
     hold = lambda array: lax.stop_gradient(array) if is_array(array) and jnp.issubdtype(array.dtype, jnp.inexact) else array
-    return jax.tree.map(hold, leaf)  # a quantised leaf has several arrays
+    return jax.tree.map(hold, leaf) if is_quantized(leaf) else hold(leaf)
 
 
 def _hold_frozen(adapter: Adapter) -> Adapter:
