@@ -13,7 +13,7 @@ from lora_jax.command.options import GenerateOptions, RunConfig
 from lora_jax.command.tasks import lm, registry
 from lora_jax.core import paths
 from lora_jax.models import llama
-from tests.support import tiny_lm
+from tests.support import chat_templates, tiny_lm
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 END, TURN_END = 0, 2  # of the tokenizer's special tokens
@@ -23,7 +23,7 @@ END, TURN_END = 0, 2  # of the tokenizer's special tokens
 def home(tmp_path_factory):
     """A base whose texts end otherwise than its chats, and chats to train on."""
     directory = tmp_path_factory.mktemp("home")
-    tiny_lm.model(directory / "model", eos_token_ids=(END,))
+    tiny_lm.model(directory / "model", eos_token_ids=(END,), max_position_embeddings=128)
     config = {"eos_token": "<|endoftext|>", "chat_template": tiny_lm.CHATML}
     (directory / "model" / "tokenizer_config.json").write_text(json.dumps(config))
     (directory / "model" / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
@@ -43,14 +43,33 @@ def new_run(home, directory, **options):
 
 
 def prepared(home, data):
-    config = RunConfig(task="lm", model=str(home / "model"), data=str(data), max_length=64)
-    return registry.prepare(config).config
+    config = RunConfig(task="lm", model=str(home / "model"), data=str(data), max_length=128)
+    return registry.prepare(config)
 
 
 def test_a_run_records_what_ends_its_turns(home, tmp_path):
-    assert prepared(home, home / "chats.jsonl").ends == [TURN_END]
+    assert prepared(home, home / "chats.jsonl").config.ends == [TURN_END]
     (tmp_path / "pairs.csv").write_text("prompt,completion\n" + "".join(f"The cat {i},meows\n" for i in range(40)))
-    assert prepared(home, tmp_path / "pairs.csv").ends == [END]
+    assert prepared(home, tmp_path / "pairs.csv").config.ends == [END]
+
+
+SAID = {
+    "Qwen 3": "30 chats are several documents",
+    "SmolLM 2": "30 chats have thinking or text that the chat template leaves out",
+    "DeepSeek-R1-Distill": "60 turns do not follow the chat template's prompt for the assistant",
+    "Gemma 3": "the chat template ends no turn with a token of its own",  # the tokenizer here has no <end_of_turn>
+}
+
+
+@pytest.mark.parametrize("family", SAID)
+def test_what_a_template_does_to_chats_is_said(home, tmp_path, family):
+    (home / "model" / "chat_template.jinja").write_text("{%- set bos_token = '' %}" + chat_templates.FAMILIES[family])
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "Thus."}] * 2
+    talk = lambda i: [{**turn, "content": f"{turn['content']} {i}"} for turn in turns]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": talk(i)}) + "\n" for i in range(30)))
+    description = "\n".join(prepared(home, tmp_path / "chats.jsonl").task.description)
+    (home / "model" / "chat_template.jinja").unlink()
+    assert SAID[family] in description, description
 
 
 def test_generation_ends_at_a_learnt_token(home, tmp_path):
