@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors
 
@@ -41,7 +42,9 @@ _TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM"}
 def export_command(line: argparse.Namespace) -> int:
     """`lora-jax export`; returns the exit code."""
     out = line.out or line.run / line.format
-    return _report(f"written: {out}", export(line.run, line.format, out))
+    notes = export(line.run, line.format, out)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return _report(f"written: {out} ({size:,} bytes)", notes)
 
 
 def import_command(line: argparse.Namespace) -> int:
@@ -91,15 +94,17 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
 def _export_peft(
     config: RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
 ) -> None:
+    tables = _own_embeddings(base)
     with files.fresh_directory(out) as directory:
         peft.save(
             directory,
-            {**_own_embeddings(base), **adapters},
+            {**tables, **adapters},
             config=None if config.imported else config.lora,
             names=_names(base),
             base_model=_ORIGINALS[config.task] if config.model is None else str(source),
             task_type=_TASK_TYPES[config.task],
-            variables=base.model.variables,
+            variables=_as_stored(base, source),
+            changed=tables,
         )
         if base.own is not None:
             hf_export.write_tokenizer(directory, base.own, base.tokenizer)
@@ -110,6 +115,15 @@ def _own_embeddings(base: Any) -> dict[str, Adapter]:
     stored = {} if base.own is None else run.own_embeddings(base.own)
     leaves = paths.flatten(base.model.variables)[0]
     return {path: Full(leaves[path]) for path, name in base.model.names.items() if name.name in stored}
+
+
+def _as_stored(base: Any, source: pathlib.Path) -> Any:
+    """The base's parameters in the dtypes of their tensors, of which PEFT's file may need some."""
+    dtypes, names = hf_export.stored_dtypes(source), _names(base)
+    leaves, treedef = paths.flatten(base.model.variables)
+    first = {path: next(iter(names[path].tensors(leaf.shape).values())) for path, leaf in leaves.items()}
+    stored = (leaf.astype(dtypes.get(first[path].removeprefix("bert."), leaf.dtype)) for path, leaf in leaves.items())
+    return jax.tree.unflatten(treedef, list(stored))
 
 
 def _export_merged(

@@ -23,8 +23,7 @@ PLAIN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 # Fields that say nothing about what the adapter computes, or that matter while it is made or trained only.
 NO_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode", "loftq_config",
-    "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
-    "task_type",
+    "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
 
 _LONGEST = 20_000
@@ -58,6 +57,7 @@ class Settings:
     alora_invocation_tokens: Sequence[int] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     init_lora_weights: bool | str | None = True
+    peft_version: str | None = None
     _match: Any = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -281,6 +281,7 @@ _TYPES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
         lambda value: isinstance(value, bool),
         "true or false",
     ),
+    (("peft_version",), lambda value: value is None or isinstance(value, str), "a string"),
     (("alora_invocation_tokens",), _is_list(int), "a list of whole numbers"),
     (("trainable_token_indices",), _is_rows, "a list of different whole numbers of at least 0, or an object of such lists"),
     (("bias",), lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),

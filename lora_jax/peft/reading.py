@@ -17,6 +17,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.huggingface.names import HFName, listing
 from lora_jax.peft import changed_bases, files, token_rows, vera
 from lora_jax.peft.config import Settings
+from lora_jax.peft.expert_layouts import Experts, has_experts, turned_back, turned_kinds, turned_over
 from lora_jax.peft.slots import Slot, aligned, decode, nested, place, slots, stored_shape, tensor_names
 from lora_jax.peft.stack_layers import Found, bias_path, stacked
 
@@ -31,6 +32,7 @@ def load(
     names: Mapping[str, HFName],
     adapter: str | None = None,
     strict: bool = True,
+    experts: Experts | None = None,
 ) -> dict[str, Adapter]:
     """The adapters of a Hugging Face PEFT directory, for the parameters of a JAX model.
 
@@ -44,14 +46,16 @@ def load(
       names: `{path: HFName}` for every parameter that Hugging Face has; see `match` and `rules`.
       adapter: the name of an adapter that was saved under one, in `directory/<name>/`.
       strict: whether a tensor that no parameter takes is an error, or only a warning.
+      experts: how A and B of fused experts are laid out, as PEFT did before 0.19.1 (`"old"`) or since (`"new"`): for a file of
+        which neither `peft_version` nor shapes tell.
 
     Returns:
       `{path: adapter}` in the dtype of the file. A stacked parameter has one adapter, with the true rank of each layer.
 
     Raises:
       MissingError: a file is missing. An `adapter_model.bin` is never opened.
-      InputError: a damaged file, an unknown field, a tensor that is missing, of the wrong shape or not taken, or an adapter of
-        one use of a tied parameter; the message lists them.
+      InputError: a damaged file, an unknown field, a tensor that is missing, of the wrong shape or not taken, an adapter of
+        one use of a tied parameter, or experts of an unknown layout; the message lists them.
 
     >>> import tempfile, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import peft
@@ -74,7 +78,7 @@ def load(
             f"the names are those of another model: these paths are not in the variables: {listing(unknown)} (dots and slashes "
             "of a key are `%2E` and `%2F` in a path)"
         )
-    found = _Reader(where, settings, tensors, leaves, names, is_vera)
+    found = _Reader(where, settings, tensors, leaves, names, is_vera, experts)
     adapters = found.adapters()
     found.finish(strict)
     return adapters
@@ -83,8 +87,18 @@ def load(
 class _Reader:
     """One directory's tensors, each of which some parameter must take."""
 
-    def __init__(self, directory: pathlib.Path, settings: Settings, tensors: Any, leaves: Any, names: Any, is_vera: bool):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        settings: Settings,
+        tensors: Any,
+        leaves: Any,
+        names: Any,
+        is_vera: bool,
+        experts: Experts | None,
+    ):
         self.is_vera, self.mark = is_vera, "lambda_b" if is_vera else "a"  # what tells a pair
+        self.experts = experts
         self.directory, self.settings, self.tensors, self.leaves = directory, settings, dict(tensors), leaves
         self.left, self.file = dict.fromkeys(tensors), directory / files.WEIGHTS
         adapted = {_PAIR.sub("", name) for name in tensors if _PAIR.search(name)}
@@ -135,8 +149,10 @@ class _Reader:
         for slot in self.slots.values():
             if slot.is_kernel and self._is_target(slot):
                 pairs.setdefault(slot.path, []).append(self._pair(slot, slot.module, tensor_names(slot)))
-        for slot, depth in self._wrapped():
-            pairs.setdefault(slot.path, []).append(self._pair(slot, slot.tensor, tensor_names(slot, depth)))
+        wrapped = {slot: tensor_names(slot, depth) for slot, depth in self._wrapped()}
+        turned = self._turned_experts(wrapped)
+        for slot, tensors in wrapped.items():
+            pairs.setdefault(slot.path, []).append(self._pair(slot, slot.tensor, tensors, turned=slot in turned))
         for found in [f for listed in pairs.values() for f in listed]:
             self._same_base(found.slot)
             self._same_tied_pair(found)
@@ -157,7 +173,14 @@ class _Reader:
                 by_module.setdefault(slot.module, []).append(slot.as_parameter())
         return [placed for group in by_module.values() for placed in nested(group)]
 
-    def _pair(self, slot: Slot, name: str, tensors: Mapping[str, str]) -> Found:
+    def _turned_experts(self, wrapped: Mapping[Slot, Mapping[str, str]]) -> set[Slot]:
+        """The experts of which the file has A and B the other way round, as older PEFT wrote them."""
+        shapes = {slot: np.shape(self.tensors[names["a"]]) for slot, names in wrapped.items() if names["a"] in self.tensors}
+        found = {slot: (self.settings.rank(slot.tensor), shape) for slot, shape in shapes.items() if has_experts(slot)}
+        kinds = turned_kinds(found, self.settings.peft_version, self.experts, self.file)
+        return {slot for slot in found if slot.name.kind in kinds}
+
+    def _pair(self, slot: Slot, name: str, tensors: Mapping[str, str], turned: bool = False) -> Found:
         settings = self.settings
         self._check_linear(slot)
         rank = self._tied_rank(slot) or settings.rank(name)
@@ -166,9 +189,12 @@ class _Reader:
         wanted += ["bias"] if settings.lora_bias and "bias" in tensors else []
         parts = {}
         for part in wanted:
-            tensor = self._take(tensors[part], stored_shape(slot, part, rank), slot.path)
+            stored = turned_over(slot) if turned else slot
+            tensor = self._take(tensors[part], stored_shape(stored, part, rank), slot.path)
             if tensor is not None:
-                parts[part] = decode(slot, part, tensor, rank)
+                parts[part] = decode(stored, part, tensor, rank)
+        if turned and not self.missing:
+            parts |= turned_back(slot, parts)
         if self.is_vera:
             parts |= self._shared(slot, rank)
         found = Found(slot, rank, settings.scale(name), parts)

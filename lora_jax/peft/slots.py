@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax.core.adapter import Layout
 from lora_jax.core.errors import InputError
-from lora_jax.huggingface.names import HFName
+from lora_jax.huggingface.names import HFName, Kind
 
 RANK = -1
 
@@ -53,7 +53,11 @@ class Slot:
 
     def as_parameter(self) -> "Slot":
         """The slot of a weight that PEFT adapts as a parameter, whatever its module."""
-        return self if self.is_parameter else dataclasses.replace(self, name=dataclasses.replace(self.name, kind="parameter"))
+        return self if self.is_parameter else self.of_kind("parameter")
+
+    def of_kind(self, kind: Kind) -> "Slot":
+        """The same slot, as if its tensor were of another kind."""
+        return dataclasses.replace(self, name=dataclasses.replace(self.name, kind=kind))
 
     @property
     def is_parameter(self) -> bool:

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,11 +17,10 @@ from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, Full, LowRank, Rows
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface.names import HFName, listing
-from lora_jax.peft import files, token_rows, vera
+from lora_jax.peft import expert_layouts, files, token_rows, vera
 from lora_jax.peft.slots import RANK, Slot, nested, slots, tensor_names
 from lora_jax.peft.split_layers import Cut
 
-_EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT stores the base of these two beside their adapters
 # PEFT saves these modules by itself, and looks for them when it loads.
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _VERA = "VeRA's vectors"
@@ -40,6 +39,7 @@ def save(
     base_model: str | None = None,
     task_type: str | None = None,
     variables: Any = None,
+    changed: Collection[str] = (),
 ) -> None:
     """Write adapters as Hugging Face PEFT does, for `PeftModel.from_pretrained`, vLLM and all else that reads its format.
 
@@ -52,9 +52,10 @@ def save(
       adapter: a name to save under, in `directory/<name>/`.
       base_model: the base's name or directory, for `base_model_name_or_path`.
       task_type: PEFT's `"CAUSAL_LM"`, `"SEQ_CLS"`, ...
-      variables: the base, needed where PEFT stores more than what is trained (the other parameters of a module, the magnitudes
-        of layers without one); with it the base's embeddings beside an adapter are stored too, as PEFT does, which needs
-        them only if the vocabulary was changed.
+      variables: the base, needed where PEFT stores more than what is trained: the other parameters of a module, in the base's
+        own dtype, and the magnitudes of layers without one. Nothing else of the base is written.
+      changed: paths of tables of `variables` that are not the base model's own (of a resized vocabulary, say): they are written
+        beside their pairs.
 
     Raises:
       InputError: an adapter has no name, is abstract or can't be expressed in PEFT; the message names it and says what to do.
@@ -69,7 +70,7 @@ def save(
     if broken:
         raise InputError(f"these adapters hold NaN or infinite values: {listing(broken)}")
     leaves = {} if variables is None else paths.flatten(variables)[0]
-    writer = _Writer(adapters, names, config, leaves, task_type)
+    writer = _Writer(adapters, names, config, leaves, task_type, changed)
     fields = writer.fields() | {"base_model_name_or_path": base_model, "task_type": task_type}
     files.write(files.locate(directory, adapter), fields, writer.tensors)
 
@@ -91,8 +92,17 @@ class _Pair:
 class _Writer:
     """The tensors of an adapter set, and what the configuration must say of them."""
 
-    def __init__(self, adapters: Any, names: Any, config: LoraConfig | None, leaves: Mapping[str, Any], task_type: Any):
+    def __init__(
+        self,
+        adapters: Any,
+        names: Any,
+        config: LoraConfig | None,
+        leaves: Mapping[str, Any],
+        task_type: Any,
+        changed: Collection[str],
+    ):
         self.names, self.config, self.leaves, self.task_type = names, config, leaves, task_type
+        self.changed = changed
         self.pairs: list[_Pair] = []
         self.tensors: dict[str, np.ndarray] = {}
         self.low_rank = {path: a for path, a in adapters.items() if isinstance(a, LowRank)}
@@ -149,10 +159,9 @@ class _Writer:
         self.pairs.append(_Pair(slot, cut.rank, cut.scale))
         if slot.name.tied:
             self._write_twin(cut, parts)
-        for tensor in (slot.tensor, slot.name.tied):
-            module = tensor.rpartition(".")[0]
-            if slot.path in self.leaves and module.rpartition(".")[2] in _EMBEDDINGS:
-                self.tensors[f"{module}.base_layer.weight"] = slot.name.export(np.asarray(self.leaves[slot.path]), slot.index)
+        if slot.path in self.changed:
+            table = slot.name.export(np.asarray(self.leaves[slot.path]), slot.index)
+            self.tensors[f"{slot.module}.base_layer.weight"] = table
 
     def _write_twin(self, cut: Cut, parts: Mapping[str, np.ndarray]) -> None:
         """A tied parameter's adapter is there for both uses, as `ensure_weight_tying` makes it."""
@@ -321,6 +330,7 @@ class _Writer:
             "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
             "init_lora_weights": True,
             "inference_mode": True,
+            "peft_version": expert_layouts.WRITTEN,
         }
         return vera.from_lora(fields) if self.vera else fields
 

@@ -160,7 +160,9 @@ def tensors(directory):
 
 
 def test_peft_and_back(home, reference, tmp_path, capsys):
-    assert call(["export", reference, "--format", "peft", "--out", tmp_path / "a"], capsys) == f"written: {tmp_path / 'a'}\n"
+    printed = call(["export", reference, "--format", "peft", "--out", tmp_path / "a"], capsys)
+    size = sum(file.stat().st_size for file in (tmp_path / "a").iterdir())
+    assert printed == f"written: {tmp_path / 'a'} ({size:,} bytes)\n"
     fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (fields["task_type"], fields["r"], fields["lora_alpha"]) == ("CAUSAL_LM", 4, 16)
     assert fields["base_model_name_or_path"] == str(home / "model")
@@ -287,6 +289,25 @@ def test_a_classifier_there_and_back(home, classifier, tmp_path, capsys):
     params = lj.merge(base.variables, lj.checkpoint.load(classifier / "adapters"))
     ids = jnp.arange(6)[None]
     np.testing.assert_array_equal(loaded.apply(loaded.variables, ids), base.apply(params, ids))
+
+
+def test_a_head_that_is_the_base_s_is_written_in_its_own_dtype(home, classifier, tmp_path, capsys):
+    """PEFT looks for it whenever it loads a classifier's adapters."""
+    shutil.copytree(home / "bert", tmp_path / "bert")
+    weights = safetensors.numpy.load_file(tmp_path / "bert" / "model.safetensors")
+    half = {name: tensor.astype(jnp.bfloat16) for name, tensor in weights.items()}
+    safetensors.numpy.save_file(half, tmp_path / "bert" / "model.safetensors")
+    call(["export", classifier, "--format", "peft", "--out", tmp_path / "a"], capsys)
+    pairs = {name: tensor for name, tensor in tensors(tmp_path / "a").items() if "classifier" not in name}
+    safetensors.numpy.save_file(pairs, tmp_path / "a" / "adapter_model.safetensors")
+    fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(fields | {"modules_to_save": None}))
+    call(["import", tmp_path / "a", "--model", tmp_path / "bert", "--out", tmp_path / "run"], capsys)
+    call(["export", tmp_path / "run", "--format", "peft", "--out", tmp_path / "b"], capsys)
+    written = tensors(tmp_path / "b")
+    [head] = [name for name in written if name.endswith("classifier.weight")]
+    np.testing.assert_array_equal(written[head], half["classifier.weight"], strict=True)
+    assert {name: written[name].dtype for name in pairs} == {name: np.float32 for name in pairs}
 
 
 def test_a_pooling_that_transformers_lacks(home, tmp_path, capsys):

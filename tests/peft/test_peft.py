@@ -34,7 +34,10 @@ REPLAYED = {
     for case, fields in CASES.items()
     if fields["lora"].get("init_lora_weights") in ("pissa", "olora") and not fields.get("convert")
 }
-COPIES = re.compile(r".*(\.modules_to_save\.|\.original_module\.).*")  # written twice by PEFT
+# Experts of before PEFT 0.19.1 that are written as they are laid out today.
+OTHERWISE = {"mixtral-experts-0180", "mixtral-square-0180", "mixtral-square-0190", "gpt-oss-square-0190"}
+# Written twice by PEFT, or as it is in the base.
+COPIES = re.compile(r".*(\.modules_to_save\.|\.original_module\.).*|.*\.base_layer\.weight")
 
 
 def flavours(case):
@@ -64,7 +67,7 @@ OUTPUTS = [pytest.param(*run, marks=[] if run[1] == flavours(run[0])[0] else pyt
 def test_outputs_equal_peft(case, flavour):
     adapters, variables, _, apply = load(case, flavour)
     if apply is None:
-        assert CASES[case]["model"] in ("gpt2", "mixtral", "vit", "plain")
+        assert CASES[case]["model"] in ("gpt2", "mixtral", "vit", "plain", "mixtral-square", "gpt-oss-square")
         return
     want, inputs = peft_cases.expected(case), peft_cases.inputs(case)
     tokens = CASES[case]["lora"].get("alora_invocation_tokens")
@@ -104,7 +107,7 @@ def test_saving_what_was_loaded_gives_the_same_tensors(case, flavour, tmp_path):
     assert jax.tree.structure(again) == jax.tree.structure(adapters)
     for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(adapters), strict=True):
         assert got.dtype == want.dtype and got.tobytes() == want.tobytes()
-    if case in REPLAYED:
+    if case in REPLAYED or case in OTHERWISE:
         return
     place = options["adapter"] or "."
     got, want = (load_file(root / place / "adapter_model.safetensors") for root in (tmp_path, peft_cases.directory(case)))
@@ -252,9 +255,11 @@ def test_a_tied_embedding_is_written_for_both_uses(tmp_path):
     ids = peft_cases.inputs("llama-tied-both")["input_ids"]
     config = lj.LoraConfig(rank=2, targets=["embed_tokens"])
     adapters = moved(lj.init(jax.random.key(0), config, apply, variables, ids))
-    peft.save(tmp_path, adapters, names=names, config=config)
+    peft.save(tmp_path, adapters, names=names, config=config, variables=variables)
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     assert fields["ensure_weight_tying"] and fields["target_modules"] == ["lm_head", "model.embed_tokens"]
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert sorted(tensor.shape for tensor in stored.values()) == [(2, 32), (2, 64), (32, 2), (64, 2)]  # and no table
     untied, untied_names, untied_apply = peft_cases.model("llama-tied", "untied")
     apart = peft.load(tmp_path, untied, names=untied_names)
     assert set(apart) == {"params/embed_tokens/embedding", "params/lm_head/kernel"}

@@ -18,6 +18,8 @@ CASES = {file.parent.name: json.loads(file.read_text()) for file in sorted(DATA.
 KINDS = {
     "gpt2": {r".*\.w[tp]e\.weight": "embedding", r".*\.c_\w+\.weight": "conv1d"},
     "mixtral": {r".*\.experts\.\w+": "parameter", r".*embed_tokens\.weight": "embedding"},
+    "mixtral-square": {r".*\.experts\.\w+": "parameter", r".*embed_tokens\.weight": "embedding"},
+    "gpt-oss-square": {r".*\.experts\.\w+": "parameter_transposed", r".*embed_tokens\.weight": "embedding"},
     "vit": {r".*projection\.weight": "conv"},
     "plain": {"embed.weight": "embedding", r"(conv\d|grouped)\.weight": "conv"},
 }

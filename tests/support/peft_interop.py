@@ -187,6 +187,7 @@ def check(case, directory):
         taken = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
     stored = set(safetensors.numpy.load_file(directory / "adapter_model.safetensors"))
     frozen = {key for key in taken ^ stored if "base_layer" in key or "original_module" in key or ".modules_to_save." in key}
+    assert not [key for key in stored if key.endswith(".base_layer.weight")], "the base's own weights are in the file"
     assert not unknown and not missing, f"unexpected {unknown}, missing {missing}"
     assert taken ^ stored == frozen, f"only in PEFT {sorted(taken - stored)}, only in the file {sorted(stored - taken)}"
     with torch.no_grad():

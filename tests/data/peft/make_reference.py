@@ -4,6 +4,8 @@ Run with Python 3.11, torch 2.13.0 (CPU), peft 0.21.2, transformers 5.23.0, safe
 
     python make_reference.py OUT [CASES.json] [NAME ...]
 
+A case with "peft" was made with that version instead (0.19.0 with transformers 5.5.0): experts were laid out otherwise then.
+
 OUT/<model>/base/          config.json, model.safetensors of a tiny random model (Hugging Face names). Where `save_pretrained`
                            would rename or split what PEFT sees (mixtral, vit), and for a plain torch module, state.safetensors
                            instead: the model's state dict
@@ -36,6 +38,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -69,6 +73,8 @@ def llama(**kw):
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Gates and ups together are 16 wide, as the hidden states are: a pair's shapes do not tell which of its sides is which.
+SQUARE = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 MODELS = {
     "llama": llama,
     "llama-tied": lambda: llama(tie_word_embeddings=True),
@@ -80,6 +86,12 @@ MODELS = {
         MixtralConfig(
             vocab_size=64, intermediate_size=40, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **SMALL
         )
+    ),
+    "mixtral-square": lambda: MixtralForCausalLM(
+        MixtralConfig(intermediate_size=8, num_local_experts=3, num_experts_per_tok=2, **SQUARE)
+    ),
+    "gpt-oss-square": lambda: GptOssForCausalLM(
+        GptOssConfig(intermediate_size=8, num_local_experts=3, num_experts_per_tok=2, head_dim=8, **SQUARE)
     ),
     "vit": lambda: ViTForImageClassification(
         ViTConfig(intermediate_size=48, image_size=16, patch_size=4, num_labels=5, **SMALL)
