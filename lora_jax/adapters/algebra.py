@@ -65,14 +65,29 @@ def interpolate(first: Adapters, second: Adapters, t: float) -> dict[str, LowRan
 
 
 def fold_scale(adapters: Adapters) -> dict[str, Adapter]:
-    """Each scale moved into B, so that sets of different alphas share one compiled program.
+    """The same adapters for inference: what training alone sees is gone, so that sets of different methods share one program.
 
-    For inference: the steps that training takes are others, since B's gradient is then not multiplied with the scale.
+    Each scale is moved into B, VeRA's vectors into A and B; there is no dropout, and nothing is marked frozen. Not for
+    training: B's gradient is then not multiplied with the scale, and what the method keeps as it is would be trained.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> pair = lj.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)), scale=2.0)
+    >>> fa = dataclasses.replace(pair, scale=0.5, dropout=0.1, frozen=("a",))  # LoRA-FA
+    >>> jax.tree.structure(fold_scale({"w": pair})) == jax.tree.structure(fold_scale({"w": fa}))
+    True
     """
-    return {path: _scale_folded(a) if isinstance(a, LowRank) else a for path, a in adapters.items()}
+    return {path: _for_inference(adapter) for path, adapter in adapters.items()}
 
 
-def _scale_folded(pair: LowRank) -> LowRank:
+def _for_inference(adapter: Adapter) -> Adapter:
+    if not isinstance(adapter, LowRank):
+        return dataclasses.replace(adapter, frozen=())
+    pair = scale_folded(adapter.folded())
+    return dataclasses.replace(pair, dropout=0.0, frozen=())
+
+
+def scale_folded(pair: LowRank) -> LowRank:
+    """The same pair with its scale moved into B."""
     bias = None if pair.bias is None else pair.scaled(pair.bias)
     return dataclasses.replace(pair, b=pair.scaled(pair.b), bias=bias, scale=1.0)
 
@@ -323,7 +338,7 @@ def _by_path(sets: Sequence[Adapters], verb: str) -> dict[str, list[LowRank]]:
             if (first.layout, first.dropout) != (pair.layout, pair.dropout):
                 raise InputError(
                     f"{path}: pairs of different layouts or dropouts can't be {verb}: {first.layout} with {first.dropout}, "
-                    f"{pair.layout} with {pair.dropout}"
+                    f"{pair.layout} with {pair.dropout} (fold_scale of each drops the dropout)"
                 )
     return found
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.adapters.algebra import fold_scale, pad_rank
+from lora_jax.adapters.algebra import pad_rank, scale_folded
 from lora_jax.core import paths, transform
 from lora_jax.core.adapter import Adapter, Full, LowRank, Rows, attach, static_fields
 from lora_jax.core.errors import InputError
@@ -28,8 +28,8 @@ def stack(sets: Sequence[Adapters]) -> dict[str, Adapter]:
     """One set whose arrays have a leading axis over the sets.
 
     Pairs of lower rank are padded with zeros, and a set without a pair for a parameter gets a zero one. A scale that is the
-    same in all sets stays static; otherwise it is an array `(sets, *batch)`. To exchange sets in one compiled program, stack
-    `fold_scale(pad_rank(one, rank))` of each: then neither ranks nor scales are part of the program.
+    same in all sets stays static; otherwise it is an array `(sets, *batch)`. For inference stack `fold_scale(pad_rank(one, rank))`
+    of each: then no rank, scale, dropout or frozen array is part of the program, and sets can differ in them and be exchanged.
 
     Args:
       sets: adapter sets of one base.
@@ -59,7 +59,10 @@ def _stacked(path: str, adapters: Sequence[Adapter | None]) -> Adapter:
     shapes = {tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(adapter)) for adapter in filled}
     if len(structures) > 1 or len(shapes) > 1:
         kinds = "\n  ".join(dict.fromkeys(map(_describe, filled)))
-        raise InputError(f"{path}: these adapters can't be stacked, since they are more than different values:\n  {kinds}")
+        raise InputError(
+            f"{path}: these adapters can't be stacked, since they are more than different values (for inference, dropout and what "
+            f"is frozen do not matter: stack `lj.algebra.fold_scale` of each set):\n  {kinds}"
+        )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
 
 
@@ -78,6 +81,10 @@ def _aligned(path: str, pairs: Sequence[Any]) -> list[Any]:
     if all(isinstance(pair.scale, float) for pair in pairs) and len({pair.scale for pair in pairs}) == 1:
         return padded
     return [dataclasses.replace(pair, scale=_scale_array(pair)) for pair in padded]
+
+
+def _scales_folded(adapters: Adapters) -> dict[str, Adapter]:
+    return {path: scale_folded(a) if isinstance(a, LowRank) else a for path, a in adapters.items()}
 
 
 def _scale_array(pair: Any) -> jax.Array:
@@ -202,7 +209,7 @@ def lora(
         count = _count(stacked)
         index = _checked(index, count)
         order = jnp.argsort(jnp.where(index < 0, count, index)) if grouped else None
-        adapters = jax.vmap(fold_scale)(dict(stacked)) if grouped else stacked
+        adapters = jax.vmap(_scales_folded)(dict(stacked)) if grouped else stacked
         axes = _spread(in_axes, args)
         leaves, treedef = jax.tree.flatten(args)
 

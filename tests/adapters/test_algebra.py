@@ -98,7 +98,7 @@ def test_a_difference_of_low_rank_is_found_again(name):
 
 
 def test_padding_and_folding_share_one_program():
-    """Sets of different ranks and alphas run through one compiled function."""
+    """Sets of different ranks, alphas, dropouts and methods run through one compiled function."""
     model = lambda p, x: x @ p["w"]
     params, x = {"w": jnp.ones((6, 5))}, jnp.ones((2, 6))
     traces = 0
@@ -109,8 +109,10 @@ def test_padding_and_folding_share_one_program():
         traces += 1
         return lj.lora(model)(lj.attach(params, adapters), x)
 
-    for seed, rank, scale in ((0, 1, 0.5), (1, 3, 2.0), (2, 4, -1.0)):
-        adapters = {"w": pair("dense", seed, rank, scale)}
+    lora_fa, vera = {"frozen": ("a",)}, {"lambda_d": jnp.arange(4.0), "lambda_b": jnp.arange(5.0), "frozen": ("a", "b")}
+    methods = {(0, 1, 0.5): {}, (1, 3, 2.0): {"dropout": 0.1}, (2, 4, -1.0): lora_fa, (3, 4, 1.0): vera}
+    for shape, method in methods.items():
+        adapters = {"w": pair("dense", *shape, **method)}
         ready = algebra.pad_rank(algebra.fold_scale(adapters), 4)
         close(run(ready, x), x @ lj.merge(params, adapters)["w"])
     assert traces == 1

@@ -283,6 +283,28 @@ def test_sets_of_other_ranks_and_alphas_share_the_program_of_lora(lenient):
     assert measure.traces_and_compiles(swap, steps=4)[1] == 1
 
 
+def test_for_inference_dropout_and_frozen_arrays_do_not_matter():
+    """LoRA with dropout beside LoRA-FA, whole parameters that are trained beside ones that are not: one stack, one program."""
+    sets = [
+        {"w": pair_of(0, dropout=0.1), "head": lj.Full(jnp.full(6, 0.5))},
+        {"w": pair_of(1, frozen=("a",)), "head": lj.Full(jnp.full(6, 0.25), frozen=("value",))},
+    ]
+    fn, base = lambda p, x: x @ p["w"] + p["head"][None], {"w": jnp.eye(8, 6), "head": jnp.zeros(6)}
+    with pytest.raises(ValueError, match="can't be stacked.*stack `lj.algebra.fold_scale` of each set"):
+        lj.many.stack(sets)
+    run, x = jax.jit(lj.many.lora(fn)), jax.random.normal(jax.random.key(9), (2, 8))
+    for order in (sets, sets[::-1]):
+        got = run(base, lj.many.stack([lj.algebra.fold_scale(one) for one in order]), jnp.array([0, 1]), x)
+        for i, one in enumerate(order):
+            np.testing.assert_allclose(got[i], fn(lj.merge(base, one), x[i : i + 1])[0], rtol=0, atol=1e-5)
+    assert run._cache_size() == 1
+
+
+def pair_of(seed, **method):
+    a, b = (jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(seed)), ((8, 2), (2, 6))))
+    return lj.LowRank(a, b, lj.Layout((), (0,), (1,)), scale=0.5, **method)
+
+
 def test_exchangeable_sets_have_one_structure(lenient):
     model, tokens = decoder.plain(SMALL), decoder.batch(SMALL)[:1, :-1]
     variables = jax.jit(model.init)(jax.random.key(0), tokens)
