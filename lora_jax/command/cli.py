@@ -13,6 +13,12 @@ _EXTRAS = {"qwix": "quant"}
 _EXTRAS |= dict.fromkeys(("gguf", "grain", "jinja2", "matplotlib", "msgspec", "rich", "tokenizers"), "finetune")
 
 
+_RESUME = (
+    "go on with a run that was stopped; with --steps, train a finished one for so many steps more, in which the learning rate "
+    "rises and falls once more"
+)
+
+
 class _Refused(Exception):
     """The command line itself is wrong."""
 
@@ -44,7 +50,7 @@ def _finetune(commands: Any) -> None:
     made = _command(commands, "finetune", "finetune", "train adapters on texts")
     options.add_options(made, options.RunConfig)
     made.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")
-    made.add_argument("--resume", type=pathlib.Path, metavar="RUN", help="go on with a run that was stopped")
+    made.add_argument("--resume", type=pathlib.Path, metavar="RUN", help=_RESUME)
     options.add_options(made, processes.Hosts)
 
 

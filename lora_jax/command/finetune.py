@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from lora_jax import sharding
 from lora_jax.adapters import initializers, merging
 from lora_jax.adapters.summary import summary
-from lora_jax.command import metrics, options, processes, run
+from lora_jax.command import metrics, options, processes, run, starting
 from lora_jax.command.options import RunConfig
 from lora_jax.command.signals import Interrupted, Signals
 from lora_jax.command.tasks.base import Session
@@ -36,16 +36,21 @@ Adapters = dict[str, Adapter]
 def finetune_command(line: argparse.Namespace) -> int:
     """`lora-jax finetune`; returns the exit code."""
     given = options.given_run(line)
-    if line.resume is not None and (given or line.out is not None):
-        raise InputError("--resume goes on with the run's own options: leave all others out but those of the mesh")
-    config = None if line.resume is not None else options.new_run(given.pop("task", "classify"), given)
     hosts = processes.Hosts(**options.given(line, processes.Hosts))
+    if line.resume is not None:
+        more = given.pop("steps", 0)
+        if given or line.out is not None:
+            raise InputError("--resume goes on with the run's own options: leave all others out but --steps and those of the mesh")
+        with hosts.connected():
+            return _run(None, line.resume, hosts, more)
+    starting.check(given)
+    config = options.new_run(given.pop("task", "classify"), given)
     with hosts.connected():
-        return _run(config, line.resume or line.out, hosts)
+        return _run(config, line.out, hosts)
 
 
-def _run(config: RunConfig | None, directory: pathlib.Path | None, hosts: processes.Hosts) -> int:
-    """A new run, or without a configuration the one in the directory."""
+def _run(config: RunConfig | None, directory: pathlib.Path | None, hosts: processes.Hosts, more: int = 0) -> int:
+    """A new run, or without a configuration the one in the directory, for so many steps more than it has."""
     with processes.all_or_none():
         mesh = hosts.make_mesh()
     console = rich.console.Console(quiet=not processes.is_first())
@@ -53,7 +58,7 @@ def _run(config: RunConfig | None, directory: pathlib.Path | None, hosts: proces
     directory = directory or pathlib.Path(free)
     try:
         if config is None:
-            resume(directory, console, mesh)
+            resume(directory, console, mesh, more)
         else:
             start(config, directory, console, mesh)
     except Interrupted as error:
@@ -68,36 +73,71 @@ def start(config: RunConfig, directory: pathlib.Path, console: rich.console.Cons
       InputError: bad input, found before any training.
       Interrupted: the run was stopped; it can be resumed.
     """
-    session = _prepare(config, directory, mesh)
+    session = starting.with_adapter(_prepare(config, directory, mesh))
     adapters = session.init(session.config)
     processes.first(lambda: run.create(directory, session.config))
     _train(*_begin(session, adapters, directory), directory, console)
 
 
-def resume(directory: pathlib.Path, console: rich.console.Console, mesh: Mesh | None = None) -> None:
+def resume(directory: pathlib.Path, console: rich.console.Console, mesh: Mesh | None = None, more: int = 0) -> None:
     """Go on with a run that was stopped, on the mesh if there is one, whatever it was on before.
 
+    Args:
+      directory: the run.
+      console: where to print.
+      mesh: the devices.
+      more: train a finished run for so many steps more, with its optimiser's state and a learning rate that rises and falls
+        once more.
+
     Raises:
-      InputError: there is no run, or its data or base model is gone or changed.
+      InputError: there is no run, its data or base model is gone or changed, or there are more steps for one that isn't
+        finished.
       Interrupted: the run was stopped again.
     """
-    session = _prepare(None, directory, mesh)
-    _train(*_begin(session, session.init(session.config), directory), directory, console)
+    session = _prepare(None, directory, mesh, more)
+    adapters = _first_adapters(session, directory)
+    if more:
+        processes.first(lambda: files.write(directory / "config.json", session.config.to_json().encode()))
+    _train(*_begin(session, adapters, directory), directory, console)
 
 
-def _read(directory: pathlib.Path) -> RunConfig:
+def _first_adapters(session: Session, directory: pathlib.Path) -> Adapters:
+    """Those that a run began with, or those of its newest checkpoint, which take their place."""
+    if session.config.adapter is not None and processes.from_first(_last_step(directory)):
+        return checkpoint.load(directory / "adapters", variables=session.task.variables)
+    session = starting.with_adapter(session)
+    return session.init(session.config)
+
+
+def _last_step(directory: pathlib.Path) -> int:
+    """The step of a run's newest checkpoint; 0 if there is none."""
+    with checkpoint.Manager(directory / "adapters") as manager:
+        return manager.latest_step() or 0
+
+
+def _read(directory: pathlib.Path, more: int) -> RunConfig:
     config = run.read_config(directory)
     if config.imported is not None:
-        raise InputError(f"{directory} was imported from {config.imported}: there is no training to go on with")
-    return config
+        raise InputError(
+            f"{directory} was imported from {config.imported}: there is no training to go on with; begin a run with its "
+            f"adapters: lora-jax finetune --adapter {config.imported}"
+        )
+    if not more:
+        return config
+    step = _last_step(directory)
+    if step < config.steps:
+        raise InputError(
+            f"{directory} is at step {step} of {config.steps}: go on without --steps, which trains a finished run further"
+        )
+    return dataclasses.replace(config, steps=config.steps + more, finished=[*config.finished, config.steps])
 
 
-def _prepare(config: RunConfig | None, directory: pathlib.Path, mesh: Mesh | None) -> Session:
+def _prepare(config: RunConfig | None, directory: pathlib.Path, mesh: Mesh | None, more: int = 0) -> Session:
     """What a new run needs, or without a configuration the one in the directory: the same in all processes."""
     resume = config is None
     with processes.all_or_none():
         if config is None:
-            config = _read(directory)
+            config = _read(directory, more)
         elif processes.is_first():
             run.check_free(directory)
         sharding.check_batch(mesh, config.batch_size)
@@ -175,7 +215,7 @@ def _latest_step(manager: checkpoint.Manager) -> int | None:
 def _train(session: Session, adapters: Adapters, directory: pathlib.Path, console: rich.console.Console) -> None:
     config, task = session.config, session.task
     console.out(summary(task.variables, adapters), highlight=False)
-    console.out("\n".join([*task.description, f"run: {directory}"]), highlight=False)
+    console.out("\n".join([*task.description, *_phase(config), f"run: {directory}"]), highlight=False)
     with checkpoint.Manager(directory / "adapters", keep=2) as manager, Signals() as signals:
         program = _Program(session, adapters, manager)
         with metrics.Log(directory, program.saved or 0, task.metric, write=processes.is_first()) as log:
@@ -189,6 +229,14 @@ def _train(session: Session, adapters: Adapters, directory: pathlib.Path, consol
             if processes.is_first():
                 trainer.draw()
                 _report(session, program.state.adapters, one, console)
+
+
+def _phase(config: RunConfig) -> list[str]:
+    """What a schedule means that is not the first of its run, in words."""
+    if not config.finished:
+        return []
+    ended, rate = config.finished[-1], f"{config.learning_rate:g}"
+    return [f"steps {ended + 1} to {config.steps}: the learning rate rises to {rate} and falls to 0 once more"]
 
 
 def _report(session: Session, adapters: Adapters, one: Run, console: rich.console.Console) -> None:

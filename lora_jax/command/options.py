@@ -76,6 +76,15 @@ class RunConfig:
         str | Sequence[str],
         option("kernels to adapt: patterns, or one of the words all-linear and attention", metavar="PATTERN"),
     ] = "all-linear"
+    adapter: Annotated[
+        str | None,
+        option(
+            "begin with the adapters of a PEFT directory or a run: with their targets and ranks, and new pairs where --targets names "
+            "more",
+            metavar="DIR",
+            since=5,
+        ),
+    ] = None
     method: Annotated[
         str,
         option("lora, lora_fa (A stays as it is) or vera (shared random matrices; wants another rank and rate)", since=3),
@@ -99,6 +108,9 @@ class RunConfig:
     date: Annotated[
         str, option("the day that chat templates are told, on which the run began: ISO 8601", recorded=True, since=2)
     ] = ""
+    finished: Annotated[
+        Sequence[int], option("the steps at which the run was finished before it was trained further", recorded=True, since=5)
+    ] = ()
     ends: Annotated[Sequence[int], option("the ids that end what was learnt", recorded=True, since=5)] = ()
     imported: Annotated[
         str | None,
@@ -109,6 +121,8 @@ class RunConfig:
         check(self)
         if self.lora_plus is not None and self.method != "lora":
             raise InputError(f"lora_plus is for method='lora', which trains A and B, not for {self.method!r}")
+        if self.adapter is not None and self.init in CHANGE_THE_BASE:
+            raise InputError(f"init={self.init!r} changes the base, to which the pairs of --adapter belong: leave one of the two out")
         quant.check_optional(self.quantize, self.block)
         if self.quantize is not None and self.init in CHANGE_THE_BASE:
             raise InputError(
@@ -143,6 +157,16 @@ class RunConfig:
             return datetime.date.fromisoformat(self.date)
         except ValueError:
             raise InputError(f"date must be a day, as 2025-01-31, not {self.date!r}") from None
+
+    @property
+    def phases(self) -> list[int]:
+        """The steps of each time that the run was trained: each has a learning rate that rises and falls.
+
+        >>> RunConfig(steps=100, finished=[60]).phases
+        [60, 40]
+        """
+        ends = (*self.finished, self.steps)
+        return [end - begin for begin, end in zip((0, *self.finished), ends)]
 
     @property
     def test_every(self) -> int:
@@ -196,12 +220,15 @@ def new_run(task: str, given: Mapping[str, Any]) -> RunConfig:
     """
     rows = table(RunConfig)
     defaults = {name: row.more[task] for name, row in rows.items() if task in row.more}
+    if "adapter" in given:
+        defaults["targets"] = ()  # those of the adapters
     config = RunConfig(**{"task": task, **defaults, **given})
     for name in given:
         own = rows[name].more.get("task", task)
         if own != task:
             raise InputError(f"{flag(name)} is an option of --task {own}; leave it out of --task {task}")
-    _ = config.lora  # which checks what it is made of
+    if config.targets:
+        _ = config.lora  # which checks what it is made of
     return config
 
 
@@ -286,4 +313,4 @@ def given(line: argparse.Namespace, cls: type) -> dict[str, Any]:
 def given_run(line: argparse.Namespace) -> dict[str, Any]:
     """The options of a run that are on the command line; files by their absolute paths."""
     found = given(line, RunConfig)
-    return found | {name: str(pathlib.Path(found[name]).absolute()) for name in ("model", "data") if name in found}
+    return found | {name: str(pathlib.Path(found[name]).absolute()) for name in ("model", "data", "adapter") if name in found}

@@ -103,6 +103,8 @@ def configurations(task: str, shared: Mapping[str, Any], members: Sequence[Mappi
         raise InputError(
             f"the runs of a sweep share one base, which init={configs[0].init!r} would change for each: leave it out"
         )
+    if configs[0].adapter is not None:
+        raise InputError("the runs of a sweep begin anew: leave --adapter out")
     if len(configs) < 2:
         raise InputError("a sweep has two runs or more: give --rank, --alpha, --learning-rate or --seed several values")
     for i, config in enumerate(configs):

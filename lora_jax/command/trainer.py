@@ -22,21 +22,28 @@ from lora_jax.training import optim
 def optimizer(config: RunConfig, learning_rate: Any = None) -> optax.GradientTransformation:
     """AdamW with a short warm-up to the learning rate and a cosine decay, in the way of the run's method.
 
+    A run that is trained further after its end rises and falls once more, over the steps that were added.
+
     Args:
       config: the options.
       learning_rate: instead of the run's own; may be a traced number.
     """
-    warmup = max(1, config.steps // 16)
 
     def adamw(rate: Any) -> optax.GradientTransformation:
-        rise = optax.schedules.linear_schedule(0.0, rate, warmup)
-        fall = optax.schedules.cosine_decay_schedule(rate, max(config.steps - warmup, 1))
-        return optax.adamw(optax.schedules.join_schedules([rise, fall], [warmup]))
+        phases = [_rise_and_fall(rate, steps) for steps in config.phases]
+        return optax.adamw(optax.schedules.join_schedules(phases, config.finished))
 
     rate = config.learning_rate if learning_rate is None else learning_rate
     if config.lora_plus is not None:
         return optim.lora_plus(adamw, rate, config.lora_plus)
     return optim.lora_fa(adamw(rate)) if config.method == "lora_fa" else adamw(rate)
+
+
+def _rise_and_fall(rate: Any, steps: int) -> optax.Schedule:
+    warmup = max(1, steps // 16)
+    rise = optax.schedules.linear_schedule(0.0, rate, warmup)
+    fall = optax.schedules.cosine_decay_schedule(rate, max(steps - warmup, 1))
+    return optax.schedules.join_schedules([rise, fall], [warmup])
 
 
 @dataclasses.dataclass

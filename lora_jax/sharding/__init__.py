@@ -7,6 +7,7 @@ from lora_jax.sharding.adapters import make as make
 from lora_jax.sharding.adapters import on_mesh as on_mesh
 from lora_jax.sharding.adapters import place_shapes as place_shapes
 from lora_jax.sharding.adapters import put as put
+from lora_jax.sharding.adapters import put_beside as put_beside
 from lora_jax.sharding.adapters import state_shardings as state_shardings
 from lora_jax.sharding.batches import batch_parts as batch_parts
 from lora_jax.sharding.batches import batch_rows as batch_rows

@@ -115,6 +115,14 @@ def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index]))
 
 
+def put_beside(variables: Any, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The set, with each adapter whose parameter is on a mesh on it, too."""
+    leaves, _ = paths.flatten(variables)
+    some = {path: adapter for path, adapter in adapters.items() if on_mesh(leaves[path])}
+    places = adapter_shardings(variables, some)
+    return {**adapters, **jax.tree.map(lambda leaf, place: put(np.asarray(leaf), place), some, places)}
+
+
 def gather(tree: Any) -> Any:
     """The tree with arrays that this process can read: those that are spread over several hosts are gathered, in one program.
 

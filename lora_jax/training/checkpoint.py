@@ -197,7 +197,7 @@ def restore(directory: str | os.PathLike[str], *, step: int | None = None, tx: A
         adapters = packing.unpack_adapters(meta["adapters"], vectors["adapters"])
         if variables is not None:
             _check_fit(adapters, variables)
-            adapters |= _on_mesh(adapters, variables)
+            adapters = sharding.put_beside(variables, adapters)
         state = None if tx is None else _unpack_state(meta["state"], vectors.get("state", {}), adapters, tx)
     except InputError as error:
         raise InputError(f"the checkpoint {folder} can't be used: {error}") from None
@@ -350,14 +350,6 @@ def _unpack_state(leaves: Any, vectors: Mapping[str, np.ndarray], adapters: dict
         raise InputError("its training state is that of another optimiser than `tx`. It has" + "".join(lines))
     leaves = [_like(leaf, values[path]) for path, leaf in wanted.items()]
     return dataclasses.replace(jax.tree.unflatten(treedef, leaves), adapters=adapters)
-
-
-def _on_mesh(adapters: dict[str, Adapter], variables: Any) -> dict[str, Adapter]:
-    """Those of the adapters whose parameters are on a mesh, on it, too."""
-    leaves, _ = paths.flatten(variables)
-    some = {path: adapter for path, adapter in adapters.items() if sharding.on_mesh(leaves[path])}
-    places = sharding.adapter_shardings(variables, some)
-    return jax.tree.map(lambda leaf, place: sharding.put(np.asarray(leaf), place), some, places)
 
 
 def _like(wanted: Any, value: Any) -> Any:

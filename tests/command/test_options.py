@@ -31,6 +31,7 @@ CONFIG = """{
   "q_proj",
   "mlp/up_proj"
  ],
+ "adapter": null,
  "method": "lora",
  "scaling": "lora",
  "dora": true,
@@ -45,6 +46,7 @@ CONFIG = """{
  "data_sha256": "",
  "model_sha256": "",
  "date": "",
+ "finished": [],
  "ends": [],
  "imported": null
 }

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from lora_jax.command.options import RunConfig
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.data import fetch
+from lora_jax.huggingface.names import HFName
 
 
 def digest(source: pathlib.Path) -> str:
@@ -81,8 +82,10 @@ class Session:
       config: its options.
       task: what is learnt.
       init: the adapters that a run begins with, by its options, of which base and data are those of `config`.
+      names: what Hugging Face calls the base's parameters.
     """
 
     config: RunConfig
     task: Task
     init: Callable[[RunConfig], dict[str, Adapter]]
+    names: Mapping[str, HFName]

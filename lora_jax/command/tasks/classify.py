@@ -121,7 +121,8 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     config = dataclasses.replace(config, labels=_order(config.labels, base.model), model_sha256=base.sha256)
     parts = labelled.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
     training, test = (labelled.encode(base.tokenizer, part, config.labels, config.max_length) for part in parts)
-    return Session(config, _task(config, base.model, training, test, mesh), functools.partial(_init, base.model))
+    task, names = _task(config, base.model, training, test, mesh), bert.hf_names(base.model.config)
+    return Session(config, task, functools.partial(_init, base.model), names)
 
 
 def _init(model: bert.Loaded, config: RunConfig) -> dict[str, Adapter]:

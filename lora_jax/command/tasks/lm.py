@@ -133,7 +133,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     train_rows, test_rows = (packing.pack(part, config.max_length) for part in (training, held_out))
     description = _describe(corpus, (training, train_rows), (held_out, test_rows), counts, ends)
     task = _task(config, base.model, (train_rows, test_rows), description, mesh)
-    return Session(config, task, functools.partial(_init, base.model))
+    return Session(config, task, functools.partial(_init, base.model), base.model.names)
 
 
 def _init(model: llama.Loaded, config: RunConfig) -> dict[str, Adapter]:

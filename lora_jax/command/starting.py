@@ -1,0 +1,77 @@
+"""Runs that begin with adapters that are there already: a PEFT directory's, or another run's."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import peft, sharding
+from lora_jax.command import run
+from lora_jax.command.inspect import load_adapters
+from lora_jax.command.options import RunConfig, flag
+from lora_jax.command.tasks.base import Session
+from lora_jax.core.adapter import Adapter, LowRank
+from lora_jax.core.errors import InputError, MissingError
+
+_OF_NEW_PAIRS = ("rank", "alpha", "method", "scaling", "dora", "init")
+
+
+def check(given: Mapping[str, Any]) -> None:
+    """Raise an InputError for options of new pairs where there will be none."""
+    idle = [flag(name) for name in _OF_NEW_PAIRS if name in given]
+    if "adapter" in given and "targets" not in given and idle:
+        raise InputError(
+            f"{', '.join(idle)} is for new pairs, and --adapter brings its own: leave it out, or name with --targets what is to "
+            "be adapted as well"
+        )
+
+
+def with_adapter(session: Session) -> Session:
+    """The session of a run that begins with the adapters that its configuration names; any other as it is.
+
+    What they adapt is trained further, as it is: with their ranks, scales and dropout. Other targets get new pairs, if the run
+    has targets of its own, and so does a head that they lack.
+
+    Raises:
+      InputError: there are no such adapters, or they do not fit the run's base.
+    """
+    config = session.config
+    if config.adapter is None:
+        return session
+    found = _read(pathlib.Path(config.adapter), session)
+    if not config.targets:
+        targets = [path for path, adapter in found.items() if isinstance(adapter, LowRank)]
+        config = dataclasses.replace(config, targets=targets)
+    new = [path for path in session.init(config) if path not in found]
+    line = f"{len(found)} adapters of {config.adapter} are trained further, and {len(new)} begin anew"
+    task = dataclasses.replace(session.task, description=(*session.task.description, line))
+    return dataclasses.replace(session, config=config, task=task, init=lambda own: session.init(own) | found)
+
+
+def _read(source: pathlib.Path, session: Session) -> dict[str, Adapter]:
+    """The adapters in float32, where the base is."""
+    variables = session.task.variables
+    if (source / "adapter_config.json").is_file():
+        found = peft.load(source, variables, names=session.names)
+        return sharding.put_beside(variables, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found))
+    if not (source / "adapters").is_dir():
+        raise MissingError(f"{source} is neither a PEFT directory (it has no adapter_config.json) nor a run with a checkpoint")
+    _check_run(run.read_config(source), source, session.config)
+    return load_adapters(source, variables)
+
+
+def _check_run(theirs: RunConfig, source: pathlib.Path, config: RunConfig) -> None:
+    """Raise an InputError unless the other run's adapters mean the same here."""
+    if theirs.model_sha256 != config.model_sha256:
+        raise InputError(f"the adapters of {source} were trained on another base: {theirs.model or 'the default model'}")
+    if theirs.task != config.task or list(theirs.labels) != list(config.labels):
+        known = f"{theirs.task!r} with the labels {list(theirs.labels)}"
+        raise InputError(f"the adapters of {source} are for {known}, the data is for {config.task!r} with {list(config.labels)}")
+    if run.own_base(source) is not None:
+        raise InputError(
+            f"the adapters of {source} have a tokenizer of their own ({source / 'base'}): export the run with --format merged, "
+            "and fine-tune that"
+        )
