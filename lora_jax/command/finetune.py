@@ -40,7 +40,7 @@ def finetune_command(line: argparse.Namespace) -> int:
     if line.resume is not None:
         more = given.pop("steps", 0)
         if given or line.out is not None:
-            raise InputError("--resume goes on with the run's own options: leave all others out but --steps and those of the mesh")
+            raise InputError("--resume goes on with the run's own options: leave out all but --steps and those of the mesh")
         with hosts.connected():
             return _run(None, line.resume, hosts, more)
     starting.check(given)

@@ -79,8 +79,7 @@ class RunConfig:
     adapter: Annotated[
         str | None,
         option(
-            "begin with the adapters of a PEFT directory or a run: with their targets and ranks, and new pairs where --targets names "
-            "more",
+            "begin with the adapters of a PEFT directory or run: their targets and ranks, and new pairs where --targets has more",
             metavar="DIR",
             since=5,
         ),
@@ -122,7 +121,7 @@ class RunConfig:
         if self.lora_plus is not None and self.method != "lora":
             raise InputError(f"lora_plus is for method='lora', which trains A and B, not for {self.method!r}")
         if self.adapter is not None and self.init in CHANGE_THE_BASE:
-            raise InputError(f"init={self.init!r} changes the base, to which the pairs of --adapter belong: leave one of the two out")
+            raise InputError(f"init={self.init!r} changes the base, to which the pairs of --adapter belong: leave one out")
         quant.check_optional(self.quantize, self.block)
         if self.quantize is not None and self.init in CHANGE_THE_BASE:
             raise InputError(

@@ -24,8 +24,8 @@ def check(given: Mapping[str, Any]) -> None:
     idle = [flag(name) for name in _OF_NEW_PAIRS if name in given]
     if "adapter" in given and "targets" not in given and idle:
         raise InputError(
-            f"{', '.join(idle)} is for new pairs, and --adapter brings its own: leave it out, or name with --targets what is to "
-            "be adapted as well"
+            f"{', '.join(idle)} is for new pairs, and --adapter brings its own: leave it out, or name what else to adapt with "
+            "--targets"
         )
 
 
@@ -68,8 +68,8 @@ def _check_run(theirs: RunConfig, source: pathlib.Path, config: RunConfig) -> No
     if theirs.model_sha256 != config.model_sha256:
         raise InputError(f"the adapters of {source} were trained on another base: {theirs.model or 'the default model'}")
     if theirs.task != config.task or list(theirs.labels) != list(config.labels):
-        known = f"{theirs.task!r} with the labels {list(theirs.labels)}"
-        raise InputError(f"the adapters of {source} are for {known}, the data is for {config.task!r} with {list(config.labels)}")
+        known, wanted = (f"the task {one.task!r} and the labels {list(one.labels)}" for one in (theirs, config))
+        raise InputError(f"the adapters of {source} are for {known}, not for {wanted}")
     if run.own_base(source) is not None:
         raise InputError(
             f"the adapters of {source} have a tokenizer of their own ({source / 'base'}): export the run with --format merged, "

@@ -1,8 +1,8 @@
 """Which side of a pair of fused experts is which: PEFT did not always store them as it does now.
 
-Of a parameter `(experts, p, q)` PEFT stores A as `(experts r, p)` and B as `(q, r experts)`, or the other way round, A with q and B
-with p. Today A goes with the axis that is contracted with the input. Before 0.19 it went with p whatever the parameter, and 0.19.0
-has the two ways mixed up (https://github.com/huggingface/peft/pull/3165). Where p and q are equal, shapes do not tell.
+Of a parameter `(experts, p, q)` PEFT stores A as `(experts r, p)` and B as `(q, r experts)`, or the other way round, A with q
+and B with p. Today A goes with the axis that is contracted with the input. Before 0.19 it went with p whatever the parameter,
+and 0.19.0 mixed the two ways up (https://github.com/huggingface/peft/pull/3165). Where p equals q, shapes do not tell.
 """
 
 import re

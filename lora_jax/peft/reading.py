@@ -98,7 +98,7 @@ class _Reader:
         experts: Experts | None,
     ):
         self.is_vera, self.mark = is_vera, "lambda_b" if is_vera else "a"  # what tells a pair
-        self.experts = experts
+        self.experts: Experts | None = experts
         self.directory, self.settings, self.tensors, self.leaves = directory, settings, dict(tensors), leaves
         self.left, self.file = dict.fromkeys(tensors), directory / files.WEIGHTS
         adapted = {_PAIR.sub("", name) for name in tensors if _PAIR.search(name)}

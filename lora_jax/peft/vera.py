@@ -16,7 +16,8 @@ _RANK_AXIS = {"a": 0, "b": 1}
 _FIELDS = {"r": "r", "vera_dropout": "lora_dropout", "bias": "bias"} | {
     name: name for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 }
-_START = {"projection_prng_key", "d_initial", "init_weights", "save_projection", "peft_version"}  # of no account once it is trained
+# Of no account once it is trained.
+_START = {"projection_prng_key", "d_initial", "init_weights", "save_projection", "peft_version"}
 _BIAS = {"none": "none", "all": "all", "vera_only": "lora_only"}
 
 

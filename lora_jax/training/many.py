@@ -28,8 +28,9 @@ def stack(sets: Sequence[Adapters]) -> dict[str, Adapter]:
     """One set whose arrays have a leading axis over the sets.
 
     Pairs of lower rank are padded with zeros, and a set without a pair for a parameter gets a zero one. A scale that is the
-    same in all sets stays static; otherwise it is an array `(sets, *batch)`. For inference stack `fold_scale(pad_rank(one, rank))`
-    of each: then no rank, scale, dropout or frozen array is part of the program, and sets can differ in them and be exchanged.
+    same in all sets stays static; otherwise it is an array `(sets, *batch)`. For inference stack
+    `fold_scale(pad_rank(one, rank))` of each: then no rank, scale, dropout or frozen array is part of the program, so that sets
+    may differ in them, and be exchanged in one compiled program.
 
     Args:
       sets: adapter sets of one base.
@@ -60,8 +61,8 @@ def _stacked(path: str, adapters: Sequence[Adapter | None]) -> Adapter:
     if len(structures) > 1 or len(shapes) > 1:
         kinds = "\n  ".join(dict.fromkeys(map(_describe, filled)))
         raise InputError(
-            f"{path}: these adapters can't be stacked, since they are more than different values (for inference, dropout and what "
-            f"is frozen do not matter: stack `lj.algebra.fold_scale` of each set):\n  {kinds}"
+            f"{path}: these adapters can't be stacked, since they are more than different values (for inference, where dropout "
+            f"and what is frozen do not matter, stack `lj.algebra.fold_scale` of each set):\n  {kinds}"
         )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
 

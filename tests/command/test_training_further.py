@@ -51,12 +51,12 @@ def test_a_run_begins_with_adapters(home, tmp_path, capsys):
 
 
 def test_other_targets_begin_anew(home, tmp_path, capsys):
-    out = tmp_path / "run"
-    train(home, out, "--adapter", home / "run", "--targets", "q_proj", "up_proj", rank=4, steps=2)
-    assert f"4 adapters of {home / 'run'} are trained further, and 2 begin anew" in capsys.readouterr().out
+    first, out = shutil.copytree(home / "run", tmp_path / "first"), tmp_path / "run"
+    train(home, out, "--adapter", first, "--targets", "q_proj", "up_proj", rank=4, steps=2)
+    assert f"4 adapters of {first} are trained further, and 2 begin anew" in capsys.readouterr().out
     assert {path.split("/")[-2]: pair.rank for path, pair in adapters(out).items()} == {"q_proj": 2, "v_proj": 2, "up_proj": 4}
     assert perplexities(out)[0] == pytest.approx(perplexities(home / "run")[-1], rel=1e-6)  # a new pair changes nothing yet
-    shutil.rmtree(home / "run" / "adapters")  # a run that has a checkpoint needs the first adapters no more
+    shutil.rmtree(first)  # a run that has a checkpoint needs the first adapters no more
     shutil.rmtree(out / "adapters" / "2")
     want = adapters(out)
     assert cli.main(["finetune", "--resume", str(out)]) == 0
@@ -107,7 +107,9 @@ def test_what_does_not_go_together(home, tmp_path, capsys):
     own = tiny_lm.options(home, tmp_path / "run", rank=None, adapter=home / "peft")
     assert "init='pissa' changes the base" in refused([*own, "--targets", "o_proj", "--init", "pissa"], capsys)
     assert "the runs of a sweep begin anew: leave --adapter out" in refused(["sweep", *own[1:], "--seed", 0, 1], capsys)
-    assert "is neither a PEFT directory (it has no adapter_config.json) nor a run" in refused([*own[:-1], home / "model"], capsys)
+    assert "is neither a PEFT directory (it has no adapter_config.json) nor a run" in refused(
+        [*own[:-1], home / "model"], capsys
+    )
     assert "--resume goes on with the run's own options" in refused(["finetune", "--resume", home / "run", "--rank", 3], capsys)
     shutil.copytree(home / "run", tmp_path / "other")
     file = tmp_path / "other" / "config.json"

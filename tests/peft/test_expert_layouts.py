@@ -61,7 +61,7 @@ def test_shapes_tell(case, version, tmp_path):
 def test_a_layout_that_does_not_fit_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"lora_A.weight has the shape \(16, 80\); .* need \(16, 32\)"):
         change("mixtral-gate-up", peft_cases.directory("mixtral-experts-0180"), experts="new")
-    with pytest.raises(ValueError, match="experts must be \"old\" or \"new\", not 'odd'"):
+    with pytest.raises(ValueError, match='experts must be "old" or "new", not \'odd\''):
         change("mixtral-gate-up", peft_cases.directory("mixtral-gate-up"), experts="odd")
 
 

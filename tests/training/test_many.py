@@ -290,7 +290,7 @@ def test_for_inference_dropout_and_frozen_arrays_do_not_matter():
         {"w": pair_of(1, frozen=("a",)), "head": lj.Full(jnp.full(6, 0.25), frozen=("value",))},
     ]
     fn, base = lambda p, x: x @ p["w"] + p["head"][None], {"w": jnp.eye(8, 6), "head": jnp.zeros(6)}
-    with pytest.raises(ValueError, match="can't be stacked.*stack `lj.algebra.fold_scale` of each set"):
+    with pytest.raises(ValueError, match=r"can't be stacked.*stack `lj.algebra.fold_scale` of each set"):
         lj.many.stack(sets)
     run, x = jax.jit(lj.many.lora(fn)), jax.random.normal(jax.random.key(9), (2, 8))
     for order in (sets, sets[::-1]):
