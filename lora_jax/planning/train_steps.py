@@ -16,6 +16,7 @@ from lora_jax.adapters.quant import quantize
 from lora_jax.adapters.summary import Summary, summary
 from lora_jax.core.adapter import detach
 from lora_jax.core.transform import lora
+from lora_jax.core.weighted import Weighted
 from lora_jax.models import llama
 from lora_jax.sharding import batch_sharding, place_shapes, state_shardings
 from lora_jax.training.train import init_state, make_train_step
@@ -101,15 +102,15 @@ def prepare(
 
 def low_rank(setup: Setup) -> Step:
     """The step that trains the adapters, by `lora`."""
-    return _adapters_step(setup, lambda params, batch, key: _mean(lora(setup.model.losses), params, batch))
+    return _adapters_step(setup, lambda params, batch, key: _loss(lora(setup.model.losses), params, batch))
 
 
 def naive(setup: Setup) -> Step:
     """The step that trains the adapters through kernels `W + s A B`."""
 
-    def loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
+    def loss(params: Any, batch: Any, key: jax.Array) -> Weighted:
         variables, adapters = detach(params)
-        return _mean(setup.model.losses, merge(variables, adapters, quantized="dense"), batch)
+        return _loss(setup.model.losses, merge(variables, adapters, quantized="dense"), batch)
 
     return _adapters_step(setup, loss)
 
@@ -117,11 +118,14 @@ def naive(setup: Setup) -> Step:
 def full(setup: Setup) -> Step:
     """The step that trains all parameters of the dense model."""
 
+    def loss(variables: Any, batch: Any) -> jax.Array:
+        return _loss(setup.model.losses, variables, batch).mean()
+
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(variables: Any, opt_state: Any, batch: Any) -> Any:
-        loss, grads = jax.value_and_grad(functools.partial(_mean, setup.model.losses))(variables, batch)
+        loss_value, grads = jax.value_and_grad(loss)(variables, batch)
         updates, opt_state = OPTIMIZER.update(grads, opt_state, variables)
-        return optax.apply_updates(variables, updates), opt_state, loss
+        return optax.apply_updates(variables, updates), opt_state, loss_value
 
     variables = setup.model.variables
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
@@ -156,5 +160,7 @@ def _adapters_step(setup: Setup, loss: Any) -> Step:
     return Step(make_train_step(loss, OPTIMIZER, like=state), args, setup.summary.trainable, _moment_bytes(state.opt_state))
 
 
-def _mean(losses: Any, variables: Any, batch: Any) -> jax.Array:
-    return jnp.mean(losses(variables, batch["input_ids"], batch["labels"]))
+def _loss(losses: Any, variables: Any, batch: Any) -> Weighted:
+    """That of all tokens, of which each is learnt."""
+    found = losses(variables, batch["input_ids"], batch["labels"])
+    return Weighted(found.sum(), found.size)

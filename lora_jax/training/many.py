@@ -20,6 +20,7 @@ from lora_jax.core.adapter import Adapter, Full, LowRank, Rows, attach, static_f
 from lora_jax.core.errors import InputError
 from lora_jax.core.methods.dora import column_norm
 from lora_jax.training import ragged, train
+from lora_jax.training.steps import Step
 
 Adapters = Mapping[str, Adapter]
 
@@ -381,14 +382,14 @@ def make_train_step(
 
     loss = functools.partial(ragged.call, loss_fn)
 
-    def one(values: Any, state: train.TrainState, variables: Any, batch: Any) -> tuple[train.TrainState, dict[str, Any]]:
-        return train.update(loss, make_tx(**values), accumulate, max_grad_norm, None, state, variables, batch)
-
     def step(states: train.TrainState, variables: Any, batch: Any) -> tuple[train.TrainState, dict[str, Any]]:
-        values = _per_member(states.step.size, hyperparameters)
-        return jax.vmap(one, in_axes=(0, 0, None, batch_axis))(values, states, variables, batch)
+        def one(values: Any, state: train.TrainState, batch: Any) -> tuple[train.TrainState, dict[str, Any]]:
+            return train.update(loss, make_tx(**values), accumulate, max_grad_norm, None, state, variables, batch)
 
-    return jax.jit(step, donate_argnums=0)
+        values = _per_member(states.step.size, hyperparameters)
+        return jax.vmap(one, in_axes=(0, 0, batch_axis))(values, states, batch)
+
+    return Step(step, functools.partial(jax.jit, donate_argnums=0))
 
 
 def make_eval_step(metric_fn: Callable[[Any, Any], Any]) -> Callable[[Adapters, Any, Any], Any]:
@@ -397,7 +398,7 @@ def make_eval_step(metric_fn: Callable[[Any, Any], Any]) -> Callable[[Adapters, 
     def step(stacked: Adapters, variables: Any, batch: Any) -> Any:
         return jax.lax.map(lambda adapters: metric_fn(attach(variables, adapters), batch), stacked)
 
-    return jax.jit(step)
+    return Step(step, jax.jit)
 
 
 def _per_member(count: int, hyperparameters: Mapping[str, Any]) -> dict[str, jax.Array]:

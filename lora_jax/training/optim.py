@@ -24,6 +24,10 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     more than the adapters alone. Donate the parameters there, or they are copied. `tx` sees trained leaves only; its `update`
     gets the whole tree as the extra argument `whole`, if it takes one.
 
+    A tree with integers, as a quantised base has them, is differentiated by `jax.grad(loss, allow_int=True)`, and `update` needs
+    `params`, from which the zero updates of the integers take their dtypes. What else looks at gradients (a clip by their
+    global norm) goes inside `tx`: a gradient of an integer has no value.
+
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = lj.attach({"w": jnp.ones(3), "head": jnp.ones(2)}, {"head": lj.Full(jnp.ones(2))})
     >>> tx = optimizer(optax.sgd(0.1))
@@ -31,7 +35,7 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     >>> updates["head"].adapter.value, updates["w"]
     (Array([-0.1, -0.1], dtype=float32), Array([0., 0., 0.], dtype=float32))
     """
-    parts = optax.multi_transform({ADAPTER: tx, FROZEN: optax.set_to_zero()}, labels)
+    parts = optax.multi_transform({ADAPTER: tx, FROZEN: optax.stateless(_zeros)}, labels)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         return parts.update(updates, state, params, whole=params, **extra)
@@ -228,6 +232,11 @@ def _check_pairs(method: str, adapters: Mapping[str, Adapter], trained: tuple[st
                     f"{path}: {name.upper()} is {state[0]}, and {method} is for pairs whose {name.upper()} is {state[1]}: "
                     f"make them with LoraConfig(method={'lora_fa' if frozen else 'lora'!r}), or use another optimiser"
                 )
+
+
+def _zeros(updates: Any, params: Any) -> Any:
+    """Zero updates; of the parameters' dtypes, since the gradient of an integer has one that nothing can be added to."""
+    return jax.tree.map(jnp.zeros_like, updates if params is None else params)
 
 
 # --- the methods' own arithmetic --------------------------------------------------------------------------------------

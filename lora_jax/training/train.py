@@ -12,7 +12,10 @@ import optax
 from lora_jax import sharding
 from lora_jax.core.adapter import Adapter, attach
 from lora_jax.core.errors import InputError
+from lora_jax.core.weighted import Weighted as Weighted
+from lora_jax.training.gradients import loss_and_gradient
 from lora_jax.training.optim import optimizer
+from lora_jax.training.steps import Step, is_array
 
 LossFn = Callable[[Any, Any, jax.Array], Any]
 _AXIS = "batch"
@@ -103,7 +106,7 @@ def make_train_step(
     check_options(accumulate, max_grad_norm)
     step = functools.partial(update, loss_fn, tx, accumulate, max_grad_norm, None)
     where = None if like is None else (jax.tree.map(lambda leaf: leaf.sharding, like), None)
-    return jax.jit(step, donate_argnums=0, out_shardings=where)
+    return Step(step, functools.partial(jax.jit, donate_argnums=0, out_shardings=where))
 
 
 def make_pmap_train_step(
@@ -121,16 +124,18 @@ def make_pmap_train_step(
     """
     check_options(accumulate, max_grad_norm)
     step = functools.partial(update, loss_fn, tx, accumulate, max_grad_norm, _AXIS)
-    return jax.pmap(step, axis_name=_AXIS, donate_argnums=0)
+    return Step(step, functools.partial(jax.pmap, axis_name=_AXIS, donate_argnums=0))
 
 
 def replicate(tree: Any, devices: Any = None) -> Any:
-    """A copy of the tree on each device, under a new leading axis, as `make_pmap_train_step` wants it."""
+    """A copy of the tree's arrays on each device, under a new leading axis, as `make_pmap_train_step` wants it."""
     devices = jax.local_devices() if devices is None else devices
     mesh = jax.sharding.Mesh(devices, (_AXIS,))
     on_devices = jax.sharding.NamedSharding(mesh, jax.P(_AXIS))
 
-    def spread(leaf: Any) -> jax.Array:
+    def spread(leaf: Any) -> Any:
+        if not is_array(leaf):
+            return leaf
         copies = [jax.device_put(jnp.asarray(leaf)[None], device) for device in devices]
         return jax.make_array_from_single_device_arrays((len(devices), *leaf.shape), on_devices, copies)
 
@@ -139,12 +144,12 @@ def replicate(tree: Any, devices: Any = None) -> Any:
 
 def unreplicate(tree: Any) -> Any:
     """The first device's copy of a replicated tree."""
-    return jax.tree.map(lambda leaf: leaf[0], tree)
+    return jax.tree.map(lambda leaf: leaf[0] if is_array(leaf) else leaf, tree)
 
 
 def make_eval_step(metric_fn: Callable[[Any, Any], Any]) -> Callable[[Mapping[str, Adapter], Any, Any], Any]:
     """A jitted `(adapters, variables, batch) -> metric_fn(params, batch)`; nothing is donated, no dropout."""
-    return jax.jit(lambda adapters, variables, batch: metric_fn(attach(variables, adapters), batch))
+    return Step(lambda adapters, variables, batch: metric_fn(attach(variables, adapters), batch), jax.jit)
 
 
 def check_options(accumulate: int, max_grad_norm: float | None) -> None:
@@ -165,13 +170,15 @@ def update(
     variables: Any,
     batch: Any,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One step, not compiled; under `pmap`, averaged over `axis_name`."""
+    """One step, not compiled; under `pmap`, of the batches of all devices along `axis_name`."""
     key = jax.random.fold_in(state.key, state.step)
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-    loss, aux, grads = _gradient(loss_fn, state.adapters, variables, batch, key, accumulate)
-    if axis_name is not None:
-        loss, aux, grads = jax.lax.pmean((loss, aux, grads), axis_name)
+
+    def of_adapters(adapters: Mapping[str, Adapter], batch: Any, key: jax.Array) -> Any:
+        return loss_fn(attach(variables, adapters), batch, key)
+
+    loss, aux, grads = loss_and_gradient(of_adapters, state.adapters, batch, key, accumulate, axis_name)
     norm = optax.tree.norm(grads)
     if max_grad_norm is not None:
         clip = optax.clip_by_global_norm(max_grad_norm)
@@ -179,7 +186,8 @@ def update(
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
     def changed() -> tuple[Any, Any]:
-        updates, opt_state = optimizer(tx).update(grads, state.opt_state, state.adapters)
+        own = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, state.adapters)
+        updates, opt_state = optimizer(tx).update(own, state.opt_state, state.adapters)
         return optax.apply_updates(state.adapters, updates), opt_state
 
     # One `cond`, not a `where` for each leaf: XLA would copy every donated moment at the start of the program.
@@ -188,45 +196,3 @@ def update(
     state = TrainState(state.step + 1, adapters, opt_state, state.key, skipped)
     metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped}
     return state, metrics if aux is None else {**metrics, "aux": aux}
-
-
-def _gradient(
-    loss_fn: LossFn, adapters: Any, variables: Any, batch: Any, key: jax.Array, accumulate: int
-) -> tuple[jax.Array, Any, Any]:
-    """Loss, aux and gradient, each the mean over the microbatches."""
-
-    def loss_and_aux(adapters: Mapping[str, Adapter], batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-        out = loss_fn(attach(variables, adapters), batch, key)
-        return out if isinstance(out, tuple) else (out, None)
-
-    def one(batch: Any, key: jax.Array) -> tuple[Any, Any, Any]:
-        (loss, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(adapters, batch, key)
-        return loss, aux, grads
-
-    if accumulate == 1:
-        return one(batch, key)
-    batches = jax.tree.map(lambda leaf: _cut(leaf, accumulate), batch)
-    keys = jax.random.split(key, accumulate)
-    shapes = jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], (batches, keys)))
-    with jax.numpy_dtype_promotion("standard"):
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
-
-    def add(total: Any, microbatch: Any) -> tuple[Any, None]:
-        return jax.tree.map(lambda t, new: t + new.astype(t.dtype), total, one(*microbatch)), None
-
-    total, _ = jax.lax.scan(add, zeros, (batches, keys))
-
-    def mean(total: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        dtype = shape.dtype if jnp.issubdtype(shape.dtype, jnp.floating) else total.dtype
-        return (total / accumulate).astype(dtype)
-
-    return jax.tree.map(mean, total, shapes)
-
-
-def _cut(leaf: jax.Array, accumulate: int) -> jax.Array:
-    if jnp.ndim(leaf) == 0 or leaf.shape[0] % accumulate:
-        raise InputError(
-            f"accumulate: a leaf of the batch has the shape {jnp.shape(leaf)}; its leading axis can't be cut into "
-            f"{accumulate} equal microbatches"
-        )
-    return leaf.reshape(accumulate, leaf.shape[0] // accumulate, *leaf.shape[1:])

@@ -14,19 +14,20 @@ from lora_jax.adapters.initializers.common import Adapters, sides, split_off, sv
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, LowRank, wide_dtype
 from lora_jax.core.errors import InputError
+from lora_jax.core.weighted import Weighted, as_weighted, widened
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
 
 def gradients(
-    loss_fn: Callable[[Any, Any], jax.Array], variables: Any, adapters: Adapters, batches: Iterable[Any]
+    loss_fn: Callable[[Any, Any], jax.Array | Weighted], variables: Any, adapters: Adapters, batches: Iterable[Any]
 ) -> dict[str, jax.Array]:
     """The mean gradient of a loss with respect to the kernels that have a pair, and to no other parameter.
 
     Args:
       loss_fn: `(variables, batch) -> loss`, of the plain parameters: the function itself, not `lora(fn)`, which stops the
-        gradient at the base.
+        gradient at the base. A scalar, of which all batches count alike, or a `lora_jax.train.Weighted`.
       variables: the base tree.
       adapters: what `init` made.
       batches: at least one; batches of one shape share one compiled program.
@@ -35,7 +36,7 @@ def gradients(
       `{path: gradient}`, each of its kernel's shape.
 
     Raises:
-      InputError: there is no batch, or no pair.
+      InputError: there is no batch, or no pair, or the batches have the weight 0 in all.
 
     >>> import lora_jax as lj
     >>> base, fn = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, lambda p, x: x @ p["w"] + p["b"]
@@ -48,19 +49,22 @@ def gradients(
     others = {path: leaf for path, leaf in leaves.items() if path not in kernels}
 
     @jax.jit
-    def add(total: Any, kernels: Any, others: Any, batch: Any) -> Any:
-        def loss(kernels: dict[str, jax.Array]) -> jax.Array:
-            return loss_fn(jax.tree.unflatten(treedef, [(kernels | others)[path] for path in leaves]), batch)
+    def add(sums: Any, kernels: Any, others: Any, batch: Any) -> Any:
+        def loss(kernels: dict[str, jax.Array]) -> tuple[Any, Any]:
+            tree = jax.tree.unflatten(treedef, [(kernels | others)[path] for path in leaves])
+            found = as_weighted(loss_fn(tree, batch))
+            return found.total, jnp.asarray(found.weight, jnp.float32)
 
-        grads = jax.grad(loss)(kernels)
-        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
+        return jax.tree.map(jnp.add, sums, widened(jax.grad(loss, has_aux=True)(kernels)))
 
-    count, total = 0, {path: jnp.zeros(kernel.shape, wide_dtype(kernel)) for path, kernel in kernels.items()}
+    zeros = {path: jnp.zeros(kernel.shape, wide_dtype(kernel)) for path, kernel in kernels.items()}
+    sums = zeros, jnp.zeros((), jnp.float32)
     for batch in batches:
-        count, total = count + 1, add(total, kernels, others, batch)
-    if not count:
-        raise InputError("batches: there is none, so there is no gradient")
-    return {path: grad / count for path, grad in total.items()}
+        sums = add(sums, kernels, others, batch)
+    grads, weight = sums
+    if not weight:
+        raise InputError("batches: there is none, or none with anything to learn, so there is no gradient")
+    return {path: grad / weight.astype(grad.dtype) for path, grad in grads.items()}
 
 
 def lora_ga(

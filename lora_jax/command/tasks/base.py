@@ -12,6 +12,7 @@ from lora_jax.command.metrics import Metric
 from lora_jax.command.options import RunConfig
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
+from lora_jax.core.weighted import Weighted
 from lora_jax.data import fetch
 from lora_jax.huggingface.names import HFName
 
@@ -43,7 +44,7 @@ class Task:
 
     Args:
       variables: the base's parameters.
-      loss: `(params, batch, key) -> loss`, with the attached parameters.
+      loss: `(params, batch, key) -> loss`, with the attached parameters; a scalar or a `Weighted`.
       train_batches: makes the endless iterator over the training batches of a seed, whose `get_state()` is JSON-able.
       measure: `(params, batch) -> numbers`, which are summed over the held-out batches.
       test_batches: makes the held-out batches, all of one size.
@@ -59,7 +60,7 @@ class Task:
     """
 
     variables: Any
-    loss: Callable[[Any, Any, jax.Array], jax.Array]
+    loss: Callable[[Any, Any, jax.Array], jax.Array | Weighted]
     train_batches: Callable[[int], Any]
     measure: Callable[[Any, Any], Any]
     test_batches: Callable[[], Iterable[Any]]

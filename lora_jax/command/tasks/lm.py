@@ -22,6 +22,7 @@ from lora_jax.command.tasks.base import Session, Task, check_data, check_weights
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
+from lora_jax.core.weighted import Weighted
 from lora_jax.data import fetch, labelled, language, packing
 from lora_jax.data import tokenizer as text_tokenizer
 from lora_jax.data.tokenizer import TextTokenizer
@@ -237,10 +238,10 @@ def _following(array: jax.Array) -> jax.Array:
     return jnp.pad(array[:, 1:], ((0, 0), (0, 1)))
 
 
-def _loss(model: llama.Loaded, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+def _loss(model: llama.Loaded, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> Weighted:
     """The mean over the learnt tokens of the batch."""
     losses, learnt = token_losses(lora(model.losses, key=key), params, batch)
-    return losses.sum() / jnp.maximum(learnt.sum(), 1.0)
+    return Weighted(losses.sum(), learnt.sum())
 
 
 def _measure(model: llama.Loaded, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
