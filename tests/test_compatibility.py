@@ -204,21 +204,23 @@ def test_import(home, tmp_path):
     source = home / "peft" / "decoder"
     assert cli.main(["import", str(source), "--model", str(home / "llama"), "--out", str(tmp_path / "run")]) == 0
     equal(flat(lj.checkpoint.load(tmp_path / "run" / "adapters")), arrays("imported"))
-    assert (tmp_path / "run" / "config.json").read_text() == (home / "imported" / "config.json").read_text()
+    ours, theirs = (json.loads((run / "config.json").read_text()) for run in (tmp_path / "run", home / "imported"))
+    assert ours == theirs | {"format_version": 5, "untie": False, "ends": [], "warmup_from": 1}
 
 
-def test_resume(home, tmp_path):
-    """A run that was stopped then ends as the one that was not."""
-    shutil.copytree(home / "stopped", tmp_path / "run")
+@pytest.mark.parametrize(("lost", "tolerance"), [((), 1e-6), (("adapters", "metrics.jsonl"), 5e-5)])
+def test_resume(home, tmp_path, lost, tolerance):
+    """A run that was stopped then ends as the one that was not, also from its first step, whose rate was 0 then."""
+    shutil.copytree(home / "stopped", tmp_path / "run", ignore=lambda folder, names: set(lost) & set(names))
     assert cli.main(["finetune", "--resume", str(tmp_path / "run")]) == 0
     ended, wanted = flat(lj.checkpoint.load(tmp_path / "run" / "adapters")), arrays("finished")
     assert set(ended) == set(wanted)
     for path, array in wanted.items():
-        np.testing.assert_allclose(ended[path], array, rtol=0, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(ended[path], array, rtol=0, atol=tolerance, err_msg=path)
     ours, theirs = (read_lines(run / "metrics.jsonl") for run in (tmp_path / "run", home / "finished"))
     assert [list(line) for line in ours] == [list(line) for line in theirs]
     assert [line["test_accuracy"] for line in ours] == [line["test_accuracy"] for line in theirs]
-    np.testing.assert_allclose([line["loss"] for line in ours[1:]], [line["loss"] for line in theirs[1:]], atol=1e-6)
+    np.testing.assert_allclose([line["loss"] for line in ours[1:]], [line["loss"] for line in theirs[1:]], atol=tolerance)
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -112,7 +112,7 @@ def _plan(commands: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 2 for bad input, 128 + n after signal n."""
+    """Run the command; returns the exit code: 2 for bad input, 3 for a run that diverged, 128 + n after signal n."""
     try:
         line = parser().parse_args(arguments)
         return getattr(importlib.import_module(f"lora_jax.command.{line.module}"), line.function)(line)

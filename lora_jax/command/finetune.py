@@ -7,11 +7,13 @@ on with another mesh or number of processes: the batches are the same, and so ar
 
 import argparse
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 from jax.sharding import Mesh
@@ -24,7 +26,7 @@ from lora_jax.command.options import RunConfig
 from lora_jax.command.signals import Interrupted, Signals
 from lora_jax.command.tasks.base import Session
 from lora_jax.command.tasks.registry import prepare
-from lora_jax.command.trainer import Run, Trainer, optimizer
+from lora_jax.command.trainer import Diverged, Run, Trainer, optimizer
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter, LowRank
 from lora_jax.core.errors import InputError
@@ -63,6 +65,8 @@ def _run(config: RunConfig | None, directory: pathlib.Path | None, hosts: proces
             start(config, directory, console, mesh)
     except Interrupted as error:
         return error.report(f"go on with: lora-jax finetune --resume {directory}")
+    except Diverged as error:
+        return error.report()
     return 0
 
 
@@ -72,6 +76,7 @@ def start(config: RunConfig, directory: pathlib.Path, console: rich.console.Cons
     Raises:
       InputError: bad input, found before any training.
       Interrupted: the run was stopped; it can be resumed.
+      Diverged: it has no finite result.
     """
     session = starting.with_adapter(_prepare(config, directory, mesh))
     adapters = session.init(session.config)
@@ -93,6 +98,7 @@ def resume(directory: pathlib.Path, console: rich.console.Console, mesh: Mesh | 
       InputError: there is no run, its data or base model is gone or changed, or there are more steps for one that isn't
         finished.
       Interrupted: the run was stopped again.
+      Diverged: it has no finite result.
     """
     session = _prepare(None, directory, mesh, more)
     adapters = _first_adapters(session, directory)
@@ -122,6 +128,7 @@ def _read(directory: pathlib.Path, more: int) -> RunConfig:
             f"{directory} was imported from {config.imported}: there is no training to go on with; begin a run with its "
             f"adapters: lora-jax finetune --adapter {config.imported}"
         )
+    options.check_trainable(config)
     if not more:
         return config
     step = _last_step(directory)
@@ -186,19 +193,25 @@ class _Program:
         self._train_step = train.make_train_step(task.loss, tx, max_grad_norm=1.0, like=self.state)
         self._measure = train.make_eval_step(task.measure)
 
-    def advance(self) -> np.ndarray:
-        """One training step; its loss."""
+    def advance(self) -> tuple[np.ndarray, np.ndarray]:
+        """One training step; its loss, and how many steps were skipped so far."""
         self.state, found = self._train_step(self.state, self._task.variables, next(self._batches))
-        return np.asarray([float(found["loss"])])
+        return np.asarray([float(found["loss"])]), np.asarray([int(found["skipped"])])
 
     def measure(self, batch: Any) -> np.ndarray:
         """What the task measures on a held-out batch."""
         return np.asarray(sharding.gather(self._measure(self.state.adapters, self._task.variables, batch)))[None]
 
-    def save(self, step: int, losses: Sequence[float | None]) -> None:
-        """Write a checkpoint in the background."""
-        data = {"position": self._batches.get_state(), "loss": losses[0]}
-        self._manager.save(self.state.adapters, config=self._config.lora, step=step, state=self.state, data=data)
+    def snapshot(self, step: int, losses: Sequence[float | None]) -> Sequence[Callable[[], None]]:
+        """A copy of the state, which is written in the background once it is called."""
+        state, data = _copy(self.state), {"position": self._batches.get_state(), "loss": losses[0]}
+        save = functools.partial(self._manager.save, config=self._config.lora, step=step, state=state, data=data)
+        return [lambda: save(state.adapters)]
+
+
+@jax.jit
+def _copy(state: train.TrainState) -> train.TrainState:
+    return jax.tree.map(jnp.copy, state)
 
 
 def _latest_step(manager: checkpoint.Manager) -> int | None:
@@ -219,7 +232,7 @@ def _train(session: Session, adapters: Adapters, directory: pathlib.Path, consol
     with checkpoint.Manager(directory / "adapters", keep=2) as manager, Signals() as signals:
         program = _Program(session, adapters, manager)
         with metrics.Log(directory, program.saved or 0, task.metric, write=processes.is_first()) as log:
-            one = Run(config, directory, log, program.loss)
+            one = Run(config, directory, log, program.loss, int(program.state.skipped))
             trainer = Trainer(task, [one], program, save_every=config.save_every, saved=program.saved)
             try:
                 trainer.train(console, signals)
@@ -228,7 +241,10 @@ def _train(session: Session, adapters: Adapters, directory: pathlib.Path, consol
                 raise
             if processes.is_first():
                 trainer.draw()
-                _report(session, program.state.adapters, one, console)
+                _report(session, program.state.adapters, one, trainer.step, console)
+            if one.fault is not None:
+                manager.wait()
+                raise _diverged(one, trainer.step, manager.latest_step())
 
 
 def _phase(config: RunConfig) -> list[str]:
@@ -239,9 +255,20 @@ def _phase(config: RunConfig) -> list[str]:
     return [f"steps {ended + 1} to {config.steps}: the learning rate rises to {rate} and falls to 0 once more"]
 
 
-def _report(session: Session, adapters: Adapters, one: Run, console: rich.console.Console) -> None:
+def _diverged(one: Run, step: int, kept: int | None) -> Diverged:
+    """The error for a run that diverged at a step, from its newest checkpoint."""
+    left = (
+        "It has no adapters: none were good" if kept is None else f"Its adapters are those of step {kept}, the last good ones"
+    )
+    return Diverged(
+        f"{one.directory} diverged at step {step}: {one.fault}. {left}. Start again with a lower --learning-rate than "
+        f"{one.config.learning_rate:g}, or look for bad numbers in the base or the data"
+    )
+
+
+def _report(session: Session, adapters: Adapters, one: Run, step: int, console: rich.console.Console) -> None:
     task, log = session.task, one.log
-    before, after = log.score(0), log.score(session.config.steps)
+    before, after = log.score(0), log.score(step)
     found = summary(task.variables, adapters)
     adapter, whole = found.adapter_bytes, found.parameter_bytes
     console.out(

@@ -24,7 +24,8 @@ class RunConfig:
     """The options of a run, and what ties it to its data and base model.
 
     Beside help and bounds, a field says `task`: the one task that has it; `lm`: its default there; `sweep`: it may differ
-    between the runs of a sweep; `since`: the first format of `config.json` with it; `recorded`: it is found, not given.
+    between the runs of a sweep; `since`: the first format of `config.json` with it; `before`: what it was until then, where
+    that is not the default; `recorded`: it is found, not given.
 
     Raises:
       InputError: an option is out of range, or some do not go together.
@@ -55,9 +56,10 @@ class RunConfig:
         int, option("tokens to measure the perplexity on, at most a tenth of all", ge=1, task="lm", since=2)
     ] = 4096
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        option("the base's dtype in memory: float32, bfloat16 or float16; adapters are float32", task="lm", since=2),
-    ] = "float32"
+        Literal["float32", "bfloat16", "float16"],  # float16: runs of before, see `check_trainable`
+        option("the base's dtype in memory: float32 or bfloat16; adapters are float32",
+               must_be="one of float32, bfloat16", task="lm", since=2),
+    ] = "float32"  # fmt: skip
     untie: Annotated[
         bool,
         option(
@@ -111,6 +113,9 @@ class RunConfig:
         Sequence[int], option("the steps at which the run was finished before it was trained further", recorded=True, since=5)
     ] = ()
     ends: Annotated[Sequence[int], option("the ids that end what was learnt", recorded=True, since=5)] = ()
+    warmup_from: Annotated[
+        int, option("of n steps of warm-up, step i has (i + this) / n of the rate", ge=0, recorded=True, since=5, before=0)
+    ] = 1
     imported: Annotated[
         str | None,
         option("the PEFT directory of the adapters; no data, and no meaning in options of training", recorded=True, since=2),
@@ -196,7 +201,8 @@ class RunConfig:
                 "use the lora_jax that wrote the run, or train again"
             )
         rows = table(cls)
-        fields = {name: row.default for name, row in rows.items() if row.more.get("since", 1) > version} | fields
+        new = {name: row for name, row in rows.items() if row.more.get("since", 1) > version}
+        fields = {name: row.more.get("before", row.default) for name, row in new.items()} | fields
         if odd := set(rows) ^ set(fields):
             raise InputError(f"{source} has missing or unknown fields: {', '.join(sorted(odd))}")
         try:
@@ -228,7 +234,17 @@ def new_run(task: str, given: Mapping[str, Any]) -> RunConfig:
             raise InputError(f"{flag(name)} is an option of --task {own}; leave it out of --task {task}")
     if config.targets:
         _ = config.lora  # which checks what it is made of
+    check_trainable(config)
     return config
+
+
+def check_trainable(config: RunConfig) -> None:
+    """Raise an InputError for a dtype that is not trained in; runs of before have it, and can still be used."""
+    if config.dtype == "float16":
+        raise InputError(
+            "dtype float16 is not for training: without a loss scale, gradients below 6e-8 become 0 and sums above 65,504 "
+            "infinite, and JAX has not all of its products on CPUs. Take bfloat16, of the same size and float32's range"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

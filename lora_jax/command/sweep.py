@@ -15,7 +15,7 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from lora_jax.command.run import create, free_directory
 from lora_jax.command.signals import Interrupted, Signals
 from lora_jax.command.tasks.base import Task
 from lora_jax.command.tasks.registry import prepare
-from lora_jax.command.trainer import Run, Trainer, mean, optimizer
+from lora_jax.command.trainer import Diverged, Run, Trainer, mean, optimizer
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
@@ -51,6 +51,8 @@ def sweep_command(line: argparse.Namespace) -> int:
     except Interrupted as error:
         each = f"lora-jax finetune --resume {directory}/N"
         return error.report(f"go on with each of the {len(configs)} runs N by: {each}")
+    except Diverged as error:
+        return error.report()
     return 0
 
 
@@ -119,6 +121,7 @@ def start(configs: Sequence[RunConfig], directory: pathlib.Path, console: rich.c
     Raises:
       InputError: bad input, found before any training.
       Interrupted: the sweep was stopped; each of its runs can be resumed.
+      Diverged: none of the runs has a finite result.
     """
     files.check_empty(directory)
     session = prepare(configs[0])
@@ -134,6 +137,11 @@ def start(configs: Sequence[RunConfig], directory: pathlib.Path, console: rich.c
             trainer.train(console, signals)
     trainer.draw()
     _report(trainer, directory, console)
+    faults = {run.directory.name: run.fault for run in runs if run.fault is not None}
+    if len(faults) == len(runs):
+        raise Diverged(f"all runs of {directory} diverged: start again with a lower --learning-rate, or look at base and data")
+    for number, fault in faults.items():
+        console.out(f"run {number} diverged: {fault}", highlight=False)
 
 
 def _make(config: RunConfig, directory: pathlib.Path, task: Task, logs: contextlib.ExitStack) -> Run:
@@ -159,25 +167,30 @@ class _Program:
         self._train_step = many.make_train_step(task.loss, tx, rates, batch_axis=axis, max_grad_norm=1.0)
         self._measure = many.make_eval_step(task.measure)
 
-    def advance(self) -> np.ndarray:
-        """One step of all runs; the loss of each."""
+    def advance(self) -> tuple[np.ndarray, np.ndarray]:
+        """One step of all runs; the loss of each, and how many steps it has skipped so far."""
         by_seed = {seed: next(stream) for seed, stream in self._batches.items()}
         batches = [by_seed[run.config.seed] for run in self._runs]
         batch = batches[0] if len(by_seed) == 1 else {name: _together([one[name] for one in batches]) for name in batches[0]}
         self._states, found = self._train_step(self._states, self._task.variables, batch)
-        return np.asarray(found["loss"], np.float64)
+        return np.asarray(found["loss"], np.float64), np.asarray(found["skipped"])
 
     def measure(self, batch: Any) -> np.ndarray:
         """What the task measures on a held-out batch, for each run."""
         return np.asarray(self._measure(self._states.adapters, self._task.variables, batch))
 
-    def save(self, step: int, losses: Sequence[float | None]) -> None:
-        """Write a checkpoint of each run, as a run of its own would."""
+    def snapshot(self, step: int, losses: Sequence[float | None]) -> Sequence[Callable[[], None]]:
+        """A copy of the state of each run; called, it is written as that of a run of its own would be."""
         states = many.unstack(self._states, like=self._first_states)
-        for run, state, loss in zip(self._runs, states, losses):
-            data = {"position": self._batches[run.config.seed].get_state(), "loss": loss}
-            with checkpoint.Manager(run.directory / "adapters", keep=2) as manager:
-                manager.save(state.adapters, config=run.config.lora, step=step, state=state, data=data)
+        positions = [self._batches[run.config.seed].get_state() for run in self._runs]
+        datas = [{"position": position, "loss": loss} for position, loss in zip(positions, losses)]
+        return [functools.partial(_save, run, step, state, data) for run, state, data in zip(self._runs, states, datas)]
+
+
+def _save(run: Run, step: int, state: train.TrainState, data: Any) -> None:
+    """Write a checkpoint of a run."""
+    with checkpoint.Manager(run.directory / "adapters", keep=2) as manager:
+        manager.save(state.adapters, config=run.config.lora, step=step, state=state, data=data)
 
 
 def _first_state(config: RunConfig, adapters: dict[str, Adapter]) -> train.TrainState:

@@ -1,9 +1,14 @@
-"""Training, tests, checkpoints and reports of one run, or of several that are one program."""
+"""Training, tests, checkpoints and reports of one run, or of several that are one program.
+
+A checkpoint is written once its adapters are known to be good: the loss of the step after it is finite, or at the end the
+score. So a run that diverges keeps those of before.
+"""
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +27,7 @@ from lora_jax.training import optim
 def optimizer(config: RunConfig, learning_rate: Any = None) -> optax.GradientTransformation:
     """AdamW with a short warm-up to the learning rate and a cosine decay, in the way of the run's method.
 
+    Step i of a warm-up of n has the rate `(i + 1) / n`, so that the first one counts; `i / n` in runs of before.
     A run that is trained further after its end rises and falls once more, over the steps that were added.
 
     Args:
@@ -30,7 +36,7 @@ def optimizer(config: RunConfig, learning_rate: Any = None) -> optax.GradientTra
     """
 
     def adamw(rate: Any) -> optax.GradientTransformation:
-        phases = [_rise_and_fall(rate, steps) for steps in config.phases]
+        phases = [_rise_and_fall(rate, steps, config.warmup_from) for steps in config.phases]
         return optax.adamw(optax.schedules.join_schedules(phases, config.finished))
 
     rate = config.learning_rate if learning_rate is None else learning_rate
@@ -39,36 +45,70 @@ def optimizer(config: RunConfig, learning_rate: Any = None) -> optax.GradientTra
     return optim.lora_fa(adamw(rate)) if config.method == "lora_fa" else adamw(rate)
 
 
-def _rise_and_fall(rate: Any, steps: int) -> optax.Schedule:
+def _rise_and_fall(rate: Any, steps: int, warmup_from: int) -> optax.Schedule:
     warmup = max(1, steps // 16)
-    rise = optax.schedules.linear_schedule(0.0, rate, warmup)
+    line = optax.schedules.linear_schedule(0.0, rate, warmup)
+    rise = lambda count: line(count + warmup_from)
     fall = optax.schedules.cosine_decay_schedule(rate, max(steps - warmup, 1))
     return optax.schedules.join_schedules([rise, fall], [warmup])
 
 
+class Diverged(Exception):
+    """A run has no finite result; the message says why and what is left of it."""
+
+    def report(self) -> int:
+        """Say so in the first process; returns the exit code."""
+        if processes.is_first():
+            print(f"lora-jax: {self}", file=sys.stderr)
+        return 3
+
+
 @dataclasses.dataclass
 class Run:
-    """A run in training: its options and files, and its last loss."""
+    """A run in training.
+
+    Args:
+      config: its options.
+      directory: its files.
+      log: its metrics.
+      loss: that of the last step, `None` where it is not finite, or there was none.
+      skipped: how many steps changed nothing, since their loss or gradient was not finite.
+      score: the last one, `None` where it is not finite, or there was none.
+    """
 
     config: RunConfig
     directory: pathlib.Path
     log: metrics.Log
     loss: float | None = None
+    skipped: int = 0
+    score: float | None = None
+
+    @property
+    def skips_too_many(self) -> bool:
+        """Whether more than a tenth of all steps were skipped."""
+        return 10 * self.skipped > self.config.steps
+
+    @property
+    def fault(self) -> str | None:
+        """Why the run has diverged, if it has; for a run that has ended."""
+        if self.skips_too_many:
+            return f"the loss or gradient of {self.skipped} steps was not finite"
+        return "what was measured last is not finite" if self.score is None else None
 
 
 class Program(Protocol):
     """The compiled steps of the runs, and the state they work on."""
 
-    def advance(self) -> np.ndarray:
-        """One training step; the loss of each run, `(runs,)`."""
+    def advance(self) -> tuple[np.ndarray, np.ndarray]:
+        """One training step; the loss of each run, and how many steps it has skipped so far: `(runs,)` each."""
         ...
 
     def measure(self, batch: Any) -> np.ndarray:
         """What the task measures on a held-out batch, `(runs, ...)`."""
         ...
 
-    def save(self, step: int, losses: Sequence[float | None]) -> None:
-        """Write a checkpoint of each run."""
+    def snapshot(self, step: int, losses: Sequence[float | None]) -> Sequence[Callable[[], None]]:
+        """A copy of the state of each run; called, it becomes a checkpoint."""
         ...
 
 
@@ -89,23 +129,23 @@ class Trainer:
         self._save_every, self._saved = save_every, saved
 
     def train(self, console: rich.console.Console, signals: Signals) -> None:
-        """All steps that are left, with tests and checkpoints in between.
+        """All steps that are left, or until all runs have diverged, with tests and checkpoints in between.
 
         Raises:
           Interrupted: a signal came; there is a checkpoint of the last step.
         """
-        task, first = self.task, self.runs[0]
+        task = self.task
         with Progress(console, self.steps, self.step, task.per_step * len(self.runs), task.unit, task.metric) as progress:
             try:
-                if processes.from_first(not first.log.lines or first.log.lines[-1]["step"] != self.step):
-                    self._record(progress, signals)  # of step 0, or of a checkpoint whose line was not written any more
-                while self.step < self.steps:
+                self._begin(progress, signals)
+                while not self._has_ended():
                     signals.check()
                     self._advance(progress)
                     self._record(progress, signals)
             except Interrupted:
-                self._save()
+                _write(self._snapshot(), [True] * len(self.runs))
                 raise
+        _write(self._snapshot(), [run.score is not None for run in self.runs])
 
     def draw(self) -> None:
         """The picture of each run."""
@@ -114,13 +154,22 @@ class Trainer:
             picture = plots.draw(run.log.lines, task.title, task.metric, task.baseline)
             files.write(run.directory / "curve.png", picture)
 
+    def _begin(self, progress: Progress, signals: Signals) -> None:
+        """The line of step 0, or of a checkpoint whose line was not written any more; or what the line says."""
+        last = processes.from_first([run.log.lines[-1:] for run in self.runs])
+        if any(not lines or lines[0]["step"] != self.step for lines in last):
+            self._record(progress, signals)
+        else:
+            for run, [line] in zip(self.runs, last):
+                run.score = line[self.task.metric.field]
+
     def _advance(self, progress: Progress) -> None:
-        for run, loss in zip(self.runs, self.program.advance()):
-            run.loss = _finite(loss)
+        before = self._snapshot() if self._is_due(self._save_every) else []
+        for run, loss, skipped in zip(self.runs, *self.program.advance()):
+            run.loss, run.skipped = _finite(loss), int(skipped)
+        _write(before, [run.loss is not None for run in self.runs])
         self.step += 1
         progress.step(self.step, mean([run.loss for run in self.runs]))
-        if self._is_due(self._save_every):
-            self._save()
 
     def _record(self, progress: Progress, signals: Signals) -> None:
         """A line of metrics for each run, with a score where a test is due."""
@@ -128,6 +177,7 @@ class Trainer:
         scores = self._test(progress, signals) if tested else [None] * len(self.runs)
         for run, score in zip(self.runs, scores):
             run.log.append(self.step, run.loss, score)
+            run.score = score
 
     def _test(self, progress: Progress, signals: Signals) -> list[float | None]:
         """The score of each run on the held-out texts."""
@@ -141,13 +191,22 @@ class Trainer:
         progress.tested(self.step, task.metric.best([score for score in scores if score is not None], default=None))
         return scores
 
-    def _save(self) -> None:
-        if self._saved != self.step:
-            self.program.save(self.step, [run.loss for run in self.runs])
-            self._saved = self.step
+    def _snapshot(self) -> Sequence[Callable[[], None]]:
+        """Each run's checkpoint of this step, not written yet; none of the step that the runs went on from."""
+        return [] if self.step == self._saved else self.program.snapshot(self.step, [run.loss for run in self.runs])
+
+    def _has_ended(self) -> bool:
+        return self.step == self.steps or all(run.skips_too_many for run in self.runs)
 
     def _is_due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.steps
+        return self.step % every == 0 or self._has_ended()
+
+
+def _write(checkpoints: Sequence[Callable[[], None]], good: Sequence[bool]) -> None:
+    """Write those of the runs whose adapters are good."""
+    for write, is_good in zip(checkpoints, good):
+        if is_good:
+            write()
 
 
 def mean(values: Sequence[float | None]) -> float | None:

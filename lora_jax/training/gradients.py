@@ -55,9 +55,7 @@ def loss_and_gradient(
     if axis_name is not None:
         count, sums = count * jax.lax.axis_size(axis_name), jax.lax.psum(widened(sums), axis_name)
     loss, aux, grads = widened(sums.loss), sums.aux, widened(sums.grads)
-    if count > 1:
-        aux = jax.tree.map(lambda total, one: _equal_mean(total, one, count), aux, like)
-    aux = jax.tree.map(lambda node: node.mean() if _is_weighted(node) else node, aux, is_leaf=_is_weighted)
+    aux = jax.tree.map(lambda total, one: _mean(total, one, count), aux, like, is_leaf=_is_weighted)
     return loss.mean(), aux, jax.tree.map(lambda grad: grad / loss.weight.astype(grad.dtype), grads)
 
 
@@ -77,8 +75,12 @@ def _added_up(part: Callable[[Any, jax.Array], _Sums], batch: Any, key: jax.Arra
     return jax.lax.scan(add, zeros, (batches, keys))[0], shapes.aux
 
 
-def _equal_mean(total: jax.Array, one: Any, count: int) -> jax.Array:
-    """The mean of parts of equal weights; floats keep their dtype."""
+def _mean(total: Any, one: Any, count: int) -> Any:
+    """The mean of a part of aux, from the sum and one of those in it; but for a `Weighted`, floats keep their dtype."""
+    if _is_weighted(total):
+        return total.mean()
+    if count == 1:
+        return total
     dtype = one.dtype if jnp.issubdtype(one.dtype, jnp.floating) else total.dtype
     return (total / count).astype(dtype)
 

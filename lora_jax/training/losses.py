@@ -24,7 +24,8 @@ def token_cross_entropy(
 
     A scan over chunks of tokens, each of which is computed again in the backward pass, so that nothing of the size
     `(tokens, vocabulary)` is ever held. `head` may use any parameters, adapted, tied or quantised ones too: call this inside
-    the function that `lora` gets.
+    the function that `lora` gets. The loss of a batch of which some tokens are learnt is
+    `lora_jax.train.Weighted((losses * learnt).sum(), learnt.sum())`, not a mean.
 
     Args:
       head: `(tokens, width) -> (tokens, vocabulary)`.

@@ -20,7 +20,7 @@ from lora_jax.core.adapter import Adapter, Full, LowRank, Rows, attach, static_f
 from lora_jax.core.errors import InputError
 from lora_jax.core.methods.dora import column_norm
 from lora_jax.training import ragged, train
-from lora_jax.training.steps import Step
+from lora_jax.training.steps import CompiledStep
 
 Adapters = Mapping[str, Adapter]
 
@@ -354,7 +354,7 @@ def make_train_step(
     The activations of all members are in memory together; the base is there once.
 
     Args:
-      loss_fn: `(params, batch, key) -> loss` or `(loss, aux)` of one member.
+      loss_fn: `(params, batch, key) -> loss` or `(loss, aux)` of one member, as in `train.make_train_step`.
       make_tx: as in `init_states`.
       hyperparameters: as in `init_states`.
       batch_axis: 0 where each leaf of the batch has a leading axis over the members; `None`: all learn from the same batch.
@@ -389,7 +389,7 @@ def make_train_step(
         values = _per_member(states.step.size, hyperparameters)
         return jax.vmap(one, in_axes=(0, 0, batch_axis))(values, states, batch)
 
-    return Step(step, functools.partial(jax.jit, donate_argnums=0))
+    return CompiledStep(step, functools.partial(jax.jit, donate_argnums=0))
 
 
 def make_eval_step(metric_fn: Callable[[Any, Any], Any]) -> Callable[[Adapters, Any, Any], Any]:
@@ -398,7 +398,7 @@ def make_eval_step(metric_fn: Callable[[Any, Any], Any]) -> Callable[[Adapters, 
     def step(stacked: Adapters, variables: Any, batch: Any) -> Any:
         return jax.lax.map(lambda adapters: metric_fn(attach(variables, adapters), batch), stacked)
 
-    return Step(step, jax.jit)
+    return CompiledStep(step, jax.jit)
 
 
 def _per_member(count: int, hyperparameters: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -24,9 +24,9 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     more than the adapters alone. Donate the parameters there, or they are copied. `tx` sees trained leaves only; its `update`
     gets the whole tree as the extra argument `whole`, if it takes one.
 
-    A tree with integers, as a quantised base has them, is differentiated by `jax.grad(loss, allow_int=True)`, and `update` needs
-    `params`, from which the zero updates of the integers take their dtypes. What else looks at gradients (a clip by their
-    global norm) goes inside `tx`: a gradient of an integer has no value.
+    A tree with integers, as a quantised base has them, is differentiated by `jax.grad(loss, allow_int=True)`, and `update`
+    needs `params`, from which the zero updates of the integers take their dtypes. What else looks at gradients (a clip by
+    their global norm, say) goes inside `tx`: the gradient of an integer has no value.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = lj.attach({"w": jnp.ones(3), "head": jnp.ones(2)}, {"head": lj.Full(jnp.ones(2))})

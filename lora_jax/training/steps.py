@@ -64,7 +64,7 @@ def _is_hashable(leaf: Any) -> bool:
     return True
 
 
-class Step:
+class CompiledStep:
     """A compiled `(state, variables, batch)`; leaves of `variables` that are no arrays (numbers of Python, strings,
     functions) are a part of the program, as under `equinox.filter_jit`: another value is compiled anew.
 

@@ -15,7 +15,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.core.weighted import Weighted as Weighted
 from lora_jax.training.gradients import loss_and_gradient
 from lora_jax.training.optim import optimizer
-from lora_jax.training.steps import Step, is_array
+from lora_jax.training.steps import CompiledStep, is_array
 
 LossFn = Callable[[Any, Any, jax.Array], Any]
 _AXIS = "batch"
@@ -75,19 +75,29 @@ def make_train_step(
     """A jitted step `(state, variables, batch) -> (state, metrics)`; the state is donated.
 
     The loss is differentiated with respect to the adapters only. A step whose loss or gradient is not finite changes neither
-    adapters nor optimiser state and is counted.
+    adapters nor optimiser state and is counted. Leaves of `variables` that are no arrays (numbers of Python, strings,
+    functions) are part of the program, as under `equinox.filter_jit`: another value is compiled anew.
 
     Args:
-      loss_fn: `(params, batch, key) -> loss` or `(loss, aux)`; `params` is the attached tree, for `lora(fn)`.
+      loss_fn: `(params, batch, key) -> loss` or `(loss, aux)`; `params` is the attached tree, for `lora(fn)`. A loss that is a
+        mean over what differs from row to row, learnt tokens say, is a `Weighted`: the sum, and what to divide it by. A plain
+        scalar says that all microbatches, devices and processes weigh the same. For a mean over the learnt tokens of each
+        that is wrong: few tokens would weigh as much as many, and none would count as a loss of 0.
       tx: the optimiser of the trained leaves.
-      accumulate: the number of equal microbatches that the batch's leading axis is cut into, one after the other; gradient,
-        loss and aux are their means.
-      max_grad_norm: clip the gradient to this global norm (`optax.clip_by_global_norm`).
+      accumulate: the number of equal microbatches that the batch's leading axis is cut into, one after the other. Totals,
+        weights and gradients are added up in float32 at least and divided once; aux is the mean of the microbatches', and each
+        `Weighted` in it is divided like the loss.
+      max_grad_norm: clip the gradient to this global norm (`optax.clip_by_global_norm`), in float32 at least.
       like: a state on a mesh, or its shapes: the results stay where it is. Left to itself the compiler may cut them further,
         and the second step is then compiled again.
 
     Returns:
-      The step. Its metrics are `loss`, `grad_norm` (before clipping), `skipped` (so far) and, if there is one, `aux`.
+      The step. Its metrics are `loss`, `grad_norm` (before clipping), `skipped` (so far) and, if there is one, `aux`. A batch
+      whose weights are all zero has no mean: its step is skipped. `step.trace` and `step.lower` are those of `jax.jit`.
+
+    Raises:
+      InputError: an option is out of range. When the step is taken: the batch can't be cut, a `Weighted` holds no scalars, or a
+        leaf of `variables` is neither an array nor hashable.
 
     >>> import jax, jax.numpy as jnp, optax, lora_jax as lj
     >>> def model(params, x):
@@ -106,7 +116,7 @@ def make_train_step(
     check_options(accumulate, max_grad_norm)
     step = functools.partial(update, loss_fn, tx, accumulate, max_grad_norm, None)
     where = None if like is None else (jax.tree.map(lambda leaf: leaf.sharding, like), None)
-    return Step(step, functools.partial(jax.jit, donate_argnums=0, out_shardings=where))
+    return CompiledStep(step, functools.partial(jax.jit, donate_argnums=0, out_shardings=where))
 
 
 def make_pmap_train_step(
@@ -116,7 +126,7 @@ def make_pmap_train_step(
     accumulate: int = 1,
     max_grad_norm: float | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]:
-    """`make_train_step` under `jax.pmap`: gradients, loss and aux are averaged over the devices.
+    """`make_train_step` under `jax.pmap`: totals, weights and gradients of the devices are added up as those of microbatches.
 
     The step takes a state and variables that `replicate` put on every device, and a batch whose leaves have a leading axis of
     the number of devices. Each device has a dropout key of its own. Metrics have the leading axis too; all its entries are
@@ -124,7 +134,7 @@ def make_pmap_train_step(
     """
     check_options(accumulate, max_grad_norm)
     step = functools.partial(update, loss_fn, tx, accumulate, max_grad_norm, _AXIS)
-    return Step(step, functools.partial(jax.pmap, axis_name=_AXIS, donate_argnums=0))
+    return CompiledStep(step, functools.partial(jax.pmap, axis_name=_AXIS, donate_argnums=0))
 
 
 def replicate(tree: Any, devices: Any = None) -> Any:
@@ -148,8 +158,12 @@ def unreplicate(tree: Any) -> Any:
 
 
 def make_eval_step(metric_fn: Callable[[Any, Any], Any]) -> Callable[[Mapping[str, Adapter], Any, Any], Any]:
-    """A jitted `(adapters, variables, batch) -> metric_fn(params, batch)`; nothing is donated, no dropout."""
-    return Step(lambda adapters, variables, batch: metric_fn(attach(variables, adapters), batch), jax.jit)
+    """A jitted `(adapters, variables, batch) -> metric_fn(params, batch)`; nothing is donated, no dropout.
+
+    To measure a mean over several batches, return sums, and divide once at the end. Leaves of `variables` that are no arrays
+    are part of the program, as in `make_train_step`.
+    """
+    return CompiledStep(lambda adapters, variables, batch: metric_fn(attach(variables, adapters), batch), jax.jit)
 
 
 def check_options(accumulate: int, max_grad_norm: float | None) -> None:

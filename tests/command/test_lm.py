@@ -84,6 +84,18 @@ def test_perplexity_is_that_of_each_text_alone(home, reference):
     assert metrics.read(reference)[0]["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
 
 
+def test_the_loss_of_a_batch_is_a_sum_of_its_parts(reference):
+    task = registry.prepare(run.read_config(reference)).task
+    batch = next(task.train_batches(0))
+    batch["targets"] = batch["targets"] & (np.arange(48) < np.array([[48], [20], [3], [1]]))  # the first place follows nothing
+    params = lj.attach(task.variables, lj.checkpoint.load(reference / "adapters"))
+    loss = lambda rows: task.loss(params, {name: array[rows] for name, array in batch.items()}, jax.random.key(0))
+    whole, parts = loss(slice(0, 4)), [loss(slice(i, i + 1)) for i in range(4)]
+    assert isinstance(whole, lj.train.Weighted) and parts[3].weight == 0 == parts[3].total
+    assert int(whole.weight) == batch["targets"][:, 1:].sum() == sum(int(part.weight) for part in parts)
+    assert float(whole.total) == pytest.approx(sum(float(part.total) for part in parts), rel=1e-6)
+
+
 def test_a_stopped_run_ends_alike(home, reference, tmp_path, capsys, monkeypatch):
     directory, arguments = tmp_path / "run", tiny_lm.options(home, tmp_path / "run")
     step = Progress.step
@@ -363,7 +375,8 @@ FINETUNE = {
     "no model": (None, {"model": "nothing"}, "there is no directory"),
     "no data": (None, {"data": "nothing.txt"}, "there is no file"),
     "another task's option": (None, {"label_field": "label"}, "--label-field is an option of --task classify"),
-    "dtype": (None, {"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, not 'int8'"),
+    "dtype": (None, {"dtype": "int8"}, "dtype must be one of float32, bfloat16, not 'int8'"),
+    "float16": (None, {"dtype": "float16"}, "dtype float16 is not for training: without a loss scale, gradients below 6e-8"),
     "held out": (None, {"held_out": 0}, "held_out must be a whole number of at least 1"),
     "row": (None, {"max_length": 65}, "max_length 65 is above the 64 positions of the model"),
     "no end mark": (lambda home: drop(home / "model" / "tokenizer_config.json", "eos_token"), {}, "names no eos_token"),

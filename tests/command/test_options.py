@@ -48,6 +48,7 @@ CONFIG = """{
  "date": "",
  "finished": [],
  "ends": [],
+ "warmup_from": 1,
  "imported": null
 }
 """

@@ -1,5 +1,9 @@
 """Train steps: what they compute, what they leave alone, and that both flows and all devices agree."""
 
+import dataclasses
+import functools
+from typing import Any
+
 import flax.training.train_state
 import jax
 import jax.numpy as jnp
@@ -67,6 +71,26 @@ def test_the_whole_tree_flow_equals_the_adapter_flow(clip):
     assert distance(trained, adapters) > 0.05
     assert distance(trained, state.adapters) < 1e-5
     assert same(variables, VARIABLES)
+
+
+@pytest.mark.parametrize("dtype", every_other(["int8", "nf4"]))
+def test_the_whole_tree_flow_on_a_quantised_base(dtype):
+    """Integers have no gradient: `allow_int` leaves them without one, and they get no update."""
+    base = lj.quantize(VARIABLES, ["w", "u"], dtype, block=2)
+    adapters, state = start()
+    step = lj.train.make_train_step(loss_fn, ADAM)
+    create = flax.training.train_state.TrainState.create
+    whole = create(apply_fn=lj.lora(model), params=lj.attach(base, adapters), tx=lj.optimizer(ADAM))
+
+    def update(whole, x):
+        return whole.apply_gradients(grads=jax.grad(lambda p: loss_fn(p, x), allow_int=True)(whole.params))
+
+    for take in (update, jax.jit(update), jax.jit(update)):
+        state, _ = step(state, base, X)
+        whole = take(whole, X)
+    variables, trained = lj.detach(whole.params)
+    assert distance(trained, state.adapters) < 1e-5 and distance(trained, adapters) > 0.01
+    assert same(variables, base) and [x.dtype for x in jax.tree.leaves(variables)] == [x.dtype for x in jax.tree.leaves(base)]
 
 
 def test_one_trace_and_one_compilation_over_ten_steps():
@@ -180,6 +204,79 @@ def test_one_bad_device_skips_the_step_on_all():
     state, metrics = step(state, lj.train.replicate(VARIABLES), batch)
     assert metrics["skipped"].tolist() == [1] * 8
     assert same(lj.train.unreplicate(state).adapters, before)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["w", "activation", "rate", "name"], meta_fields=[])
+@dataclasses.dataclass
+class Module:
+    """A module as Equinox has them, whose leaves are not all arrays."""
+
+    w: jax.Array
+    activation: Any
+    rate: Any
+    name: Any
+
+    def __call__(self, x):
+        assert self.name == "mlp" and isinstance(self.rate, int | float)
+        return self.activation(x @ self.w) * self.rate
+
+
+def call_module(tree, x):
+    return (tree["module"](x) if tree["flag"] else x) @ tree["u"]
+
+
+def test_leaves_that_are_no_arrays_are_part_of_a_step():
+    plain = lambda activation, rate: lambda p, x: activation(x @ p["w"]) * rate @ p["u"]
+    loss = lambda fn: lambda p, batch, key: jnp.mean((lj.lora(fn)(p, batch) - 1.0) ** 2)
+    tree = lambda activation, rate: {
+        "module": Module(VARIABLES["w"], activation, rate, "mlp"),
+        "u": VARIABLES["u"],
+        "flag": True,
+    }
+    adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=2), call_module, tree(jnp.tanh, 2.0), X)
+    assert sorted(adapters) == ["module/w", "u"]
+    own = {"w": adapters["module/w"], "u": adapters["u"]}
+    fresh = lambda: (
+        lj.train.init_state(adapters, ADAM, key=jax.random.key(1)),
+        lj.train.init_state(own, ADAM, key=jax.random.key(1)),
+    )
+    rates = {"learning_rate": jnp.full(1, 1e-2)}
+    step, mapped = lj.train.make_train_step(loss(call_module), ADAM), lj.train.make_pmap_train_step(loss(call_module), ADAM)
+    many = lj.many.make_train_step(loss(call_module), optax.adam, rates)
+    evaluate = lj.train.make_eval_step(lj.lora(call_module)), lj.many.make_eval_step(lj.lora(call_module))
+    for activation, rate in ((jnp.tanh, 2.0), (jnp.sin, 1.0)):
+        variables, fn = tree(activation, rate), plain(activation, rate)
+        state, want = fresh()
+        for _ in range(2):
+            state, metrics = step(state, variables, X)
+            want, wanted = lj.train.make_train_step(loss(fn), ADAM)(want, VARIABLES, X)
+        assert distance([state.adapters["module/w"], metrics["loss"]], [want.adapters["w"], wanted["loss"]]) < 1e-6
+        out = fn(lj.merge(VARIABLES, want.adapters), X)
+        stacked = lj.many.stack([state.adapters])
+        assert distance([evaluate[0](state.adapters, variables, X), evaluate[1](stacked, variables, X)[0]], [out, out]) < 1e-5
+    evaluate[0](state.adapters, tree(jnp.sin, 1), X)
+    assert (step._cache_size(), evaluate[0]._cache_size()) == (2, 3)  # `1` and `1.0` are two programs
+    state, replicated = fresh()[0], lj.train.replicate((fresh()[0], variables))
+    _, want = step(state, variables, X)
+    _, by_pmap = mapped(*replicated, X.reshape(8, 2, 8))
+    states = lj.many.init_states([adapters], optax.adam, rates, keys=jax.random.split(jax.random.key(0), 1))
+    _, by_many = many(states, variables, X)
+    assert distance([by_pmap["loss"][0], by_many["loss"][0]], [want["loss"]] * 2) < 1e-6
+    assert lj.train.unreplicate(replicated[1])["module"].activation is jnp.sin
+
+
+def test_a_step_traces_and_lowers_on_shapes():
+    variables = VARIABLES | {"activation": jnp.tanh}
+    fn = lambda p, x: p["activation"](x @ p["w"]) @ p["u"]
+    step = lj.train.make_train_step(lambda p, batch, key: lj.lora(fn)(p, batch).mean(), ADAM)
+    shapes = jax.eval_shape(lambda: (start()[1], VARIABLES, X))
+    args = shapes[0], shapes[1] | {"activation": jnp.tanh}, shapes[2]
+    assert step.trace(*args).lower().as_text() == step.lower(start()[1], variables, X).as_text()
+
+
+def test_a_leaf_without_a_hash_is_refused():
+    with pytest.raises(lj.InputError, match="names/0: a leaf of the type set is no array and has no hash"):
+        lj.train.make_train_step(loss_fn, ADAM)(start()[1], VARIABLES | {"names": [{"a", "b"}]}, X)
 
 
 def test_heads_trained_whole_and_an_evaluation_step():

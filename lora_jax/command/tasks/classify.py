@@ -147,7 +147,7 @@ def _task(
         measure=functools.partial(_correct, model.apply),
         test_batches=lambda: labelled.eval_batches(test, lengths, test_size, mesh),
         test_count=-(-len(test) // test_size),
-        score=lambda correct: int(correct) / len(test),
+        score=lambda correct: float(correct) / len(test),
         metric=ACCURACY,
         per_step=config.batch_size,
         unit="examples",
@@ -172,5 +172,7 @@ def _loss(apply: Any, params: Any, batch: Mapping[str, jax.Array], key: jax.Arra
 
 
 def _correct(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """How many labels are right; NaN where a logit is not finite, of which `argmax` would make a label."""
     logits = lora(apply)(params, batch["input_ids"], batch["attention_mask"])
-    return (logits.argmax(-1) == batch["labels"]).sum()
+    correct = (logits.argmax(-1) == batch["labels"]).sum()
+    return jnp.where(jnp.isfinite(logits).all(), correct, jnp.nan)
