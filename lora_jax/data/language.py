@@ -170,9 +170,9 @@ def _messages(where: str, messages: Any) -> list[dict[str, Any]]:
 def encode(corpus: Corpus, tokenizer: TextTokenizer, max_length: int, today: datetime.date) -> Encoded:
     """The documents of each item, none longer than `max_length`.
 
-    A text ends with the tokenizer's `eos_token`. One that is too long is split, so that each piece begins with the last token
-    of the one before: thus every token but the first is learnt once. Prompt and completion are tokenised each by itself, as
-    they are when the model is used; a pair or chat that is too long is cut at its end.
+    A text ends with the tokenizer's `eos_token`, once. One that is too long is split, so that each piece begins with the last
+    token of the one before: thus every token but the first is learnt once. Prompt and completion are tokenised each by itself,
+    as they are when the model is used; a pair or chat that is too long is cut at its end.
 
     Args:
       today: what the chat template is told.
@@ -190,18 +190,24 @@ def encode(corpus: Corpus, tokenizer: TextTokenizer, max_length: int, today: dat
 
 
 def _encode_texts(corpus: Corpus, tokenizer: TextTokenizer, _: datetime.date) -> Encoded:
-    ids = [np.append(found, np.int32(tokenizer.end)) for found in tokenizer.ids(corpus.items)]
+    ids = [_ended(found, tokenizer.end) for found in tokenizer.ids(corpus.items)]
     return Encoded([[Document(tokens, np.arange(len(tokens)) > 0)] for tokens in ids], Counts(), (tokenizer.end,))
 
 
 def _encode_pairs(corpus: Corpus, tokenizer: TextTokenizer, _: datetime.date) -> Encoded:
     prompts = tokenizer.ids([prompt for prompt, _ in corpus.items])
-    completions = tokenizer.ids([completion for _, completion in corpus.items], special=False)
+    alone = tokenizer.ids([completion for _, completion in corpus.items], special=False)
+    following = tokenizer.following_ids([completion for _, completion in corpus.items])
     documents = []
-    for prompt, completion in zip(prompts, completions):
-        tokens = np.concatenate([prompt, completion, [tokenizer.end]]).astype(np.int32)
+    for (text, _), prompt, first, later in zip(corpus.items, prompts, alone, following):
+        tokens = np.concatenate([prompt, _ended(later if text else first, tokenizer.end)])
         documents.append([Document(tokens, np.arange(len(tokens)) >= max(1, len(prompt)))])
     return Encoded(documents, Counts(), (tokenizer.end,))
+
+
+def _ended(ids: np.ndarray, end: int) -> np.ndarray:
+    """The ids with the end mark; a text that was written with it keeps its own."""
+    return ids if len(ids) and ids[-1] == end else np.append(ids, np.int32(end))
 
 
 def _encode_chats(corpus: Corpus, tokenizer: TextTokenizer, today: datetime.date) -> Encoded:

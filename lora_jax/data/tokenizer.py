@@ -2,6 +2,8 @@
 
 import dataclasses
 import datetime
+import functools
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,8 +36,22 @@ class TextTokenizer:
     source: pathlib.Path
 
     def ids(self, texts: Sequence[str], *, special: bool = True) -> list[np.ndarray]:
-        """The token ids of each text, an int32 array; with `special`, what the tokenizer puts before a text (and not after)."""
+        """The token ids of each text, an int32 array; with `special`, what the tokenizer puts before a text (and not after).
+
+        A text that begins with that already does not get it twice.
+        """
         return [ids for ids, _ in self.ids_and_ends(texts, special=special)]
+
+    def following_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The token ids of texts that go on from others: without the space that a tokenizer may put before a first word."""
+        encoded = self._following.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encoded]
+
+    @functools.cached_property
+    def _following(self) -> tokenizers.Tokenizer:
+        parts = json.loads(self.tokenizer.to_str())
+        whole = {name: _without_prefix(parts[name]) for name in ("normalizer", "pre_tokenizer")}
+        return tokenizers.Tokenizer.from_str(json.dumps(parts | whole))
 
     def ids_and_ends(self, texts: Sequence[str], *, special: bool) -> list[tuple[np.ndarray, np.ndarray]]:
         """The token ids of each text, and where in the text each token begins and ends, `(tokens, 2)`."""
@@ -43,10 +59,8 @@ class TextTokenizer:
         for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=special):
             ids = np.array(encoding.ids, np.int32)
             spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-            last = len(ids)
-            while special and last and encoding.special_tokens_mask[last - 1] and encoding.sequence_ids[last - 1] is None:
-                last -= 1  # an end that the tokenizer adds by itself: whoever wants one says so
-            found.append((ids[:last], _covering(spans[:last])))
+            own = _own(encoding)
+            found.append((ids[own], _covering(spans[own])))
         return found
 
     @property
@@ -90,6 +104,27 @@ class TextTokenizer:
             return ids
         messages: Messages = [{"role": "user", "content": text}]
         return self.ids([self.chat(datetime.date.today()).render(messages, add_generation_prompt=True)], special=False)[0]
+
+
+def _own(encoding: tokenizers.Encoding) -> slice:
+    """What is kept of an encoded text: no end that the tokenizer adds by itself (whoever wants one says so), no second start."""
+    added = [place is None for place in encoding.sequence_ids]
+    first, last = 0, len(added)
+    while last and added[last - 1]:
+        last -= 1
+    while first < last and added[first]:
+        first += 1
+    twice = encoding.ids[:first] == encoding.ids[first : 2 * first]
+    return slice(first if twice else 0, last)
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer, as `tokenizer.json` has it, that puts nothing before a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    inner = {name: list(filter(None, map(_without_prefix, part[name]))) for name in ("normalizers", "pretokenizers") if name in part}
+    never = {"prepend_scheme": "never", "add_prefix_space": False}
+    return part | inner | {name: value for name, value in never.items() if name in part}
 
 
 def _covering(spans: np.ndarray) -> np.ndarray:

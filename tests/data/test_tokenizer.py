@@ -1,0 +1,60 @@
+"""Tokens of texts that a tokenizer puts something before: no mark and no space twice."""
+
+import datetime
+import random
+
+import pytest
+import tokenizers
+
+from lora_jax.data import language
+from lora_jax.data.language import Corpus
+from lora_jax.data.tokenizer import TextTokenizer
+from tests.support import tiny_lm
+
+DAY = datetime.date(2025, 1, 1)
+
+
+def make(kind, source):
+    """A tokenizer of SentencePiece's kind, as Llama 2 (`old`) and newer models (`new`) have it."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+    draw = random.Random(1)
+    made.train_from_iterator([f"{tiny_lm.sentence(draw)} x = 42" for _ in range(50)], trainer)
+    if kind == "old":
+        made.pre_tokenizer = None
+        parts = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+        made.normalizer = tokenizers.normalizers.Sequence(parts)
+    else:
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    made.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return TextTokenizer(made, {"eos_token": "</s>"}, None, source)
+
+
+@pytest.mark.parametrize("kind", ["old", "new"])
+def test_a_completion_goes_on_from_its_prompt(kind, tmp_path):
+    """Without a space that nobody wrote, wherever the one between the two stands."""
+    tokenizer = make(kind, tmp_path)
+    items = (("x =", " 42"), ("x = ", "42"), ("x", "= 42"), ("", "x = 42"))
+    documents, *_ = language.encode(Corpus("pairs", items, (1, 2, 3, 4)), tokenizer, 64, DAY)
+    texts = [tokenizer.tokenizer.decode(document.tokens.tolist()) for [document] in documents]
+    assert texts == ["x = 42", "x = 42", "x= 42", "x = 42"]
+    [first], *_, [alone] = documents
+    assert first.tokens.tolist() == [*tokenizer.ids(["x = 42"])[0], tokenizer.end]
+    assert tokenizer.tokenizer.decode(first.tokens[first.targets].tolist()) == "42"
+    assert alone.tokens[0] == tokenizer.tokenizer.token_to_id("▁x")
+
+
+def test_marks_that_a_text_has_already_are_not_there_twice(tmp_path):
+    """Texts that a chat template made carry their own first and last mark."""
+    tokenizer = make("old", tmp_path)
+    plain, made = "The cat meows.", "<s>The cat meows.</s>"
+    [[one], [two]], *_ = language.encode(Corpus("text", (plain, made), (1, 2)), tokenizer, 64, DAY)
+    assert one.tokens[0] == 1 and one.tokens[-1] == 2
+    assert [list(document.tokens).count(mark) for document in (one, two) for mark in (1, 2)] == [1, 1, 1, 1]
+    pairs = (("The cat", " meows."), ("<s>The cat", " meows.</s>"))
+    [[one], [two]], *_ = language.encode(Corpus("pairs", pairs, (1, 2)), tokenizer, 64, DAY)
+    assert one.tokens.tolist() == two.tokens.tolist() and one.targets.tolist() == two.targets.tolist()
+    assert list(tokenizer.prompt("<s>The cat", chat=False)) == list(tokenizer.prompt("The cat", chat=False))
