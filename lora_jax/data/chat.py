@@ -1,5 +1,6 @@
 """Chat templates: messages as the text that a model was trained on, and where in it the assistant speaks."""
 
+import copy
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,14 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template is not a Jinja template: {error}") from None
         self._special_tokens = dict(special_tokens)
+        self._tools: Any = None
         self.marked = any(node.identifier.endswith("_Generation") for node in _extension_calls(environment, source))
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]] | None) -> "ChatTemplate":
+        """The same, told of these tools: a list of JSON schemas, which many templates write before the first message."""
+        told = copy.copy(self)
+        told._tools = tools
+        return told
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         """The text of the messages; with `add_generation_prompt`, up to where the assistant is to speak.
@@ -112,7 +120,7 @@ class ChatTemplate:
                 f"there ({before[place:][:20]!r} becomes {after[place:][:20]!r}), so it has no certain beginning: put "
                 "{% generation %} and {% endgeneration %} around the turn in the template"
             )
-        said, opening = messages[i]["content"], before[begin:]
+        said, opening = messages[i].get("content") or "", before[begin:]
         for written in (opening, opening.rstrip()):
             if written and said.startswith(written):
                 text = before + said.removeprefix(written) + shown.partition(_OPEN)[2]
@@ -133,7 +141,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=self._tools,
                 documents=None,
                 **self._special_tokens,
             )

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.core.errors import InputError
-from lora_jax.core.files import reading
+from lora_jax.core.files import parse_json, reading
 from lora_jax.data import tables
-from lora_jax.data.chat import Messages, Span, Written
+from lora_jax.data.chat import ChatTemplate, Messages, Span, Written
 from lora_jax.data.tokenizer import TextTokenizer
 
 _BLANK = re.compile(r"\n(?:[ \t]*\n){2,}")
@@ -39,15 +39,18 @@ class Corpus:
       kind: `"stream"` (documents in their order), `"text"`, `"pairs"` or `"chat"`.
       items: texts, (prompt, completion) pairs, or lists of messages.
       lines: the line of each in the file; empty for a stream.
+      tools: the tools of each chat; empty if there are none at all.
     """
 
     kind: str
     items: tuple[Any, ...]
     lines: tuple[int, ...] = ()
+    tools: tuple[Any, ...] = ()
 
     def digest(self) -> str:
         """A SHA-256 of everything, in hexadecimal digits."""
-        return hashlib.sha256(json.dumps([self.kind, self.items]).encode()).hexdigest()
+        parts = [self.kind, self.items, *([self.tools] if self.tools else [])]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +131,12 @@ def read(file: str | pathlib.Path, text: str, pair: tuple[str, str], messages: s
     rows = list(tables.rows(file, kinds[kind]))
     if kind == "chat":
         items = [_messages(f"{file}, line {line}", row[messages]) for line, row in rows]
-    else:
-        items = [_texts(f"{file}, line {line}", row, kinds[kind]) for line, row in rows]
-        # A completion alone may begin a text, so an empty prompt is no mistake.
-        tables.refuse_empty(file, [line for (line, _), item in zip(rows, items) if not item[-1].strip()], kinds[kind][-1:])
-        items = items if kind == "pairs" else [item for [item] in items]
+        tools = tuple(_tools(f"{file}, line {line}", row.get("tools")) for line, row in rows)
+        return Corpus(kind, tuple(items), tuple(line for line, _ in rows), tools if any(tools) else ())
+    items = [_texts(f"{file}, line {line}", row, kinds[kind]) for line, row in rows]
+    # A completion alone may begin a text, so an empty prompt is no mistake.
+    tables.refuse_empty(file, [line for (line, _), item in zip(rows, items) if not item[-1].strip()], kinds[kind][-1:])
+    items = items if kind == "pairs" else [item for [item] in items]
     return Corpus(kind, tuple(items), tuple(line for line, _ in rows))
 
 
@@ -157,11 +161,30 @@ def _messages(where: str, messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: the messages must be a list of objects with a role and a content")
     for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+        if not isinstance(message, dict) or not _is_said(message):
             raise InputError(f"{where}: each message must be an object whose role and content are texts, not {message!r:.80}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{where}: no message is the assistant's, so there is nothing to learn")
+        if message.get("weight", 1) not in (0, 1):
+            raise InputError(f"{where}: the weight of a message must be 0 (not learnt) or 1, not {message['weight']!r:.80}")
+    if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
+        raise InputError(f"{where}: no message is the assistant's and of the weight 1, so there is nothing to learn")
     return messages
+
+
+def _is_said(message: dict[str, Any]) -> bool:
+    """Whether a message has a role and a content; one that calls tools may have no content."""
+    content = message.get("content")
+    return isinstance(message.get("role"), str) and (
+        isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+    )
+
+
+def _tools(where: str, tools: Any) -> list[dict[str, Any]] | None:
+    """The tools of a chat, which some write as JSON within the JSON."""
+    if isinstance(tools, str) and tools:
+        tools = parse_json(tools, f"{where}, 'tools'")
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise InputError(f"{where}: the tools must be a list of objects, not {tools!r:.80}")
+    return tools or None
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -213,9 +236,10 @@ def _ended(ids: np.ndarray, end: int) -> np.ndarray:
 def _encode_chats(corpus: Corpus, tokenizer: TextTokenizer, today: datetime.date) -> Encoded:
     template = tokenizer.chat(today)
     chats: list[list[Written]] = []
-    for line, messages in zip(corpus.lines, corpus.items):
+    for line, messages, tools in zip(corpus.lines, corpus.items, corpus.tools or [None] * len(corpus.items)):
         try:
-            chats.append(template.turns(messages))
+            _check_tools(template, messages, tools)
+            chats.append(_weighted(template.with_tools(tools).turns(messages), messages))
         except InputError as error:
             raise InputError(f"line {line}: {error}") from None
         if not any(written.spans for written in chats[-1]):
@@ -230,6 +254,27 @@ def _encode_chats(corpus: Corpus, tokenizer: TextTokenizer, today: datetime.date
             ends |= _turn_ends(written, ids, places, tokenizer.added)
     counts = sum(map(_count, chats, corpus.items), Counts())
     return Encoded(documents, counts, tuple(sorted(ends)))
+
+
+def _check_tools(template: ChatTemplate, messages: Messages, tools: Any) -> None:
+    """Raise an InputError if there are tools that the template does not write."""
+    if tools and template.with_tools(tools).render(messages) == template.render(messages):
+        raise InputError("the chat template does not write the tools: leave their column out, or say them in a system message")
+
+
+def _weighted(chat: list[Written], messages: Messages) -> list[Written]:
+    """The texts of a chat without the turns of messages of the weight 0."""
+    weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+    if all(weights):
+        return chat
+    marked = sum(len(written.spans) for written in chat)
+    if len(weights) != marked:
+        raise InputError(
+            f"a message has the weight 0, but the chat template marks {marked} turns for the assistant's {len(weights)} "
+            "messages, so which one to leave out is not certain"
+        )
+    left = iter(weights)
+    return [written._replace(spans=tuple(span for span in written.spans if next(left))) for written in chat]
 
 
 def _turn_ends(written: Written, ids: np.ndarray, places: np.ndarray, added: Collection[int]) -> set[int]:

@@ -107,7 +107,7 @@ class TextTokenizer:
 
 
 def _own(encoding: tokenizers.Encoding) -> slice:
-    """What is kept of an encoded text: no end that the tokenizer adds by itself (whoever wants one says so), no second start."""
+    """What is kept of an encoded text: no second start, and no end that was added (whoever wants one says so)."""
     added = [place is None for place in encoding.sequence_ids]
     first, last = 0, len(added)
     while last and added[last - 1]:
@@ -122,7 +122,8 @@ def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
     """A normalizer or pre-tokenizer, as `tokenizer.json` has it, that puts nothing before a text."""
     if part is None or part["type"] == "Prepend":
         return None
-    inner = {name: list(filter(None, map(_without_prefix, part[name]))) for name in ("normalizers", "pretokenizers") if name in part}
+    lists = [name for name in ("normalizers", "pretokenizers") if name in part]
+    inner = {name: list(filter(None, map(_without_prefix, part[name]))) for name in lists}
     never = {"prepend_scheme": "never", "add_prefix_space": False}
     return part | inner | {name: value for name, value in never.items() if name in part}
 
