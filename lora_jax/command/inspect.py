@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,8 +62,10 @@ def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, flo
     check_task(config, "classify")
     base = classify.load_base(classify.base_directory(config), config, own=run.own_base(directory))
     model, adapters = base.model, load_adapters(directory, base.model.variables)
-    tokens = labelled.token_ids(base.tokenizer, texts, config.max_length)
-    examples = labelled.Examples(tokens, np.zeros(len(texts), np.int32))
+    unknown = labelled.Texts(tuple(texts), ("",) * len(texts))
+    examples = labelled.encode(base.tokenizer, unknown, ("",), config.max_length)
+    for note in classify.cut_texts(examples.cut, config.max_length):
+        print(f"lora-jax: note: {note}", file=sys.stderr)
     batch = labelled.pad(examples, np.arange(len(texts)), labelled.pad_lengths(examples.lengths), len(texts))
     params = attach(model.variables, adapters)
     logits = jax.jit(lora(model.apply))(params, batch["input_ids"], batch["attention_mask"])

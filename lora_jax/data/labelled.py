@@ -49,10 +49,12 @@ class Examples:
     Args:
       tokens: one int32 array of token ids per text.
       labels: the index of each text's class, `(examples,)`.
+      cut: how many of the texts had more tokens.
     """
 
     tokens: tuple[np.ndarray, ...]
     labels: np.ndarray
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -68,11 +70,12 @@ def read(file: str | pathlib.Path, text_field: str, label_field: str) -> Texts:
 
     Raises:
       MissingError: there is no such file.
-      InputError: another kind of file, no such column, rows whose text or label is empty, no rows, or one class only.
+      InputError: another kind of file, no such column, rows whose text or label is empty or a list, no rows, or one class only.
     """
     file, fields = tables.existing(file), (text_field, label_field)
     rows = [
-        (line, *("" if row[field] is None else str(row[field]) for field in fields)) for line, row in tables.rows(file, fields)
+        (line, *(_word(f"{file}, line {line}", field, row[field]) for field in fields))
+        for line, row in tables.rows(file, fields)
     ]
     tables.refuse_empty(file, [line for line, text, label in rows if not text.strip() or not label.strip()], fields)
     data = Texts(tuple(text for _, text, _ in rows), tuple(label.strip() for _, _, label in rows))
@@ -82,6 +85,12 @@ def read(file: str | pathlib.Path, text_field: str, label_field: str) -> Texts:
         label = data.labels[0]
         raise InputError(f"{file}: every row has the {label_field!r} {label!r}; a classifier needs two classes or more")
     return data
+
+
+def _word(where: str, field: str, value: Any) -> str:
+    if isinstance(value, list | dict):
+        raise InputError(f"{where}: {field!r} must be one text or number, not {value!r:.80}: a row has one text and one label")
+    return "" if value is None else str(value)
 
 
 def reviews(directory: pathlib.Path, lengths: range) -> Texts:
@@ -123,14 +132,24 @@ def _rows(data: Texts, wanted: np.ndarray) -> Texts:
 def encode(tokenizer: tokenizers.Tokenizer, data: Texts, classes: Sequence[str], max_length: int) -> Examples:
     """Token ids, cut to `max_length`, and class indices."""
     index = {label: i for i, label in enumerate(classes)}
-    return Examples(token_ids(tokenizer, data.texts, max_length), np.array([index[x] for x in data.labels], np.int32))
+    labels = np.array([index[label] for label in data.labels], np.int32)
+    encodings = _encodings(tokenizer, data.texts, max_length)
+    return Examples(_ids(encodings), labels, sum(bool(encoding.overflowing) for encoding in encodings))
 
 
 def token_ids(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, ...]:
     """The token ids of each text, special tokens included, cut to `max_length`."""
+    return _ids(_encodings(tokenizer, texts, max_length))
+
+
+def _encodings(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], max_length: int) -> list[tokenizers.Encoding]:
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
-    return tuple(np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch(list(texts)))
+    return tokenizer.encode_batch(list(texts))
+
+
+def _ids(encodings: Sequence[tokenizers.Encoding]) -> tuple[np.ndarray, ...]:
+    return tuple(np.array(encoding.ids, np.int32) for encoding in encodings)
 
 
 def pad_lengths(lengths: np.ndarray, count: int = 4) -> tuple[int, ...]:

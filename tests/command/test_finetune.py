@@ -18,6 +18,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.command import cli, metrics, plots, run
+from lora_jax.command.tasks import classify
 from tests.support import tiny
 
 STEPS = 120
@@ -99,6 +100,16 @@ def test_predict(reference, capsys):
         ("bad", "weak plot and the film"),
     ]
     assert all(0.5 < float(probability) <= 1 for _, probability, _ in lines)
+
+
+def test_texts_that_are_cut_are_counted(reference, capsys):
+    directory, output, _ = reference
+    assert "were cut" not in output  # the longest review has 15 tokens
+    assert cli.main(["predict", str(directory), "--text", "plot " * 14, "--text", "plot " * 15]) == 0
+    assert "note: 1 texts were longer than 16 tokens and were cut at their end" in capsys.readouterr().err
+    config = run.read_config(directory)
+    task = classify.prepare(dataclasses.replace(config, max_length=4)).task
+    assert "240 texts were longer than 4 tokens and were cut at their end" in task.description
 
 
 def test_inspect(reference, capsys):

@@ -48,6 +48,12 @@ BAD = {
     "not JSON": ("b.jsonl", '{"text": "a", "label": 1}\n{"te\n', ValueError, "line 2 is not JSON"),
     "no object": ("b.jsonl", "[1]\n", ValueError, "line 1 must be a JSON object, not list"),
     "no key": ("b.jsonl", '{"text": "a"}\n', ValueError, "line 1: there is no column 'label'; the columns are 'text'"),
+    "a list": (
+        "b.jsonl",
+        '{"text": "a", "label": 1}\n{"text": "a", "label": ["b"]}\n',
+        ValueError,
+        "line 2: 'label' must be one text or number, not \\['b'\\]",
+    ),
     "null": ("b.jsonl", '{"text": null, "label": 1}\n', ValueError, "1 rows have an empty"),
 }
 

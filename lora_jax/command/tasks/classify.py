@@ -153,12 +153,18 @@ def _task(
         unit="examples",
         description=(
             f"{len(training)} texts to train on, {len(test)} to test on",
+            *cut_texts(training.cut + test.cut, config.max_length),
             f"{head} for the labels {', '.join(config.labels)}",
         ),
         held_out=f"{len(test)} texts",
         title=f"{base} on {pathlib.Path(config.data).name if config.data else 'movie reviews'}",
         baseline=("most frequent class", float(counts.max() / counts.sum())),
     )
+
+
+def cut_texts(count: int, max_length: int) -> tuple[str, ...]:
+    """What to say of texts that were cut."""
+    return (f"{count:,} texts were longer than {max_length} tokens and were cut at their end",) if count else ()
 
 
 def _order(labels: Any, model: bert.Loaded) -> tuple[str, ...]:
