@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import jax
@@ -28,6 +28,9 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     needs `params`, from which the zero updates of the integers take their dtypes. What else looks at gradients (a clip by
     their global norm, say) goes inside `tx`: the gradient of an integer has no value.
 
+    Of leaves below float32 the state holds float32 copies, which `tx` updates, and the leaves are those rounded: in their own
+    dtype small updates would be lost. Its `update` then needs the `params`.
+
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = lj.attach({"w": jnp.ones(3), "head": jnp.ones(2)}, {"head": lj.Full(jnp.ones(2))})
     >>> tx = optimizer(optax.sgd(0.1))
@@ -35,12 +38,43 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     >>> updates["head"].adapter.value, updates["w"]
     (Array([-0.1, -0.1], dtype=float32), Array([0., 0., 0.], dtype=float32))
     """
-    parts = optax.multi_transform({ADAPTER: tx, FROZEN: optax.stateless(_zeros)}, labels)
+    parts = optax.multi_transform({ADAPTER: _in_float32(tx), FROZEN: optax.stateless(_zeros)}, labels)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         return parts.update(updates, state, params, whole=params, **extra)
 
     return optax.GradientTransformationExtraArgs(parts.init, update)
+
+
+class _Wide(NamedTuple):
+    """The state of an optimiser, and the values that it updates."""
+
+    values: Any
+    inner: Any
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx` on copies in float32 where a leaf is below that (https://arxiv.org/abs/1710.03740, section 3.1)."""
+    inner = optax.with_extra_args_support(tx)
+    widened = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, wide_dtype(leaf)), tree)
+
+    def init(params: Any) -> Any:
+        if all(wide_dtype(leaf) == leaf.dtype for leaf in jax.tree.leaves(params)):
+            return inner.init(params)
+        values = widened(params)
+        return _Wide(values, inner.init(values))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        if not isinstance(state, _Wide):
+            return inner.update(updates, state, params, **extra)
+        if params is None:
+            raise InputError("the adapters have a dtype below float32, so the optimiser needs them: pass update(..., params)")
+        changes, found = inner.update(widened(updates), state.inner, state.values, **extra)
+        values = optax.apply_updates(state.values, changes)
+        rounded = jax.tree.map(lambda leaf, value: (value - leaf.astype(value.dtype)).astype(leaf.dtype), params, values)
+        return rounded, _Wide(values, found)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def lora_plus(

@@ -277,3 +277,31 @@ def test_both_flows_take_the_same_steps(name):
     for got, want in zip(jax.tree.leaves(lj.detach(params)[1]), jax.tree.leaves(state.adapters), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
     assert not jnp.allclose(state.adapters["layers/w"].b, adapters["layers/w"].b)
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(1e-4), optax.adam(1e-4), lora_plus(optax.sgd, 1e-4)], ids=["sgd", "adam", "lora+"])
+def test_small_updates_of_low_precision_are_not_lost(tx):
+    """200 steps of 1e-4 move 1 to 0.98; bfloat16 has no number between 1 and 0.996, so alone it would stay at 1."""
+    full = lj.optimizer(tx)
+
+    def step(carry, _):
+        adapters, state = carry
+        updates, state = full.update(jax.tree.map(jnp.ones_like, adapters), state, adapters)
+        return (optax.apply_updates(adapters, updates), state), None
+
+    def end(dtype):
+        shapes = {"w": pair(magnitude=jnp.ones(4)), "head": lj.Full(jnp.ones(2))}
+        adapters = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, dtype), shapes)
+        (adapters, _), _ = jax.lax.scan(step, (adapters, full.init(adapters)), length=200)
+        return jax.tree.leaves(adapters)
+
+    for low, wide in zip(end(jnp.bfloat16), end(jnp.float32), strict=True):
+        assert low.dtype == jnp.bfloat16 and np.all(np.asarray(wide) < 0.981)
+        np.testing.assert_array_equal(low, wide.astype(jnp.bfloat16))
+
+
+def test_low_precision_needs_the_adapters():
+    adapters = {"head": lj.Full(jnp.ones(2, jnp.bfloat16))}
+    tx = lj.optimizer(optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"a dtype below float32, .* pass update\(\.\.\., params\)"):
+        tx.update(adapters, tx.init(adapters))
