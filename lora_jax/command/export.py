@@ -18,7 +18,7 @@ from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks import classify, lm
 from lora_jax.command.tasks.registry import task_module
 from lora_jax.core import files, paths
-from lora_jax.core.adapter import Adapter, Full
+from lora_jax.core.adapter import Adapter, Full, LowRank
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import bert
@@ -36,6 +36,11 @@ _QUANTIZED = {
     "merged": "the adapters were trained beside kernels quantised to {} and are folded into the base as it is stored, so that "
     "the outputs differ by what the quantisation changes",
 }
+_SEVERAL = (
+    "the pairs have several ranks or scales, as rank_pattern and alpha_pattern say; what goes by r and lora_alpha alone, as "
+    "some servers do, scales them wrongly: adapters through lj.algebra.fold_scale and pad_rank need no patterns"
+)
+_LOSS = 0.01  # the share of the adapters' change from which on rounding is worth a note
 _TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM"}
 
 
@@ -84,11 +89,12 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
     adapters = load_adapters(directory, base.model.variables)
     if form == "peft":
         _export_peft(config, base, adapters, source, out)
+        more = _several(adapters)
     else:
-        _export_merged(config, base, adapters, source, out)
+        more = _rounding(_export_merged(config, base, adapters, source, out))
     stored = (_GGUF,) if form == "peft" and source.is_file() else ()
     rounded = () if config.quantize is None else (_QUANTIZED[form].format(config.quantize),)
-    return (*_notes(base), *stored, *rounded)
+    return (*_notes(base), *stored, *rounded, *more)
 
 
 def _export_peft(
@@ -96,10 +102,10 @@ def _export_peft(
 ) -> None:
     tables = _own_embeddings(base)
     with files.fresh_directory(out) as directory:
+        # Without a configuration every alpha is over r, rsLoRA's too: many readers of the format do not know `use_rslora`.
         peft.save(
             directory,
             {**tables, **adapters},
-            config=None if config.imported else config.lora,
             names=_names(base),
             base_model=_ORIGINALS[config.task] if config.model is None else str(source),
             task_type=_TASK_TYPES[config.task],
@@ -126,9 +132,14 @@ def _as_stored(base: Any, source: pathlib.Path) -> Any:
     return jax.tree.unflatten(treedef, list(stored))
 
 
+def _several(adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
+    scales = {(pair.rank, float(pair.scale)) for pair in adapters.values() if isinstance(pair, LowRank)}
+    return (_SEVERAL,) if len(scales) > 1 else ()
+
+
 def _export_merged(
     config: RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
-) -> None:
+) -> dict[str, tuple[float, float]]:
     _check_pooling(base)
     if isinstance(base, lm.Base):
         fields = hf_export.llama_fields(source, base.model.config)
@@ -136,12 +147,25 @@ def _export_merged(
         fields = hf_export.bert_fields(source, config.labels)
     dtypes = hf_export.stored_dtypes(source)
     with files.fresh_directory(out) as directory:
-        hf_export.write(directory, base.model.variables, adapters, _names(base), fields, dtypes)
+        lost = hf_export.write(directory, base.model.variables, adapters, _names(base), fields, dtypes)
         hf_export.write_tokenizer(directory, base.own or source, base.tokenizer)
         if isinstance(base, lm.Base):
             generation = hf_export.generation_fields(source, base.model.config, lm.end_ids(base, config))
             hf_export.write_json(directory / "generation_config.json", generation)
             hf_export.name_end(directory, base.tokenizer, config.ends)
+    return lost
+
+
+def _rounding(lost: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:
+    """What to say of the share of the adapters' change that rounding to the base's dtype took, over all tensors."""
+    errors, changes = (np.linalg.norm(sizes) for sizes in zip(*lost.values(), strict=True))
+    share = float(errors / changes) if changes else 0.0
+    if share < _LOSS:
+        return ()
+    return (
+        f"the weights are rounded to the base's own dtype, which takes {share:.1%} off what the adapters change; --format peft "
+        "keeps all of it",
+    )
 
 
 def _names(base: Any) -> dict[str, HFName]:

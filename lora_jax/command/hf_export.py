@@ -83,7 +83,7 @@ def write(
     names: Mapping[str, HFName],
     fields: Mapping[str, Any],
     dtypes: Mapping[str, Any],
-) -> None:
+) -> dict[str, tuple[float, float]]:
     """`config.json` and the weights with the adapters folded in, in several files if there is more than `SHARD_BYTES`.
 
     Args:
@@ -93,11 +93,15 @@ def write(
       names: `{path: HFName}`.
       fields: of `config.json`.
       dtypes: by tensor, without a leading `bert.`; float32 where there is none.
+
+    Returns:
+      The Frobenius norm of what rounding to the dtype took from each tensor that the adapters change, and of the change.
     """
     config = directory / "config.json"
     write_json(config, fields)
     shards: list[tuple[list[str], int]] = []
     held: dict[str, np.ndarray] = {}
+    lost: dict[str, tuple[float, float]] = {}
 
     def close() -> None:
         file = directory / f"{len(shards)}.safetensors"
@@ -106,22 +110,33 @@ def write(
         shards.append((list(held), sum(tensor.nbytes for tensor in held.values())))
         held.clear()
 
-    for name, tensor in _tensors(variables, adapters, names):
-        tensor = np.ascontiguousarray(tensor.astype(dtypes.get(name.removeprefix("bert."), np.float32)))
+    for name, exact, base in _tensors(variables, adapters, names):
+        tensor = np.ascontiguousarray(exact.astype(dtypes.get(name.removeprefix("bert."), np.float32)))
+        if base is not None:
+            lost[name] = _norm(tensor.astype(np.float32) - exact), _norm(exact - base)
         if held and tensor.nbytes + sum(other.nbytes for other in held.values()) > SHARD_BYTES:
             close()
         held[name] = tensor
     close()
     _name_shards(directory, shards)
+    return lost
 
 
-def _tensors(variables: Any, adapters: Mapping[str, Adapter], names: Mapping[str, HFName]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor in turn; a parameter at a time is folded."""
+def _tensors(
+    variables: Any, adapters: Mapping[str, Adapter], names: Mapping[str, HFName]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+    """Each tensor in turn, and what it was before if it has an adapter; a parameter at a time is folded."""
+    before, _ = paths.flatten(variables)
     leaves, _ = paths.flatten(merge(variables, adapters))
     for path, leaf in leaves.items():
         array = np.asarray(jax.device_get(leaf))
+        base = np.asarray(before[path]) if path in adapters else None
         for index, tensor in names[path].tensors(array.shape).items():
-            yield tensor, names[path].export(array, index)
+            yield tensor, names[path].export(array, index), None if base is None else names[path].export(base, index)
+
+
+def _norm(array: np.ndarray) -> float:
+    return float(np.linalg.norm(array.astype(np.float64)))
 
 
 def _name_shards(directory: pathlib.Path, shards: Sequence[tuple[Sequence[str], int]]) -> None:

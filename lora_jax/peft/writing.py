@@ -48,7 +48,8 @@ def save(
       adapters: `{path: adapter}`; `LowRank` becomes lora_A and lora_B (with its magnitude and bias) or VeRA's two vectors,
         `Full` becomes a module to save, or a trained bias, `Rows` become trained tokens.
       names: `{path: HFName}`; see `match` and `rules`.
-      config: what the adapters were made with: it says whether alpha is over r or over sqrt(r), and the default rank and alpha.
+      config: what the adapters were made with: it says whether alpha is over sqrt(r) (`use_rslora`). Without it every alpha is
+        over r, which also those readers know that ignore `use_rslora`.
       adapter: a name to save under, in `directory/<name>/`.
       base_model: the base's name or directory, for `base_model_name_or_path`.
       task_type: PEFT's `"CAUSAL_LM"`, `"SEQ_CLS"`, ...
