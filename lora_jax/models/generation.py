@@ -55,13 +55,20 @@ def generate(
       key: a PRNG key, for a temperature above 0.
 
     Raises:
-      InputError: an option out of range, a prompt that is padded on the right, or a temperature without a key.
+      InputError: an option out of range, an id that the model has no embedding for, a prompt that is padded on the right, or a
+        temperature without a key.
     """
     model = getattr(model, "model", model)
     prompt_ids = jnp.asarray(prompt_ids, jnp.int32)
     real = jnp.ones(prompt_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
     if prompt_ids.ndim != 2 or prompt_ids.shape[1] < 1:
         raise InputError(f"prompt_ids must have the shape (batch, length) with a token at least, not {prompt_ids.shape}")
+    unknown = (prompt_ids < 0) | (prompt_ids >= model.config.vocab_size)
+    if bool(unknown.any()):
+        raise InputError(
+            f"prompt_ids holds {int(prompt_ids[unknown][0])}, but the model's embedding has the rows 0 to "
+            f"{model.config.vocab_size - 1}: use its own tokenizer, or load the embedding that goes with the added tokens"
+        )
     if real.shape != prompt_ids.shape:
         raise InputError(f"attention_mask has the shape {real.shape}, but prompt_ids has {prompt_ids.shape}")
     if not bool(real[:, -1].all()):

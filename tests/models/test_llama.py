@@ -316,6 +316,11 @@ BAD_REQUESTS = {
     "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
     "negative temperature": ({"temperature": -1.0}, "temperature must be 0 or a positive number"),
     "no key": ({"temperature": 1.0}, "give a key"),
+    "an id beyond the vocabulary": (
+        {"prompt_ids": [[1, 99]]},
+        "prompt_ids holds 99, but the model's embedding has the rows 0 to 23",
+    ),
+    "an id below": ({"prompt_ids": [[-1, 2]]}, "prompt_ids holds -1, but"),
     "one axis": ({"prompt_ids": [1, 2]}, r"must have the shape \(batch, length\)"),
 }
 
