@@ -87,3 +87,17 @@ def test_what_rounding_takes_off_a_merged_model_is_said(home, capsys):
     make_run(home, "large")
     _, said = export(home, "large", "merged", capsys)
     assert said == ""
+
+
+def test_a_model_that_moved(home, capsys):
+    """The run says where to write its new place, and whether it is the same is checked."""
+    make_run(home, "moved")
+    (home / "model").rename(home / "elsewhere")
+    try:
+        assert cli.main(["export", str(home / "moved"), "--format", "peft"]) == 2
+        assert "if it has moved, write its new place into 'model' of the run's config.json" in capsys.readouterr().err
+        file = home / "moved" / "config.json"
+        file.write_text(file.read_text().replace(str(home / "model"), str(home / "elsewhere")))
+        assert export(home, "moved", "peft", capsys)[1] == ""
+    finally:
+        (home / "elsewhere").rename(home / "model")

