@@ -106,6 +106,7 @@ class RunConfig:
     labels: Annotated[Sequence[str], option("the classes, in the order of the logits", recorded=True)] = ()
     data_sha256: Annotated[str, option("the digest of all texts and labels", recorded=True)] = ""
     model_sha256: Annotated[str, option("the digest of the base's weights", recorded=True)] = ""
+    tokens_sha256: Annotated[str, option("the digest of the tokens of all texts", recorded=True, since=5)] = ""
     date: Annotated[
         str, option("the day that chat templates are told, on which the run began: ISO 8601", recorded=True, since=2)
     ] = ""

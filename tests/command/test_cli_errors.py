@@ -210,6 +210,12 @@ def test_another_base_model(stopped, capsys):
         refused([*command, stopped], "is not the model that the run was trained on", capsys)
 
 
+def test_another_tokenizer(stopped, capsys):
+    file = stopped.parent / "model" / "tokenizer.json"
+    file.write_text(file.read_text().replace("good", "goods"))
+    refused(["finetune", "--resume", stopped], "the same texts have other tokens than when the run began", capsys)
+
+
 def test_predict(stopped, capsys):
     refused(["predict", stopped], "the following arguments are required: --text", capsys)
     refused(["predict", stopped, "--text", " "], "a text is empty", capsys)

@@ -419,6 +419,23 @@ def test_resume_with_changed_data(home, reference, tmp_path, capsys):
     assert "has changed since the run began" in call(["finetune", "--resume", tmp_path / "run"], capsys, code=2)
 
 
+def test_resume_with_another_tokenizer(home, reference, tmp_path, capsys):
+    """The weights are the same, but the ids would mean other words."""
+    shutil.copytree(reference, tmp_path / "run")
+    shutil.copytree(home / "model", tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    del fields["model"]["merges"][5:]
+    file.write_text(json.dumps(fields))
+    options = json.loads((reference / "config.json").read_text()) | {"model": str(tmp_path / "model")}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(options))
+    assert "the same texts have other tokens than when the run began" in call(
+        ["finetune", "--resume", tmp_path / "run"], capsys, code=2
+    )
+    old = {name: value for name, value in options.items() if name != "tokens_sha256"} | {"format_version": 4}
+    assert run.RunConfig.from_json(json.dumps(old), "config.json").tokens_sha256 == ""  # which fits any tokens
+
+
 def test_bad_import(home, reference, tmp_path, capsys):
     call(["export", reference, "--format", "peft", "--out", tmp_path / "a"], capsys)
     into = ["import", tmp_path / "a", "--out", tmp_path / "run", "--model"]

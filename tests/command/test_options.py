@@ -45,6 +45,7 @@ CONFIG = """{
  "labels": [],
  "data_sha256": "",
  "model_sha256": "",
+ "tokens_sha256": "",
  "date": "",
  "finished": [],
  "ends": [],

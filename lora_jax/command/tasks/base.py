@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from lora_jax.command.metrics import Metric
 from lora_jax.command.options import RunConfig
@@ -40,6 +41,23 @@ def check_data(config: RunConfig, found: str) -> None:
     """Raise an InputError unless the data has the digest that the run was made with; a new run has none yet."""
     if config.data_sha256 not in ("", found):
         raise InputError(f"{config.data} has changed since the run began, so the run can't go on: start a new one")
+
+
+def check_tokens(config: RunConfig, arrays: Iterable[np.ndarray]) -> RunConfig:
+    """The options with the digest of what is learnt from, token by token.
+
+    Raises:
+      InputError: the run was made with other tokens.
+    """
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
+    if config.tokens_sha256 not in ("", digest.hexdigest()):
+        raise InputError(
+            "the same texts have other tokens than when the run began: the tokenizer or the chat template of its model has "
+            "changed, so the run can't go on; put it back, or start a new one"
+        )
+    return dataclasses.replace(config, tokens_sha256=digest.hexdigest())
 
 
 def check_weights(config: RunConfig, source: pathlib.Path, found: str) -> None:

@@ -17,7 +17,7 @@ from lora_jax import sharding
 from lora_jax.adapters.init import init
 from lora_jax.command.metrics import ACCURACY
 from lora_jax.command.options import RunConfig
-from lora_jax.command.tasks.base import Session, Task, check_data, check_there, check_weights, digest
+from lora_jax.command.tasks.base import Session, Task, check_data, check_there, check_tokens, check_weights, digest
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
@@ -123,6 +123,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     config = dataclasses.replace(config, labels=_order(config.labels, base.model), model_sha256=base.sha256)
     parts = labelled.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
     training, test = (labelled.encode(base.tokenizer, part, config.labels, config.max_length) for part in parts)
+    config = check_tokens(config, [*training.tokens, *test.tokens])
     task, names = _task(config, base.model, training, test, mesh), bert.hf_names(base.model.config)
     return Session(config, task, functools.partial(_init, base.model), names)
 

@@ -18,7 +18,7 @@ from lora_jax.adapters.init import init
 from lora_jax.command import run
 from lora_jax.command.metrics import PERPLEXITY
 from lora_jax.command.options import RunConfig
-from lora_jax.command.tasks.base import Session, Task, check_data, check_there, check_weights, digest
+from lora_jax.command.tasks.base import Session, Task, check_data, check_there, check_tokens, check_weights, digest
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
@@ -129,7 +129,8 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     if config.max_length > positions:
         raise InputError(f"max_length {config.max_length} is above the {positions} positions of the model")
     documents, counts, ends = _encode(corpus, base.tokenizer, config)
-    config = dataclasses.replace(config, ends=ends)
+    learnt = [array for own in documents for document in own for array in (document.tokens, document.targets)]
+    config = check_tokens(dataclasses.replace(config, ends=ends), learnt)
     training, held_out = language.split(corpus, documents, config.held_out)
     if corpus.kind != "chat":
         held_out = [without_end(document, base.tokenizer.end) for document in held_out]
