@@ -53,6 +53,28 @@ def test_peft_gets_the_same(file, stacked):
     assert distance(delta.T, want["delta"]) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["linear", "cat", "svd"])
+def test_one_adapter_keeps_its_sign_and_scale(method):
+    """A weight of -1 takes the change off again; the scale of rsLoRA is in the factors, whatever is said of the result."""
+    change = given(0)["w"].delta()
+    for weight in (1.0, -1.0):
+        np.testing.assert_allclose(combine([given(0)], [weight], method)["w"].delta(), weight * change, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["linear", "svd"])
+def test_several_ranks_are_saved_and_read_again(method, tmp_path):
+    """Each parameter with pairs of a rank of its own, through PEFT's files."""
+    sets = [{"w": pair("dense", i, 3), "v": pair("dense", i, 2)} for i in (0, 1)]
+    both = combine(sets, WEIGHTS, method, **options(method) if method != "svd" else {})
+    names = {name: lj.peft.HFName(f"model.{name}.weight", "i o -> o i") for name in "wv"}
+    lj.peft.save(tmp_path, both, names=names)
+    base = jax.tree.map(lambda one: jnp.zeros_like(one.delta()), both, is_leaf=lambda node: isinstance(node, lj.LowRank))
+    found = lj.peft.load(tmp_path, base, names=names)
+    assert {name: one.rank for name, one in found.items()} == {name: one.rank for name, one in both.items()}
+    for name, one in found.items():
+        np.testing.assert_allclose(one.delta(), both[name].delta(), atol=1e-5)
+
+
 def test_svd_is_the_truncated_sum():
     sets = [{"w": pair("stacked", 0, 3)}, {"w": pair("stacked", 1, 2)}]
     total = 0.5 * sets[0]["w"].delta() + 2.0 * sets[1]["w"].delta()

@@ -6,7 +6,7 @@ import random
 import pytest
 import tokenizers
 
-from lora_jax.data import language
+from lora_jax.data import language, packing
 from lora_jax.data.language import Corpus
 from lora_jax.data.tokenizer import TextTokenizer
 from tests.support import tiny_lm
@@ -58,3 +58,13 @@ def test_marks_that_a_text_has_already_are_not_there_twice(tmp_path):
     [[one], [two]], *_ = language.encode(Corpus("pairs", pairs, (1, 2)), tokenizer, 64, DAY)
     assert one.tokens.tolist() == two.tokens.tolist() and one.targets.tolist() == two.targets.tolist()
     assert list(tokenizer.prompt("<s>The cat", chat=False)) == list(tokenizer.prompt("The cat", chat=False))
+
+
+def test_the_end_is_learnt_where_padding_is_written_alike(tmp_path):
+    """Which tokens are learnt goes by places, not by ids."""
+    tokenizer = make("new", tmp_path)
+    padded = TextTokenizer(tokenizer.tokenizer, tokenizer.special_tokens | {"pad_token": "</s>"}, None, tmp_path)
+    documents, *_ = language.encode(Corpus("pairs", (("The cat", " meows."), ("The dog", " barks.")), (1, 2)), padded, 64, DAY)
+    rows = packing.pack([document for [document] in documents], 64)
+    assert rows.targets[rows.input_ids == padded.end].tolist() == [True, True]
+    assert not rows.targets[rows.segment_ids == 0].any()

@@ -305,3 +305,19 @@ def test_low_precision_needs_the_adapters():
     tx = lj.optimizer(optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"a dtype below float32, .* pass update\(\.\.\., params\)"):
         tx.update(adapters, tx.init(adapters))
+
+
+def test_multi_steps_are_one_step_with_the_mean_gradient():
+    adapters = {"w": pair()}
+    gradients = [jax.tree.map(lambda leaf, k=k: k * jnp.ones_like(leaf) + leaf, adapters) for k in (1.0, 3.0)]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 2, *gradients)
+    ends = []
+    for tx, seen in ((optax.MultiSteps(optax.adam(0.1), 2), gradients), (optax.adam(0.1), [mean])):
+        tx, end = lj.optimizer(tx), adapters
+        state = tx.init(end)
+        for gradient in seen:
+            updates, state = tx.update(gradient, state, end)
+            end = optax.apply_updates(end, updates)
+        ends.append(end)
+    for one, other in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
