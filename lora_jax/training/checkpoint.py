@@ -27,7 +27,7 @@ from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, check
 from lora_jax.core.errors import InputError, MissingError
 from lora_jax.core.files import reading
-from lora_jax.training import packing, train
+from lora_jax.training import optim, packing, train
 
 FORMAT_VERSION = 1
 
@@ -340,16 +340,26 @@ def _unpack_state(leaves: Any, vectors: Mapping[str, np.ndarray], adapters: dict
     """The training state: its structure is that of a new one, its arrays are the saved ones."""
     if leaves is None:
         raise InputError("it was saved without a training state, so there is none to restore with `tx`")
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), adapters)
+    shapes = jax.tree.map(lambda leaf: _of_dtype(leaf, leaf.dtype), adapters)
     new = train.init_state(shapes, tx, key=jax.random.key(0))
     wanted, treedef = paths.flatten(dataclasses.replace(new, adapters=None))
     values = dict(zip(leaves, packing.unpack(list(leaves.values()), vectors)))
+    if wanted.keys() != values.keys():
+        before, of_before = paths.flatten(
+            dataclasses.replace(new, adapters=None, opt_state=optim.without_copies(new.opt_state))
+        )
+        if before.keys() == values.keys():
+            wanted, treedef = {path: _of_dtype(leaf, values[path].dtype) for path, leaf in before.items()}, of_before
     odd = [path for path in dict.fromkeys([*wanted, *values]) if not _alike(wanted.get(path), values.get(path))]
     if odd:
         lines = [f"\n  {path}: {_text(values.get(path))}, `tx` has {_text(wanted.get(path))}" for path in odd[:10]]
         raise InputError("its training state is that of another optimiser than `tx`. It has" + "".join(lines))
     leaves = [_like(leaf, values[path]) for path, leaf in wanted.items()]
     return dataclasses.replace(jax.tree.unflatten(treedef, leaves), adapters=adapters)
+
+
+def _of_dtype(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
 
 def _like(wanted: Any, value: Any) -> Any:

@@ -53,6 +53,12 @@ class _Wide(NamedTuple):
     inner: Any
 
 
+def without_copies(state: Any) -> Any:
+    """A state of `optimizer` in the form of before, without float32 copies; its `update` goes on from such a one as then."""
+    is_wide = lambda node: isinstance(node, _Wide)
+    return jax.tree.map(lambda node: node.inner if is_wide(node) else node, state, is_leaf=is_wide)
+
+
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`tx` on copies in float32 where a leaf is below that (https://arxiv.org/abs/1710.03740, section 3.1)."""
     inner = optax.with_extra_args_support(tx)

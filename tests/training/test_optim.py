@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core.adapter import Rows
-from lora_jax.training.optim import decay_mask, lora_fa, lora_plus
+from lora_jax.training.optim import decay_mask, lora_fa, lora_plus, without_copies
 from tests.support.frontends import normal
 
 pytestmark = pytest.mark.usefixtures("lenient")  # optax promotes dtypes
@@ -305,6 +305,16 @@ def test_low_precision_needs_the_adapters():
     tx = lj.optimizer(optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"a dtype below float32, .* pass update\(\.\.\., params\)"):
         tx.update(adapters, tx.init(adapters))
+
+
+def test_a_state_of_before_goes_on_as_it_was():
+    """Without float32 copies: 1 - 1e-4 is 1 in bfloat16."""
+    adapters = {"head": lj.Full(jnp.ones(2, jnp.bfloat16))}
+    tx = lj.optimizer(optax.sgd(1e-4))
+    before = without_copies(tx.init(adapters))
+    updates, after = tx.update(adapters, before, adapters)
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    assert optax.apply_updates(adapters, updates)["head"].value.tolist() == [1.0, 1.0]
 
 
 def test_multi_steps_are_one_step_with_the_mean_gradient():
