@@ -271,5 +271,5 @@ def test_texts(home):
     config = lj.LoraConfig(**described.CONFIG)
     assert config.to_json() == TEXTS["config"] and lj.LoraConfig.from_json(TEXTS["config"]) == config
     assert str(lj.explain(described.model, described.variables(), jnp.array([1, 2]))) == TEXTS["explain"]
-    assert str(lj.summary(decoder.variables, trained)) == TEXTS["summary"]
-    assert str(lj.summary(described.variables(), described.adapters())) == TEXTS["summary of each kind"]
+    assert str(lj.summary(decoder.variables, trained)).startswith(TEXTS["summary"])  # what has no adapter is listed below
+    assert str(lj.summary(described.variables(), described.adapters())).startswith(TEXTS["summary of each kind"])

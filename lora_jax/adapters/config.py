@@ -9,11 +9,15 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from lora_jax.core import paths
+from lora_jax.core.adapter import Layout
 from lora_jax.core.errors import InputError
 from lora_jax.core.files import parse_json
 
-FORMAT_VERSION = 2
-SINCE_2 = ("method", "dora", "lora_bias", "d_initial", "trainable_token_indices", "alora_invocation_tokens")
+FORMAT_VERSION = 3
+SINCE: dict[int, tuple[str, ...]] = {  # which fields a version was the first to have
+    2: ("method", "dora", "lora_bias", "d_initial", "trainable_token_indices", "alora_invocation_tokens"),
+    3: ("layouts",),
+}
 WORDS = ("all-linear", "attention")
 Pattern = Any  # a string or a compiled regular expression; a string once the configuration is made
 
@@ -30,10 +34,13 @@ class LoraConfig:
     given as `re.compile(...)` or as a string that starts with `re:`. Every pattern must match something.
 
     Args:
-      rank: r, the inner size of each pair; at most the smaller side of the kernel.
+      rank: r, the inner size of each pair; at most the smaller side of the kernel. Where a word finds a kernel with a smaller
+        side, its pair has that rank (and VeRA's, which is one for all, leaves it out).
       alpha: the numerator of the scale.
       targets: patterns, or one word: `"all-linear"` (every kernel that `fn` uses in products only; never an embedding) or
-        `"attention"` (those of them below a module whose name contains `attn` or `attention`).
+        `"attention"` (those of them below a module whose name contains `attn` or `attention`). Words look at parameters only:
+        below `params` where a tree has it beside other collections, and at `nnx.Param`s. What they pass over is logged, and
+        is in `explain(...).passed_over` with the reasons.
       exclude: patterns of parameters that get no pair, whatever `targets` says.
       rank_pattern: `{pattern: rank}`; the first match wins over `rank`.
       alpha_pattern: `{pattern: alpha}`; the first match wins over `alpha`.
@@ -46,6 +53,8 @@ class LoraConfig:
       dtype: the dtype of the adapters, whatever the kernel's.
       batch_axes: `{pattern: axes}`: axes of a kernel that hold separate matrices (experts in a dense einsum, say) where the
         use alone would read them otherwise.
+      layouts: `{pattern: Layout}` of kernels whose use does not tell it: those that only a function with a derivative rule of
+        its own takes, say, and that `init(..., on_unsupported="materialize")` adapts.
       train: patterns of parameters that are trained whole (heads, norms, biases).
       method: `"lora"`; `"lora_fa"`: A is never trained (LoRA-FA, https://arxiv.org/abs/2308.03303; its optimiser is
         `lj.optim.lora_fa`); or `"vera"`: random A and B that all kernels share are never trained, only a scale for each inner
@@ -79,6 +88,7 @@ class LoraConfig:
     init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     dtype: Any = "float32"
     batch_axes: Mapping[Pattern, Sequence[int]] = dataclasses.field(default_factory=dict)
+    layouts: Mapping[Pattern, Layout] = dataclasses.field(default_factory=dict)
     train: Sequence[Pattern] = ()
     method: Literal["lora", "lora_fa", "vera"] = "lora"
     dora: bool = False
@@ -94,7 +104,10 @@ class LoraConfig:
         put("targets", _targets(self.targets))
         for name in ("exclude", "train"):
             put(name, _patterns(name, getattr(self, name)))
-        tables = {"rank_pattern": _rank, "alpha_pattern": _alpha, "batch_axes": _indices, "trainable_token_indices": _rows}
+        tables = {
+            "rank_pattern": _rank, "alpha_pattern": _alpha, "batch_axes": _indices, "layouts": _layout,
+            "trainable_token_indices": _rows,
+        }  # fmt: skip
         for name, check in tables.items():
             put(name, _pattern_table(name, getattr(self, name), check))
         put("layers", None if self.layers is None else _layers(self.layers))
@@ -153,8 +166,12 @@ class LoraConfig:
         return float(alpha / (rank if self.scaling == "lora" else rank**0.5))
 
     def to_json(self) -> str:
-        """The configuration as JSON text with a format version."""
-        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=1)
+        """The configuration as JSON text with a format version; the fields of the newest are in it where they are used."""
+        newest = SINCE[FORMAT_VERSION]
+        idle = [name for name in newest if getattr(self, name) in (None, {})]
+        version = FORMAT_VERSION if len(idle) < len(newest) else FORMAT_VERSION - 1
+        used = {name: value for name, value in dataclasses.asdict(self).items() if name not in idle}
+        return json.dumps({"format_version": version, **used}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "LoraConfig":
@@ -167,13 +184,21 @@ class LoraConfig:
         if not isinstance(fields, dict):
             raise InputError(f"the LoRA configuration must be a JSON object, not {type(fields).__name__}")
         version = fields.pop("format_version", None)
-        if version not in (1, FORMAT_VERSION):
-            raise InputError(f"the LoRA configuration has format version {version!r}; this lora_jax reads 1 and 2")
-        known = {field.name for field in dataclasses.fields(cls)} - set(SINCE_2 if version == 1 else ())
-        for problem, names in (("unknown", set(fields) - known), ("missing", known - set(fields))):
+        if version not in (1, *SINCE):
+            raise InputError(
+                f"the LoRA configuration has format version {version!r}; this lora_jax reads 1 to {FORMAT_VERSION}"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        known, needed = (names - _since(after) for after in (version, min(version, FORMAT_VERSION - 1)))
+        for problem, names in (("unknown", set(fields) - known), ("missing", needed - set(fields))):
             if names:
                 raise InputError(f"the LoRA configuration has {problem} fields: {', '.join(sorted(names))}")
         return cls(**fields)
+
+
+def _since(version: int) -> set[str]:
+    """The fields that a version did not have."""
+    return {name for since, names in SINCE.items() if since > version for name in names}
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -208,6 +233,13 @@ def _indices(name: str, value: Any) -> list[int]:
     if len(set(value)) != len(value):
         raise InputError(f"{name} names an index twice: {value!r}")
     return list(value)
+
+
+def _layout(name: str, value: Any) -> Layout:
+    axes = value if isinstance(value, Mapping) else dataclasses.asdict(value) if isinstance(value, Layout) else {}
+    if set(axes) != {"batch", "inputs", "outputs"}:
+        raise InputError(f"{name} must be a Layout(batch=(...), inputs=(...), outputs=(...)), not {value!r}")
+    return Layout(**{role: tuple(_indices(f"{name}.{role}", numbers)) for role, numbers in axes.items()})
 
 
 def _rows(name: str, value: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax.core import paths
 from lora_jax.core.adapter import ADAPTER, PARTS, Adapter, LowRank, check
+from lora_jax.core.collections import not_parameters
 from lora_jax.core.errors import InputError
 from lora_jax.core.text_table import text_table
 
@@ -42,6 +44,8 @@ class Summary:
       trainable: numbers that are trained.
       adapter_bytes: bytes of all the adapters' arrays.
       optimizer_bytes: bytes of Adam's two moments for the trained arrays, in their dtype.
+      unadapted: `{path: shape}` of the parameters of two axes or more without an adapter; `explain` says why a word passed one
+        over.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -50,6 +54,7 @@ class Summary:
     trainable: int
     adapter_bytes: int
     optimizer_bytes: int
+    unadapted: Mapping[str, tuple[int, ...]]
 
     def __str__(self) -> str:
         table = [("parameter", "shape", "adapter", "rank", "scale", "parameters", "trainable", "bytes")]
@@ -61,7 +66,7 @@ class Summary:
             f"{text_table(table, 'lllrrrrr')}\n"
             f"{self.trainable:,} trainable of {self.parameters:,} parameters ({share:.2f}%); "
             f"adapters {_size(self.adapter_bytes)} beside a base of {_size(self.parameter_bytes)}; "
-            f"Adam's state {_size(self.optimizer_bytes)}"
+            f"Adam's state {_size(self.optimizer_bytes)}{_without_adapter(self.unadapted)}"
         )
 
 
@@ -93,7 +98,33 @@ def summary(variables: Any, adapters: Mapping[str, Adapter]) -> Summary:
         sum(row.trainable for row in rows),
         sum(row.bytes for row in rows),
         optimizer_bytes,
+        _unadapted(variables, leaves, adapters),
     )
+
+
+def _unadapted(variables: Any, leaves: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> dict[str, tuple[int, ...]]:
+    aside = not_parameters(variables)
+    others = {path: leaf for path, leaf in leaves.items() if path not in adapters and path not in aside}
+    return {path: tuple(leaf.shape) for path, leaf in others.items() if len(leaf.shape) > 1}
+
+
+def _without_adapter(unadapted: Mapping[str, tuple[int, ...]]) -> str:
+    """The last lines: parameters whose paths differ in their numbers alone, as those of layers do, are one line.
+
+    >>> print(_without_adapter({"table": (9, 4), "layer_0/w": (4, 4), "layer_1/w": (4, 4)}))
+    <BLANKLINE>
+    without an adapter:
+      table 9x4
+      layer_*/w 4x4 (2 of them)
+    """
+    alike: dict[Any, list[str]] = {}
+    for path, shape in unadapted.items():
+        alike.setdefault((re.sub(r"\d+", "*", path), "x".join(map(str, shape))), []).append(path)
+    lines = [
+        f"\n  {some[0]} {shape}" if len(some) == 1 else f"\n  {pattern} {shape} ({len(some)} of them)"
+        for (pattern, shape), some in alike.items()
+    ]
+    return "".join(["\nwithout an adapter:", *lines]) if lines else ""
 
 
 def _row(path: str, shape: tuple[int, ...], adapter: Adapter) -> SummaryRow:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax.core.errors import InputError
 
@@ -55,15 +54,14 @@ def _in_box(key_path: Sequence[Any]) -> bool:
     return bool(above) and unnamed
 
 
+def stable_hash(path: str) -> int:
+    """A number of 32 bits for a path, the same everywhere."""
+    return zlib.crc32(path.encode())
+
+
 def fold_in(key: jax.Array, path: str) -> jax.Array:
-    """A key of its own for each path, by a hash that is the same everywhere."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
-def fold_in_each(key: jax.Array, some: Sequence[str]) -> jax.Array:
-    """`fold_in` for several paths: their keys as one array."""
-    hashes = jnp.array([zlib.crc32(path.encode()) for path in some], jnp.uint32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
+    """A key of its own for each path."""
+    return jax.random.fold_in(key, stable_hash(path))
 
 
 def is_quantized(node: Any) -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.core import jax_compat, paths, quantized
 from lora_jax.core.adapter import Layout, is_adapted
+from lora_jax.core.collections import not_parameters
 from lora_jax.core.contraction import contract
 from lora_jax.core.factor import Factor
 from lora_jax.core.interpreter import Context, Equation, NotLowRank
@@ -49,12 +50,14 @@ class Parameter:
       shape: its shape.
       dtype: its dtype.
       uses: each distinct use, in the order in which the function makes them.
+      aside: what the tree says that it is, where that is no parameter (a collection beside `params`, an `nnx.BatchStat`).
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: Any
     uses: tuple[Use, ...]
+    aside: str = ""
 
     @property
     def kind(self) -> str:
@@ -78,9 +81,24 @@ class Parameter:
 
     @property
     def mixed(self) -> bool:
-        """Whether it looks like a kernel (a product uses it, or a custom derivative rule) that can't take a pair."""
-        kernel = any(use.kind == "product" or use.primitive.startswith("custom_") for use in self.uses)
-        return bool(self.obstacle) and len(self.shape) > 1 and kernel and self.kind != "linear"
+        """Whether products use it as a kernel, and something else does that is not low-rank."""
+        kinds = {use.kind for use in self.uses}
+        return {"product", "other"} <= kinds and len(self.shape) > 1 and not self.aside
+
+    @property
+    def behind_custom_rule(self) -> bool:
+        """Whether it has the look of a kernel, but a function with a derivative rule of its own takes it."""
+        rule = any(use.primitive.startswith("custom_") for use in self.uses)
+        return rule and not self.aside and sum(size > 1 for size in self.shape) > 1
+
+    @property
+    def passed_over(self) -> str:
+        """Why `targets="all-linear"` gives it no pair though it has two axes or more; empty if it does, or refuses it."""
+        if len(self.shape) < 2 or self.mixed:
+            return ""
+        if self.aside:
+            return f"it is no parameter but of {self.aside}"
+        return "it is looked up: name it to adapt it" if self.kind == "embedding" and not self.obstacle else self.obstacle
 
     @property
     def _roles(self) -> tuple[str, ...]:
@@ -104,6 +122,11 @@ class Explanation:
     """How a function uses each parameter; prints as a table."""
 
     parameters: dict[str, Parameter]
+
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """`{path: reason}` of the parameters of two axes or more that `targets="all-linear"` gives no pair."""
+        return {path: p.passed_over for path, p in self.parameters.items() if p.passed_over}
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("parameter", "shape", "use", "batch", "in", "out", "low-rank")]
@@ -147,7 +170,9 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
     abstractly(run, leaves, args, kwargs)
     arrays = {path: leaf for path, leaf in zip(nodes, leaves) if hasattr(leaf, "dtype")}
     uses = {path: tuple(context.uses.get(path, ())) for path in arrays}
-    return Explanation({path: _parameter(path, leaf, uses[path], path in reached) for path, leaf in arrays.items()})
+    aside = not_parameters(params)
+    found = {path: _parameter(path, leaf, uses[path], path in reached) for path, leaf in arrays.items()}
+    return Explanation({path: dataclasses.replace(p, aside=aside.get(path, "")) for path, p in found.items()})
 
 
 def abstractly(fn: Callable[..., Any], *trees: Any) -> None:

@@ -75,7 +75,7 @@ def test_json_round_trip(config):
 @pytest.mark.parametrize("change,message", [
     (lambda d: d | {"rnak": 8}, "unknown fields: rnak"),
     (lambda d: {k: v for k, v in d.items() if k != "alpha"}, "missing fields: alpha"),
-    (lambda d: d | {"format_version": 3}, "format version 3; this lora_jax reads 1 and 2"),
+    (lambda d: d | {"format_version": 4}, "format version 4; this lora_jax reads 1 to 3"),
     (lambda d: {k: v for k, v in d.items() if k != "format_version"}, "format version None"),
     (lambda d: d | {"rank": "8"}, "rank must be a whole number"),
     (lambda d: [d], "must be a JSON object, not list"),

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.adapter import LowRank, wide_dtype
+from lora_jax.core.adapter import Layout, LowRank, wide_dtype
 from lora_jax.core.contraction import contract
-from lora_jax.core.deferred import use
+from lora_jax.core.deferred import is_deferred, unstack_base, use
 from lora_jax.core.factor import Factor, scaled_along
 from lora_jax.core.rules.products import Product
 from lora_jax.core.weight import LowRankTerm, Method
@@ -59,13 +59,31 @@ def magnitude_gain(base: Any, adapter: LowRank) -> jax.Array:
     >>> magnitude_gain(jnp.array([[1.0], [2.0]]), pair)
     Array([2.], dtype=float32)
     """
-    norm = lax.stop_gradient(use(lambda base: column_norm(base, adapter), base))
+    norm = lax.stop_gradient(column_norm(base, adapter))
     ratio = jnp.asarray(adapter.magnitude, norm.dtype) / jnp.where(norm > 0, norm, 1)
     return adapter.where_adapted(jnp.where(norm > 0, ratio, 1), 1.0)
 
 
 def column_norm(base: Any, adapter: LowRank) -> jax.Array:
-    """`||W + s A B||` over the in axes, `(*batch, *out)`, in float32 or wider where W or the adapter is."""
+    """`||W + s A B||` over the in axes, `(*batch, *out)`, in float32 or wider where W or the adapter is.
+
+    Of a quantised stack one slice after the other, so that no more of it is dense at a time.
+    """
+    layout = adapter.layout
+    if not is_deferred(base) or not base.slices or 0 not in layout.batch:
+        return use(lambda base: _column_norm(base, adapter), base)
+    arrays, slice_of_base = unstack_base(base)
+    shifted = {role: tuple(axis - 1 for axis in axes if axis) for role, axes in dataclasses.asdict(layout).items()}
+    factors = {name: getattr(adapter, name) for name in ("a", "b", "scale") if name in adapter.children()}
+
+    def one(stack: Any) -> jax.Array:
+        arrays, factors = stack
+        return column_norm(slice_of_base(arrays), LowRank(**{"layout": Layout(**shifted), "scale": adapter.scale, **factors}))
+
+    return lax.map(one, (arrays, factors))
+
+
+def _column_norm(base: Any, adapter: LowRank) -> jax.Array:
     base, layout, (a_axes, b_axes) = jnp.asarray(base), adapter.layout, adapter.axes()
     wide = wide_dtype(base, jnp.asarray(adapter.a))
     a, b = jnp.asarray(adapter.a, wide), adapter.scaled(jnp.asarray(adapter.b, wide))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.core.adapter import Layout
 from lora_jax.core.factor import RANK, Factor, scaled_along
+from lora_jax.core.host import host, namespace
 from lora_jax.core.rules.products import Product
 from lora_jax.core.weight import LowRankTerm, Method, WeightContext
 
@@ -26,41 +27,61 @@ class Shared:
     the targets changes the smaller ones' by no more than the factor that PEFT's bound `sqrt(6 / largest in)` gives.
 
     Args:
+      key: a PRNG key.
       rank: r.
       fan_in: the largest number of inputs.
+      fan_out: the largest number of outputs.
       dtype: of the matrices.
     """
 
+    key: jax.Array
     rank: int
     fan_in: int
+    fan_out: int
     dtype: Any
-    made: dict[tuple[int, ...], jax.Array] = dataclasses.field(default_factory=dict)
+    made: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 
-    def pair(self, key: jax.Array, layout: Layout, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    def pair(self, layout: Layout, shape: tuple[int, ...]) -> tuple[Any, Any]:
         """A `(*batch, *in, r)` and B `(*batch, r, *out)` of a kernel of this shape, the same for each matrix of a stack."""
         a_shape, b_shape = layout.factor_shapes(shape, self.rank)
         batch = len(layout.batch)
-        lines = lambda index, count, bound: self._lines(jax.random.fold_in(key, index), count, bound)
-        a = lambda: lines(0, math.prod(a_shape[batch:-1]), math.sqrt(6 / self.fan_in)).reshape(a_shape[batch:])
-        b = lambda: lines(1, math.prod(b_shape[batch + 1 :]), math.sqrt(6 / self.rank)).T.reshape(b_shape[batch:])
-        return self._once((0, *a_shape), a), self._once((1, *b_shape), b)
+        fan_in, fan_out = math.prod(a_shape[batch:-1]), math.prod(b_shape[batch + 1 :])
+        a = self._once((0, *a_shape), lambda: self._rows[:fan_in].reshape(a_shape[batch:]))
+        return a, self._once((1, *b_shape), lambda: self._columns[:fan_out].T.reshape(b_shape[batch:]))
 
-    def _lines(self, key: jax.Array, count: int, bound: float) -> jax.Array:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
-        return jax.vmap(lambda key: jax.random.uniform(key, (self.rank,), minval=-bound, maxval=bound))(keys)
+    @functools.cached_property
+    def _rows(self) -> Any:
+        return host(_lines(self.key, 0, math.sqrt(6 / self.fan_in), self.fan_in, self.rank, self.dtype))
 
-    def _once(self, name: tuple[int, ...], make: Any) -> jax.Array:
+    @functools.cached_property
+    def _columns(self) -> Any:
+        return host(_lines(self.key, 1, math.sqrt(6 / self.rank), self.fan_out, self.rank, self.dtype))
+
+    def _once(self, name: tuple[int, ...], make: Callable[[], Any]) -> Any:
         if name not in self.made:
-            self.made[name] = jnp.broadcast_to(make().astype(self.dtype), name[1:])
+            array = make()
+            self.made[name] = namespace(array).broadcast_to(array, name[1:])
         return self.made[name]
 
 
-def vera_scales(layout: Layout, shape: tuple[int, ...], rank: int, d_initial: float, dtype: Any) -> dict[str, jax.Array]:
-    """A kernel's d `(*batch, r)`, all `d_initial`, and b `(*batch, *out)`, zero: step 0 is the base model."""
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _lines(key: jax.Array, which: int, bound: float, count: int, rank: int, dtype: Any) -> jax.Array:
+    """Lines `(count, rank)`, each of a key of its own."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, which), jnp.arange(count))
+    draw = lambda key: jax.random.uniform(key, (rank,), minval=-bound, maxval=bound)
+    return jax.vmap(draw)(keys).astype(dtype)
+
+
+def vera_scales(layout: Layout, shape: tuple[int, ...], rank: int, d_initial: float, like: Any) -> dict[str, Any]:
+    """A kernel's d `(*batch, r)`, all `d_initial`, and b `(*batch, *out)`, zero: step 0 is the base model.
+
+    They are of the kind and dtype of the array `like`.
+    """
     _, (*b_shape,) = layout.factor_shapes(shape, rank)
-    batch = len(layout.batch)
+    batch, numbers = len(layout.batch), namespace(like)
     out_shape = (*b_shape[:batch], *b_shape[batch + 1 :])
-    return {"lambda_d": jnp.full(b_shape[: batch + 1], d_initial, dtype), "lambda_b": jnp.zeros(out_shape, dtype)}
+    d, b = numbers.full(tuple(b_shape[: batch + 1]), d_initial, like.dtype), numbers.zeros(out_shape, like.dtype)
+    return {"lambda_d": d, "lambda_b": b}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["scales"], meta_fields=[])
