@@ -282,12 +282,16 @@ def fit(pair: LowRank, u: jax.Array, s: jax.Array, vt: jax.Array) -> LowRank:
     return within_ranks(pair, a * jnp.sign(factor)[..., None], b)
 
 
-def kernel_matrices(kernel: jax.Array, layout: Layout) -> jax.Array:
-    """A kernel as `(count, in, out)`, in float32 at least."""
+def kernel_stack(kernel: jax.Array, layout: Layout) -> jax.Array:
+    """A kernel as `(count, in, out)`, in its own dtype."""
     size = lambda axes: math.prod(kernel.shape[axis] for axis in axes)
     order = (*layout.batch, *layout.inputs, *layout.outputs)
-    flat = kernel.transpose(order).reshape(size(layout.batch), size(layout.inputs), size(layout.outputs))
-    return flat.astype(wide_dtype(kernel))
+    return kernel.transpose(order).reshape(size(layout.batch), size(layout.inputs), size(layout.outputs))
+
+
+def kernel_matrices(kernel: jax.Array, layout: Layout) -> jax.Array:
+    """A kernel as `(count, in, out)`, in float32 at least."""
+    return kernel_stack(kernel, layout).astype(wide_dtype(kernel))
 
 
 def delta_matrices(pair: LowRank) -> jax.Array:

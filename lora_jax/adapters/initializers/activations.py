@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters.algebra import fit, from_matrices, kernel_matrices, true_ranks
-from lora_jax.adapters.initializers.common import Adapters, sides, smallest_first, split_off, svd, with_kernels
+from lora_jax.adapters.initializers.common import Adapters, by_matrix, sides, smallest_first, split_off, svd, with_kernels
 from lora_jax.adapters.initializers.moments import Moments, check_reached
 from lora_jax.core.adapter import Adapter, LowRank
 from lora_jax.core.errors import InputError
@@ -60,20 +60,26 @@ def eva(
     if not rho >= 1:
         raise InputError(f"rho must be at least 1, not {rho!r}")
     pairs = {path: pair for path, (_, pair) in with_kernels(variables, adapters, quantized=True).items()}
-    found = {path: _components(*_moments_of(path, pair, moments)) for path, pair in pairs.items()}
+    most = {path: min(round(pair.rank * rho), sides(pair)[0]) for path, pair in pairs.items()}
+    found = {path: _components(*_moments_of(path, pair, moments), most[path]) for path, pair in pairs.items()}
     ranks = _redistributed(pairs, {path: np.asarray(share) for path, (share, _) in found.items()}, rho)
     fresh = {path: _with_components(pair, found[path][1], ranks[path]) for path, pair in pairs.items() if any(ranks[path])}
     return variables, {path: fresh.get(path, a) for path, a in adapters.items() if path in fresh or path not in pairs}
 
 
-@jax.jit
-def _components(second: jax.Array, total: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The share of the variance that each component explains, `(count, in)`, and the components as columns."""
-    mean = total / jnp.maximum(count, 1).astype(total.dtype)[:, None]
-    values, vectors = jnp.linalg.eigh(second - total[:, :, None] * mean[:, None])
-    values = jnp.maximum(values, 0)[:, ::-1]
-    trace = values.sum(-1, keepdims=True)
-    return values / jnp.where(trace > 0, trace, 1), vectors[..., ::-1]
+@functools.partial(jax.jit, static_argnums=3)
+def _components(second: jax.Array, total: jax.Array, count: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """The share of the variance that each of the first components explains, `(count, most)`, and these as columns."""
+
+    def one(sums: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        second, total, count = sums
+        mean = total / jnp.maximum(count, 1).astype(total.dtype)
+        values, vectors = jnp.linalg.eigh(second - total[:, None] * mean[None])
+        values = jnp.maximum(values, 0)[::-1]
+        trace = values.sum()
+        return values[:most] / jnp.where(trace > 0, trace, 1), vectors[:, ::-1][:, :most]
+
+    return jax.lax.map(one, (second, total, count))
 
 
 def _redistributed(pairs: Mapping[str, LowRank], shares: Mapping[str, np.ndarray], rho: float) -> dict[str, tuple[int, ...]]:
@@ -137,11 +143,14 @@ def corda(
 
 @functools.partial(jax.jit, static_argnums=3)
 def _corda(kernel: jax.Array, pair: LowRank, second: jax.Array, mode: str) -> LowRank:
-    flat = kernel_matrices(kernel, pair.layout)
-    second = second.astype(flat.dtype)
-    mean = jnp.diagonal(second, axis1=1, axis2=2).mean(-1)[:, None, None]
-    c = second / jnp.where(mean > 0, mean, 1) + DAMPING * jnp.eye(second.shape[-1], dtype=flat.dtype)[None]
-    u, s, vt = svd(jnp.matmul(c, flat, precision="highest"))
-    if mode == "kpm":
-        u, s, vt = smallest_first(u, s, vt)
-    return fit(pair, jnp.linalg.solve(c, u[..., : pair.rank]), s, vt)
+    def one(kernel: jax.Array, pair: LowRank, second: jax.Array) -> LowRank:
+        flat = kernel_matrices(kernel, pair.layout)
+        second = second.astype(flat.dtype)
+        mean = jnp.diagonal(second).mean()
+        c = second / jnp.where(mean > 0, mean, 1) + DAMPING * jnp.eye(len(second), dtype=flat.dtype)
+        u, s, vt = svd(jnp.matmul(c[None], flat, precision="highest"))
+        if mode == "kpm":
+            u, s, vt = smallest_first(u, s, vt)
+        return fit(pair, jnp.linalg.solve(c[None], u[..., : pair.rank]), s, vt)
+
+    return by_matrix(one, kernel, pair, second)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.merging import unmerge
+from lora_jax import sharding
+from lora_jax.adapters.algebra import kernel_stack, matrices, scales, within_ranks
 from lora_jax.core import paths
-from lora_jax.core.adapter import Adapter, Layout, LowRank, attach, is_adapted
+from lora_jax.core.adapter import Adapter, Layout, LowRank, attach, is_adapted, wide_dtype
 from lora_jax.core.errors import InputError
 
 Adapters = Mapping[str, Adapter]
@@ -59,8 +60,31 @@ def split_off(
     variables: Any, adapters: Adapters, make: Callable[[str, jax.Array, LowRank], LowRank]
 ) -> tuple[Any, dict[str, Adapter]]:
     """The pairs that `make(path, kernel, pair)` gives, and the base `W - s A B` that goes with them."""
-    fresh = {path: make(path, kernel, pair) for path, (kernel, pair) in with_kernels(variables, adapters).items()}
-    return unmerge(variables, fresh), {**adapters, **fresh}
+    pairs = with_kernels(variables, adapters)
+    fresh = {path: make(path, kernel, pair) for path, (kernel, pair) in pairs.items()}
+    leaves, treedef = paths.flatten(variables)
+    leaves |= {path: _rest(leaves[path], pair) for path, pair in fresh.items()}
+    return jax.tree.unflatten(treedef, list(leaves.values())), {**adapters, **fresh}
+
+
+def _rest(kernel: jax.Array, pair: LowRank) -> jax.Array:
+    rest = _minus_pair(kernel, pair)
+    return jax.device_put(rest, kernel.sharding) if sharding.on_mesh(kernel) else rest
+
+
+@jax.jit
+def _minus_pair(kernel: jax.Array, pair: LowRank) -> jax.Array:
+    """`W - s A B`, one matrix of a stack after the other."""
+
+    def one(matrices: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        w, a, b = matrices
+        change = jnp.matmul(a, b, precision="highest")
+        wide = wide_dtype(w, change)
+        return (w.astype(wide) - change.astype(wide)).astype(kernel.dtype)
+
+    a, b = matrices(pair)
+    scaled = b * scales(pair, b.dtype)[..., None]
+    return as_kernel(jax.lax.map(one, (kernel_stack(kernel, pair.layout), a, scaled)), kernel, pair.layout)
 
 
 def sides(pair: LowRank) -> tuple[int, int]:
@@ -70,6 +94,38 @@ def sides(pair: LowRank) -> tuple[int, int]:
 
 
 # --- inside jit -------------------------------------------------------------------------------------------------------
+
+_MATRIX = Layout((), (0,), (1,))
+
+
+def map_matrices(fn: Callable[..., Any], kernel: jax.Array, pair: LowRank, *stacks: jax.Array) -> Any:
+    """What `fn(kernel, pair, *slices)` gives for the matrices of a stack, one after the other.
+
+    So there is never more of a decomposition, or of the kernel in float32, than that of one matrix.
+
+    Args:
+      fn: from a kernel `(in, out)` in its own dtype, a pair of zeros with its rank and scale, and a slice of each stack.
+      kernel: the whole kernel.
+      pair: the whole pair.
+      stacks: arrays `(count, ...)`.
+    """
+    fan_in, fan_out = sides(pair)
+    a, b = jnp.zeros((fan_in, pair.rank), pair.a.dtype), jnp.zeros((pair.rank, fan_out), pair.b.dtype)
+    flat = kernel_stack(kernel, pair.layout)
+    scale = jnp.broadcast_to(scales(pair, wide_dtype(kernel))[:, 0], flat.shape[:1])
+
+    def one(slices: tuple[jax.Array, ...]) -> Any:
+        # The barrier keeps XLA from laying the whole stack out anew, as a decomposition wants its matrix.
+        matrix, scale, *others = jax.lax.optimization_barrier(slices)
+        return fn(matrix, LowRank(a, b, _MATRIX, scale), *others)
+
+    return jax.lax.map(one, (flat, scale, *stacks))
+
+
+def by_matrix(fn: Callable[..., LowRank], kernel: jax.Array, pair: LowRank, *stacks: jax.Array) -> LowRank:
+    """The pair of a stack from the pairs of its matrices, as `map_matrices` makes them."""
+    made = map_matrices(fn, kernel, pair, *stacks)
+    return within_ranks(pair, made.a, made.b)
 
 
 def as_kernel(flat: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:

@@ -1,5 +1,6 @@
 """Initialisers from the gradient of the kernels."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -9,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.algebra import kernel_matrices, scales, true_ranks, within_ranks
-from lora_jax.adapters.initializers.common import Adapters, sides, split_off, svd, with_kernels
+from lora_jax.adapters.algebra import kernel_matrices, kernel_stack, true_ranks
+from lora_jax.adapters.initializers.common import Adapters, by_matrix, sides, split_off, svd, with_kernels
 from lora_jax.core import paths
 from lora_jax.core.adapter import Adapter, LowRank, wide_dtype
 from lora_jax.core.errors import InputError
@@ -149,17 +150,17 @@ def _places(direction: str, pair: LowRank, key: jax.Array | None) -> tuple[np.nd
 def _lora_ga(
     kernel: jax.Array, pair: LowRank, gradient: jax.Array, of_a: jax.Array, of_b: jax.Array, scale: str, gamma: float
 ) -> LowRank:
-    u, s, vt = svd(kernel_matrices(gradient, pair.layout))
-    s_b = jnp.take_along_axis(s, of_b, 1)
-    a = jnp.take_along_axis(u, of_a[:, None], 2)
-    b = jnp.take_along_axis(vt, of_b[..., None], 1) * s_b[..., None]
-    flat = kernel_matrices(kernel, pair.layout)
-    if scale == "stable":
-        b = b * (flat.shape[2] ** 0.25 / math.sqrt(gamma))
-    elif scale == "weight_svd":
-        first = s_b[:, :1]
-        factor = jnp.linalg.norm(flat, 2, axis=(1, 2))[:, None] / jnp.where(first > 0, first, 1)
-        b = b * jnp.where(first > 0, factor, 1)[..., None]
-    elif scale == "gd_scale":
-        a, b = (x / scales(pair, x.dtype)[..., None] for x in (a, b))
-    return within_ranks(pair, a, b)
+    def one(kernel: jax.Array, pair: LowRank, gradient: jax.Array, of_a: jax.Array, of_b: jax.Array) -> LowRank:
+        u, s, vt = (x[0] for x in svd(kernel_matrices(gradient, pair.layout)))
+        a, b = u[:, of_a], vt[of_b] * s[of_b, None]
+        if scale == "stable":
+            b = b * (kernel.shape[1] ** 0.25 / math.sqrt(gamma))
+        elif scale == "weight_svd":
+            first = s[of_b[0]]
+            factor = jnp.linalg.norm(kernel.astype(wide_dtype(kernel)), 2) / jnp.where(first > 0, first, 1)
+            b = b * jnp.where(first > 0, factor, 1)
+        elif scale == "gd_scale":
+            a, b = (x / pair.scale.astype(x.dtype) for x in (a, b))
+        return dataclasses.replace(pair, a=a, b=b)
+
+    return by_matrix(one, kernel, pair, kernel_stack(gradient, pair.layout), of_a, of_b)

@@ -1,5 +1,6 @@
 """Initialisers for a quantised base."""
 
+import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -7,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters import quant
-from lora_jax.adapters.algebra import delta_matrices, fit, kernel_matrices
-from lora_jax.adapters.initializers.common import Adapters, as_kernel, sides, svd, with_kernels
+from lora_jax.adapters.algebra import delta_matrices, fit, kernel_matrices, true_ranks, within_ranks
+from lora_jax.adapters.initializers.common import Adapters, as_kernel, map_matrices, sides, svd, with_kernels
 from lora_jax.core import paths, quantized
 from lora_jax.core.adapter import Adapter, LowRank
 from lora_jax.core.errors import InputError
@@ -68,14 +69,20 @@ def _check_block(path: str, shape: tuple[int, ...], pair: LowRank, block: int | 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _loftq(kernel: jax.Array, pair: LowRank, dtype: str, block: int | None, iterations: int) -> tuple[jax.Array, LowRank]:
-    """The dequantised kernel and the pair."""
-    flat = kernel_matrices(kernel, pair.layout)
+    """The dequantised kernel and the pair; one matrix of a stack after the other."""
+    within = jnp.arange(pair.rank)[None] < true_ranks(pair)[:, None]
 
-    def turn(_: Any, state: tuple[jax.Array, LowRank]) -> tuple[jax.Array, LowRank]:
-        rounded = quantized.dense(quant.rounded(flat - delta_matrices(state[1]), dtype, 1, block))
-        rounded = rounded.astype(kernel.dtype).astype(flat.dtype)
-        return rounded, fit(pair, *svd(flat - rounded))
+    def one(kernel: jax.Array, pair: LowRank, on: jax.Array) -> tuple[jax.Array, LowRank]:
+        flat = kernel_matrices(kernel, pair.layout)
 
-    start = jax.tree.map(jnp.zeros_like, pair)
-    rounded, pair = jax.lax.fori_loop(0, iterations, turn, (flat, start))
-    return as_kernel(rounded, kernel, pair.layout), pair
+        def turn(_: Any, state: tuple[jax.Array, LowRank]) -> tuple[jax.Array, LowRank]:
+            rounded = quantized.dense(quant.rounded(flat - delta_matrices(state[1]), dtype, 1, block))
+            rounded = rounded.astype(kernel.dtype).astype(flat.dtype)
+            found = fit(pair, *svd(flat - rounded))
+            return rounded, dataclasses.replace(found, a=jnp.where(on[None], found.a, 0), b=jnp.where(on[:, None], found.b, 0))
+
+        rounded, found = jax.lax.fori_loop(0, iterations, turn, (flat, pair))
+        return rounded[0].astype(kernel.dtype), found
+
+    rounded, found = map_matrices(one, kernel, pair, within)
+    return as_kernel(rounded, kernel, pair.layout), within_ranks(pair, found.a, found.b)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters import algebra
-from lora_jax.adapters.algebra import fit, kernel_matrices, within_ranks
-from lora_jax.adapters.initializers.common import Adapters, smallest_first, split_off, svd
+from lora_jax.adapters.algebra import fit, kernel_matrices, true_ranks, within_ranks
+from lora_jax.adapters.initializers.common import Adapters, by_matrix, sides, smallest_first, split_off, svd
 from lora_jax.core import paths
-from lora_jax.core.adapter import Adapter, LowRank
+from lora_jax.core.adapter import Adapter, LowRank, wide_dtype
 from lora_jax.core.errors import InputError
 
 _OVERSAMPLE = 8
@@ -53,18 +53,25 @@ def pissa(
 
 @functools.partial(jax.jit, static_argnums=3)
 def _pissa(kernel: jax.Array, pair: LowRank, key: jax.Array | None, iterations: int | None) -> LowRank:
-    flat = kernel_matrices(kernel, pair.layout)
     if key is None or iterations is None:
-        return fit(pair, *svd(flat))
-    return fit(pair, *_randomized_svd(key, flat, pair.rank, iterations))
+        return by_matrix(lambda kernel, pair: fit(pair, *svd(_matrices(kernel, pair))), kernel, pair)
+    (fan_in, fan_out), count = sides(pair), len(true_ranks(pair))
+    sample = jax.random.normal(key, (count, fan_out, min(pair.rank + _OVERSAMPLE, fan_in, fan_out)), wide_dtype(kernel))
+
+    def one(kernel: jax.Array, pair: LowRank, sample: jax.Array) -> LowRank:
+        return fit(pair, *_randomized_svd(sample[None], _matrices(kernel, pair), iterations))
+
+    return by_matrix(one, kernel, pair, sample)
 
 
-def _randomized_svd(key: jax.Array, flat: jax.Array, rank: int, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _matrices(kernel: jax.Array, pair: LowRank) -> jax.Array:
+    return kernel_matrices(kernel, pair.layout)
+
+
+def _randomized_svd(sample: jax.Array, flat: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The largest singular values, from the range of `(W W^T)^iterations W` times a normal matrix."""
-    width = min(rank + _OVERSAMPLE, *flat.shape[1:])
     product = functools.partial(jnp.matmul, precision="highest")
     orthonormal = lambda x: jnp.linalg.qr(x)[0]
-    sample = jax.random.normal(key, (flat.shape[0], flat.shape[2], width), flat.dtype)
 
     def power(_: Any, q: jax.Array) -> jax.Array:
         return orthonormal(product(flat, orthonormal(product(flat.mT, q))))
@@ -88,7 +95,7 @@ def milora(variables: Any, adapters: Adapters) -> tuple[Any, dict[str, Adapter]]
 
 @jax.jit
 def _milora(kernel: jax.Array, pair: LowRank) -> LowRank:
-    return fit(pair, *smallest_first(*svd(kernel_matrices(kernel, pair.layout))))
+    return by_matrix(lambda kernel, pair: fit(pair, *smallest_first(*svd(_matrices(kernel, pair)))), kernel, pair)
 
 
 def olora(variables: Any, adapters: Adapters) -> tuple[Any, dict[str, Adapter]]:
@@ -105,8 +112,11 @@ def olora(variables: Any, adapters: Adapters) -> tuple[Any, dict[str, Adapter]]:
 
 @jax.jit
 def _olora(kernel: jax.Array, pair: LowRank) -> LowRank:
-    q, r = jnp.linalg.qr(kernel_matrices(kernel, pair.layout).mT)
-    return within_ranks(pair, r[:, : pair.rank].mT, q[..., : pair.rank].mT)
+    def one(kernel: jax.Array, pair: LowRank) -> LowRank:
+        q, r = jnp.linalg.qr(_matrices(kernel, pair).mT)
+        return within_ranks(pair, r[:, : pair.rank].mT, q[..., : pair.rank].mT)
+
+    return by_matrix(one, kernel, pair)
 
 
 def convert(adapters: Adapters, initial: Adapters) -> dict[str, Adapter]:
