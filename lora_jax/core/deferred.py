@@ -26,6 +26,11 @@ class Deferred:
     def ndim(self) -> int:
         return len(self.shape)
 
+    @property
+    def sliceable(self) -> bool:
+        """Whether a slice along axis 0 can be made alone: not where values share a scale along it."""
+        return self.slices and all(array.shape[0] == self.shape[0] for array in jax.tree.leaves(self.arrays))
+
 
 def is_deferred(value: Any) -> bool:
     return isinstance(value, Deferred)
@@ -58,6 +63,6 @@ def unstack_base(base: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The arrays of a base for scanning along axis 0, and how to make the base of one slice from theirs."""
     if not is_deferred(base):
         return base, lambda array: array
-    if not base.slices:
+    if not base.sliceable:
         return use(lambda array: array, base), lambda array: array
     return base.arrays, lambda arrays: dataclasses.replace(base, arrays=arrays, shape=base.shape[1:])

@@ -70,7 +70,7 @@ def column_norm(base: Any, adapter: LowRank) -> jax.Array:
     Of a quantised stack one slice after the other, so that no more of it is dense at a time.
     """
     layout = adapter.layout
-    if not is_deferred(base) or not base.slices or 0 not in layout.batch:
+    if not is_deferred(base) or not base.sliceable or 0 not in layout.batch:
         return use(lambda base: _column_norm(base, adapter), base)
     arrays, slice_of_base = unstack_base(base)
     shifted = {role: tuple(axis - 1 for axis in axes if axis) for role, axes in dataclasses.asdict(layout).items()}
