@@ -81,7 +81,7 @@ class RunConfig:
     adapter: Annotated[
         str | None,
         option(
-            "begin with the adapters of a PEFT directory or run: their targets and ranks, and new pairs where --targets has more",
+            "begin with the adapters of a PEFT directory or run, and new pairs where --targets has more",
             metavar="DIR",
             since=5,
         ),
