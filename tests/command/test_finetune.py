@@ -108,7 +108,7 @@ def test_texts_that_are_cut_are_counted(reference, capsys):
     assert cli.main(["predict", str(directory), "--text", "plot " * 14, "--text", "plot " * 15]) == 0
     assert "note: 1 texts were longer than 16 tokens and were cut at their end" in capsys.readouterr().err
     config = run.read_config(directory)
-    task = classify.prepare(dataclasses.replace(config, max_length=4)).task
+    task = classify.prepare(dataclasses.replace(config, max_length=4, tokens_sha256="")).task
     assert "240 texts were longer than 4 tokens and were cut at their end" in task.description
 
 
