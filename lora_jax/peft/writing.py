@@ -71,6 +71,9 @@ def save(
     if broken:
         raise InputError(f"these adapters hold NaN or infinite values: {listing(broken)}")
     leaves = {} if variables is None else paths.flatten(variables)[0]
+    absent = [path for path in changed if path not in leaves]
+    if absent:
+        raise InputError(f"changed: save(..., variables=) has no such tables: {listing(absent)}")
     writer = _Writer(adapters, names, config, leaves, task_type, changed)
     fields = writer.fields() | {"base_model_name_or_path": base_model, "task_type": task_type}
     files.write(files.locate(directory, adapter), fields, writer.tensors)

@@ -260,6 +260,12 @@ def test_a_tied_embedding_is_written_for_both_uses(tmp_path):
     assert fields["ensure_weight_tying"] and fields["target_modules"] == ["lm_head", "model.embed_tokens"]
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert sorted(tensor.shape for tensor in stored.values()) == [(2, 32), (2, 64), (32, 2), (64, 2)]  # and no table
+    [table] = adapters
+    peft.save(tmp_path, adapters, names=names, config=config, variables=variables, changed=[table])
+    again = load_file(tmp_path / "adapter_model.safetensors")
+    assert set(again) - set(stored) == {"base_model.model.model.embed_tokens.base_layer.weight"}  # once
+    with pytest.raises(ValueError, match=r"changed: save.* has no such tables: params/embed_tokens/embedding"):
+        peft.save(tmp_path, adapters, names=names, changed=[table])
     untied, untied_names, untied_apply = peft_cases.model("llama-tied", "untied")
     apart = peft.load(tmp_path, untied, names=untied_names)
     assert set(apart) == {"params/embed_tokens/embedding", "params/lm_head/kernel"}
