@@ -48,7 +48,7 @@ def add(*sets: Adapters) -> dict[str, LowRank]:
       sets: adapter sets; a parameter need not be in all of them.
 
     Raises:
-      InputError: an adapter is not a plain pair, or the pairs of a parameter differ in layout or dropout.
+      InputError: an adapter is not a plain pair, or the pairs of a parameter differ in layout, dropout or branch dtype.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> pair = lj.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)), scale=2.0)
@@ -333,16 +333,17 @@ def _more_than_a_pair(adapter: Adapter) -> str:
 
 
 def _by_path(sets: Sequence[Adapters], verb: str) -> dict[str, list[LowRank]]:
-    """The pairs of each parameter, which agree in layout and dropout."""
+    """The pairs of each parameter, which agree in layout, dropout and branch dtype."""
     found: dict[str, list[LowRank]] = {}
     for one in sets:
         for path, pair in _plain(one, verb).items():
             found.setdefault(path, []).append(pair)
             first = found[path][0]
-            if (first.layout, first.dropout) != (pair.layout, pair.dropout):
+            one, other = ((p.layout, p.dropout, p.branch_dtype) for p in (first, pair))
+            if one != other:
                 raise InputError(
-                    f"{path}: pairs of different layouts or dropouts can't be {verb}: {first.layout} with {first.dropout}, "
-                    f"{pair.layout} with {pair.dropout} (fold_scale of each drops the dropout)"
+                    f"{path}: pairs of different layouts, dropouts or branch dtypes can't be {verb}: {one} with {other} "
+                    "(fold_scale of each drops the dropout)"
                 )
     return found
 

@@ -16,7 +16,7 @@ from lora_jax.core.files import parse_json
 FORMAT_VERSION = 3
 SINCE: dict[int, tuple[str, ...]] = {  # which fields a version was the first to have
     2: ("method", "dora", "lora_bias", "d_initial", "trainable_token_indices", "alora_invocation_tokens"),
-    3: ("layouts",),
+    3: ("layouts", "branch_dtype"),
 }
 WORDS = ("all-linear", "attention")
 Pattern = Any  # a string or a compiled regular expression; a string once the configuration is made
@@ -51,6 +51,9 @@ class LoraConfig:
         `"orthogonal"` (neither zero, but A B = 0; all ranks even). An embedding has A zero and B N(0, 1) always, as in PEFT.
         Starts that change the base or look at data are in `lora_jax.initializers`.
       dtype: the dtype of the adapters, whatever the kernel's.
+      branch_dtype: what the branches `s (x A) B` are computed in; a wider one than the input's is added to `x W` before
+        that is rounded. `None`: the input's. On a bfloat16 base `"float32"` does as PEFT, whose branches have the dtype of
+        its adapters. Looked-up rows are added up in float32 whatever this says.
       batch_axes: `{pattern: axes}`: axes of a kernel that hold separate matrices (experts in a dense einsum, say) where the
         use alone would read them otherwise.
       layouts: `{pattern: Layout}` of kernels whose use does not tell it: those that only a function with a derivative rule of
@@ -87,6 +90,7 @@ class LoraConfig:
     dropout: float = 0.0
     init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     dtype: Any = "float32"
+    branch_dtype: Any = None
     batch_axes: Mapping[Pattern, Sequence[int]] = dataclasses.field(default_factory=dict)
     layouts: Mapping[Pattern, Layout] = dataclasses.field(default_factory=dict)
     train: Sequence[Pattern] = ()
@@ -116,7 +120,8 @@ class LoraConfig:
         put("dropout", _number("dropout", self.dropout))
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
-        put("dtype", _float_dtype(self.dtype))
+        put("dtype", _float_dtype("dtype", self.dtype))
+        put("branch_dtype", None if self.branch_dtype is None else _float_dtype("branch_dtype", self.branch_dtype))
         put("alora_invocation_tokens", _invocation(self.alora_invocation_tokens))
         put("d_initial", _number("d_initial", self.d_initial))
         if not 0 < abs(self.d_initial) < float("inf"):
@@ -138,7 +143,9 @@ class LoraConfig:
         def changed(*names: str) -> list[str]:
             return [name for name in names if getattr(self, name) not in (defaults[name], {})]
 
-        idle = [] if self.targets else changed("method", "dora", "lora_bias", "dropout", "alora_invocation_tokens")
+        idle = (
+            [] if self.targets else changed("method", "dora", "lora_bias", "dropout", "branch_dtype", "alora_invocation_tokens")
+        )
         if idle:
             raise InputError(f"{', '.join(idle)} is for low-rank pairs, but targets is empty: leave it out, or name targets")
         if self.method == "vera":
@@ -287,11 +294,11 @@ def _pattern_table(name: str, value: Any, check: Any) -> dict[str, Any]:
     return {paths.normalize(pattern): check(f"{name}[{pattern!r}]", item) for pattern, item in value.items()}
 
 
-def _float_dtype(value: Any) -> str:
+def _float_dtype(name: str, value: Any) -> str:
     try:
         dtype = jnp.dtype(value)
     except TypeError:
-        raise InputError(f"dtype must name a floating-point dtype, not {value!r}") from None
+        raise InputError(f"{name} must name a floating-point dtype, not {value!r}") from None
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise InputError(f"dtype must be a floating-point dtype, not {dtype.name}")
+        raise InputError(f"{name} must be a floating-point dtype, not {dtype.name}")
     return dtype.name

@@ -214,6 +214,7 @@ def _pair(target: Target, config: LoraConfig, parameters: Mapping[str, Parameter
     pair = LowRank(
         a, b, layout, 1.0 if config.method == "vera" else config.scale(rank, alpha), config.dropout, ranks,
         invocation=None if invocation is None else tuple(invocation),
+        branch_dtype=config.branch_dtype,
         frozen={"lora": (), "lora_fa": ("a",), "vera": ("a", "b")}[config.method],
     )  # fmt: skip
     extra: dict[str, Any] = {}

@@ -92,6 +92,7 @@ class LowRank(Adapter):
       lambda_d: VeRA's scales of the inner axis, `(*batch, r)`.
       lambda_b: VeRA's scales of the outputs, `(*batch, *out)`.
       invocation: the tokens from which on the adapter acts (aLoRA, https://arxiv.org/abs/2504.12397); see `lora(fn, active=)`.
+      branch_dtype: what the branch `s (x A) B` is computed in; `None`: the input's dtype.
       frozen: names of arrays that are not trained.
 
     >>> import jax.numpy as jnp
@@ -114,6 +115,7 @@ class LowRank(Adapter):
     lambda_d: Any = None
     lambda_b: Any = None
     invocation: tuple[int, ...] | None = None
+    branch_dtype: str | None = None
 
     arrays = ("a", "b")
 

@@ -1,14 +1,23 @@
 """`einsum` of two arrays with integer labels, as the one `dot_general` that it is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 
-def contract(x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], out: Sequence[int], **options: Any) -> jax.Array:
+def contract(
+    x: Any,
+    x_labels: Sequence[int],
+    y: Any,
+    y_labels: Sequence[int],
+    out: Sequence[int],
+    sharding: jax.P | None = None,
+    **options: Any,
+) -> jax.Array:
     """The product of two arrays, summed over the labels that `out` lacks (and a transpose where its order asks for one).
 
     A label of `out` that neither operand has is a new axis of size 1.
@@ -19,6 +28,7 @@ def contract(x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], o
       y: any array.
       y_labels: the same for y.
       out: the labels of the result, in order.
+      sharding: of the result on a mesh with explicit axes; of its first axes, which its operands tell, it may lack entries.
       options: of `lax.dot_general`.
 
     >>> contract(jnp.ones((2, 3)), [0, 1], jnp.ones((3, 4)), [1, 2], [2, 0]).shape
@@ -32,7 +42,9 @@ def contract(x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], o
     dims = lambda labels, chosen: tuple(labels.index(label) for label in chosen)
     numbers = ((dims(x_labels, summed), dims(y_labels, summed)), (dims(x_labels, batch), dims(y_labels, batch)))
     labels = [*batch, *(i for i in x_labels if i not in shared), *(i for i in y_labels if i not in shared)]
-    result = lax.dot_general(x, y, numbers, out_sharding=_out_sharding(x, x_labels, y, y_labels, labels), **options)
+    given = None if sharding is None else dict(zip(reversed(out), reversed(sharding)))
+    out_sharding = _out_sharding(x, x_labels, y, y_labels, labels, given)
+    result = lax.dot_general(x, y, numbers, out_sharding=out_sharding, **options)
     order = [labels.index(label) for label in out if label in labels]
     if order != sorted(order):
         result = lax.transpose(result, order)
@@ -40,16 +52,26 @@ def contract(x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], o
     return lax.expand_dims(result, missing) if missing else result
 
 
-def _out_sharding(x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], out: Sequence[int]) -> jax.P | None:
-    """On a mesh with explicit axes, the sharding of a product: each axis as in the operand that has it, x before y."""
+def _out_sharding(
+    x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], out: Sequence[int], given: Mapping[int, Any] | None
+) -> jax.P | None:
+    """On a mesh with explicit axes, the sharding of a product: as it is given, else each axis as in x, or else as in y."""
+    names = lambda entry: (entry,) if isinstance(entry, str) else tuple(entry or ())
+    fixed = {label: names(entry) for label, entry in (given or {}).items()}
     entries: dict[int, tuple[str, ...]] = {}
     for array, labels in ((x, x_labels), (y, y_labels)):
         for label, entry in zip(labels, jax.typeof(array).sharding.spec):
-            names = (entry,) if isinstance(entry, str) else tuple(entry or ())
-            taken = {name for kept in out for name in entries.get(kept, ())}
+            taken = {name for kept in out for name in (fixed | entries).get(kept, ())}
             if not entries.get(label):
-                entries[label] = tuple(name for name in names if name not in taken)
-    return jax.P(*(entries[label] or None for label in out)) if any(entries.values()) else None
+                entries[label] = tuple(name for name in names(entry) if name not in taken)
+    entries |= fixed
+    return jax.P(*(entries[label] or None for label in out)) if given is not None or any(entries.values()) else None
+
+
+def explicit_spec(array: Any) -> jax.P | None:
+    """How an array lies on a mesh with explicit axes; None on any other."""
+    sharding = jax.typeof(array).sharding
+    return sharding.spec if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _sum_out(x: Any, labels: Sequence[int], keep: set[int]) -> tuple[Any, list[int]]:

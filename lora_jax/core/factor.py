@@ -48,10 +48,14 @@ class Factor:
         """The sum along an axis, if there is a dimension along it; that dimension keeps size 1."""
         return self.along(axis, lambda array, dim: jnp.sum(array, dim, keepdims=True))
 
+    def times(self, scale: "Factor", fn: Callable[[Any, Any], Any] = jnp.multiply) -> Self:
+        """The factor and another one, which lies along some of its axes, put together elementwise."""
+        return dataclasses.replace(self, array=fn(self.array, scale.laid_along(self.axes, self.array.dtype)))
+
     def laid_along(self, labels: Sequence[int], dtype: Any) -> jax.Array:
         """The array with its dimensions in the order of `labels`, of size 1 along those that it lacks."""
         order = sorted(range(len(self.axes)), key=lambda d: list(labels).index(self.axes[d]))
-        array = lax.transpose(self.array, order).astype(dtype)
+        array = lax.transpose(jnp.asarray(self.array), order).astype(dtype)
         return lax.expand_dims(array, [place for place, label in enumerate(labels) if label not in self.axes])
 
     def explicit(self, axis: int, size: int) -> Self:

@@ -1,7 +1,7 @@
 """Everything that depends on the version of JAX: the only module that names `jax.extend`."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend import source_info_util
+from jax.interpreters import partial_eval
 
 Literal = jex.Literal
 Equation = jex.JaxprEqn
@@ -20,6 +21,11 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     `ClosedJaxpr` wraps a `Jaxpr` up to JAX 0.11; in 0.12 one class does both.
     """
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def without_dead_code(jaxpr: Any) -> Any:
+    """An open jaxpr without what no result and no effect needs, in its calls and loops too; its inputs stay."""
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
 
 
 def is_traced(value: Any) -> bool:
@@ -59,11 +65,13 @@ def scan_parts(eqn: Equation, values: Sequence[Any]) -> Scan:
     return Scan(consts, carry, xs, params["jaxpr"], params["length"], params["reverse"], params["unroll"])
 
 
-def source_scope(eqn: Equation) -> contextlib.AbstractContextManager[Any]:
-    """The equation's own traceback and name stack (the module names that a profile shows), to evaluate it under."""
+@contextlib.contextmanager
+def source_scope(eqn: Equation) -> Iterator[None]:
+    """What an equation is evaluated under: its traceback, its name stack (module names, as a profile shows them), its mesh."""
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
-    return source_info_util.user_context(info.traceback, name_stack=stack)
+    with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
+        yield
 
 
 def shape_of(variable: Any) -> jax.ShapeDtypeStruct:

@@ -43,7 +43,6 @@ class _Call:
 class _Record:
     """What a walk leaves in its context."""
 
-    reached: frozenset[str]
     masks: int
 
 
@@ -62,7 +61,6 @@ def run(context: Any, rule: Rule, eqn: Equation, values: Sequence[Any]) -> list[
         results, record = _program(eqn)(call, given, kept)
     finally:
         call.current = None
-    context.reached.update(names[number] for number in record.reached)
     context.masks = record.masks
     return _renamed(results, names)
 
@@ -78,12 +76,12 @@ def _program(eqn: Equation) -> Callable[..., Any]:
 
         def program(call: _Call, given: list[Any], kept: list[Any]) -> tuple[list[Any], _Record]:
             context, eqn, rule, names = call.current
-            context = dataclasses.replace(context, reached=set())
+            context = dataclasses.replace(context)  # which counts on its own
             sources = {True: iter(given), False: iter(kept)}
             values = _renamed([next(sources[gives]) for gives in call.donated], names)
             numbers = {path: number for number, path in names.items()}
             results = _renamed(rule(context, eqn, *values), numbers)
-            return results, _Record(frozenset(numbers[path] for path in context.reached), context.masks)
+            return results, _Record(context.masks)
 
         program.__name__ = eqn.params.get("name", eqn.primitive.name)
         _programs[body] = jax.jit(program, static_argnums=0, donate_argnums=1)

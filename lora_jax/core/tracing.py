@@ -41,7 +41,7 @@ def walk(
       kwargs: the same by name.
 
     Returns:
-      What the function returns, and for each leaf whether some equation or result uses it.
+      What the function returns, and for each leaf whether a result, or an effect, depends on it.
     """
     traced = [is_array(leaf) for leaf in leaves]
     structure, static = None, []
@@ -58,6 +58,7 @@ def walk(
 
         closed = jax.make_jaxpr(flat)(*[quantized.dense_shape(leaf) for t, leaf in zip(traced, leaves) if t])
         jaxpr, consts = jax_compat.open_jaxpr(closed)
+        jaxpr = jax_compat.without_dead_code(jaxpr)
         results = evaluate(context, jaxpr, consts, [value for value, t in zip(values, traced) if t])
         rest = iter(context.arrays(results, None, "the function returns it"))
         out, lent = jax.tree.unflatten(structure, [next(rest) if s is None else s[0] for s in static])

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core import paths, quantized
-from lora_jax.core.adapter import FROZEN, Adapted, Adapter, Full, check, is_adapted
+from lora_jax.core.adapter import FROZEN, Adapter, Full, check, is_adapted
 from lora_jax.core.errors import InputError
 from lora_jax.core.methods.terms import term
 from lora_jax.core.paths import is_quantized
@@ -71,7 +71,8 @@ def lora(
         order, or merged to one.
       freeze: stop the gradient at every frozen leaf, so that differentiating the whole tree costs no more than
         differentiating the adapters.
-      unused: what to do with an adapter that `fn` does not use: `"error"`, or `"ignore"` for a call of part of a model.
+      unused: what to do with an adapter that no result of `fn` depends on: `"error"`, or `"ignore"` for a call of part of a
+        model.
       on_unsupported: what to do where the parameter is used in a way that is not low-rank: `"error"`, or `"materialize"`
         (form `W + s A B` for that use).
 
@@ -106,8 +107,7 @@ def lora(
         bases = [_base(node) for node in nodes.values()]
         values = [_value(path, node, freeze, key, active) for path, node in nodes.items()]
         out, used = walk(context, fn, treedef, bases, values, args, kwargs)
-        inputs = {path for path, use in zip(nodes, used) if use}
-        idle = [path for path in adapted if path not in (inputs if _is_full(nodes[path]) else context.reached)]
+        idle = [path for path, use in zip(nodes, used) if path in adapted and not use]
         if idle and unused == "error":
             raise InputError(
                 f"the function does not use these adapted parameters: {', '.join(idle)}. "
@@ -116,10 +116,6 @@ def lora(
         return out
 
     return apply
-
-
-def _is_full(node: Adapted) -> bool:
-    return isinstance(node.adapter, Full)
 
 
 def _base(node: Any) -> Any:

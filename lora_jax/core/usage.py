@@ -13,12 +13,12 @@ from lora_jax.core.adapter import Layout, is_adapted
 from lora_jax.core.collections import not_parameters
 from lora_jax.core.contraction import contract
 from lora_jax.core.factor import Factor
-from lora_jax.core.interpreter import Context, Equation, NotLowRank
+from lora_jax.core.interpreter import Equation, NotLowRank
 from lora_jax.core.rules import RULES
 from lora_jax.core.rules.products import Product
 from lora_jax.core.text_table import text_table
 from lora_jax.core.tracing import is_array, walk
-from lora_jax.core.weight import Factored, Term
+from lora_jax.core.weight import IN_AND_OUT, Factored, FactoredContext, Term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _parameter(path: str, leaf: Any, uses: tuple[Use, ...], reached: bool) -> Pa
 
 
 @dataclasses.dataclass(eq=False)
-class ProbeContext(Context):
+class ProbeContext(FactoredContext):
     """A walk with probes: the uses of each parameter, in order and each once."""
 
     uses: dict[str, dict[Use, None]] = dataclasses.field(default_factory=dict)
@@ -221,12 +221,21 @@ class AxisFactor(Factor):
         return dataclasses.replace(super().summed(axis), is_sum=self.is_sum or axis in self.axes)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["factors"], meta_fields=["path"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["factors"], meta_fields=["path", "scaled"])
 @dataclasses.dataclass(frozen=True)
 class ProbeTerm(Term):
-    """One factor for each axis of a parameter."""
+    """One factor for each axis of a parameter.
+
+    `scaled`: axes of the parameter along which one array scales it, so that not one may be in and another out.
+    """
 
     factors: tuple[AxisFactor, ...]
+    scaled: tuple[tuple[int, ...], ...] = ()
+
+    def times(self, fn: Callable[[Factor], Factor], axes: Sequence[int] = ()) -> Self:
+        """Which factor takes it the use will tell."""
+        held = [factor.origin for factor in self.factors if set(axes) & set(factor.axes)]
+        return dataclasses.replace(self, scaled=(*self.scaled, sum(held, ())))
 
     def roles(self, role: Callable[[AxisFactor], str]) -> tuple[str, ...]:
         """The role of each axis of the parameter, by that of its factor."""
@@ -238,6 +247,10 @@ class ProbeTerm(Term):
 @dataclasses.dataclass(eq=False)
 class Probe(Factored):
     """A parameter that is moved like a weight, and records what it meets; its value is its base."""
+
+    @property
+    def varies(self) -> set[int]:
+        return {axis for term in self.terms for factor in term.factors for axis in factor.axes}
 
     def join_axes(self, groups: Sequence[set[int]]) -> Self:
         """Axes that a reshape merges share a role from here on: one factor stands for them."""
@@ -272,17 +285,19 @@ class Probe(Factored):
             held = {roles[axis] for axis in factor.axes}
             return next((role for role in ("in", "out", "batch") if role in held), "in" if factor.is_sum else "stack")
 
-        self._record(context, "product", eqn, role)
+        name, site = context.place(eqn)
+        for term in self.terms:
+            roles_of = term.roles(role)
+            crossed = any({"in", "out"} <= {roles_of[axis] for axis in axes} for axes in term.scaled)
+            use = Use("other", name, site, reason=IN_AND_OUT) if crossed else Use("product", name, site, roles_of)
+            context.record(term.path, use)
 
     def looked_up(self, context: ProbeContext, eqn: Equation | None) -> Any:
         """Gathered axes are in, the others out."""
-        self._record(context, "lookup", eqn, lambda factor: "in" if factor.indexed else "out")
-        return self.base
-
-    def _record(self, context: ProbeContext, kind: str, eqn: Equation | None, role: Callable[[AxisFactor], str]) -> None:
         name, site = context.place(eqn)
         for term in self.terms:
-            context.record(term.path, Use(kind, name, site, term.roles(role)))
+            context.record(term.path, Use("lookup", name, site, term.roles(lambda factor: "in" if factor.indexed else "out")))
+        return self.base
 
     def as_array(self, context: ProbeContext, eqn: Equation | None, reason: str) -> Any:
         rows = self.as_activation(context, eqn)

@@ -17,30 +17,54 @@ A product is `x W + sum of branches`, and the branch of a pair is `y = s (x A) B
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import reshard
 
 from lora_jax.core import programs
-from lora_jax.core.contraction import contract
+from lora_jax.core.contraction import contract, explicit_spec
 from lora_jax.core.deferred import is_deferred, on_bases, unstack_base, use
 from lora_jax.core.errors import NotLowRankError
 from lora_jax.core.factor import Factor
 from lora_jax.core.interpreter import Context, Equation, ImplicitArray, NotLowRank, Rule
+
+IN_AND_OUT = "it is multiplied elementwise with an array that varies along in and out axes at once"
 
 if TYPE_CHECKING:
     from lora_jax.core.rules.products import Product
 
 
 @dataclasses.dataclass(eq=False)
-class WeightContext(Context):
-    """A walk with weights: whether they may be formed, which parameters took part, and how many masks were drawn."""
+class FactoredContext(Context):
+    """A walk that knows which of its arrays are broadcast: such an array may scale a weight along the axes that it has."""
+
+    broadcasts: dict[int, Factor] = dataclasses.field(default_factory=dict)
+
+    def handles(self, eqn: Equation, values: Sequence[Any]) -> bool:
+        return super().handles(eqn, values) or eqn.primitive.name == "broadcast_in_dim"
+
+    def add_broadcast(self, array: Any, factor: Factor) -> None:
+        """Note that an array is a factor, broadcast; as long as there is that array."""
+        self.broadcasts[id(array)] = factor
+        weakref.finalize(array, self.broadcasts.pop, id(array))
+
+    def without_broadcast(self, array: Any) -> Factor:
+        """An array with the axes that it varies along."""
+        axes = range(jnp.ndim(array))
+        one = {axis: axis for axis in axes if array.shape[axis] != 1}
+        return self.broadcasts.get(id(array)) or Factor(array, tuple(axes)).relabel(one)
+
+
+@dataclasses.dataclass(eq=False)
+class WeightContext(FactoredContext):
+    """A walk with weights: whether they may be formed, and how many masks were drawn."""
 
     materialize: bool = False
-    reached: set[str] = dataclasses.field(default_factory=set)
     masks: int = 0
 
     def enter(self, rule: Rule, eqn: Equation, values: Sequence[Any]) -> list[Any]:
@@ -92,9 +116,16 @@ class Term:
     def divide(self, axes: Sequence[int]) -> None:
         """Raise NotLowRank if no part of these axes (a slice, rows, a sum) may be taken: a rule asks before it does so."""
 
-    def times(self, fn: Callable[[Any], Any]) -> Self:
-        """The term of a weight that is multiplied with a number: `fn` multiplies an array with it, unless there is no pair."""
-        return self
+    def times(self, fn: Callable[[Factor], Factor], axes: Sequence[int] = ()) -> Self:
+        """The term of a weight that is multiplied with a number, or elementwise with an array that lies along `axes` alone.
+
+        `fn` multiplies one factor with it. Raises NotLowRank where none has all the axes.
+        """
+        raise NotImplementedError
+
+    def masked(self, mask: Factor, fn: Callable[[Factor], Factor]) -> Self:
+        """The term of a weight that a mask puts other numbers into, where the term is zero: `fn` masks one factor."""
+        return self.times(fn, mask.axes)
 
     def with_axis(self, axis: int, size: int) -> Self:
         """The same with an explicit dimension along an axis where weights are joined: a term is zero outside its own place."""
@@ -159,16 +190,26 @@ class Method:
         """Raise NotLowRank if these axes must not be taken apart."""
 
     def times(self) -> None:
-        """Raise NotLowRank if the weight must not be multiplied with a number."""
+        """Raise NotLowRank if the weight must not be multiplied with anything."""
+
+    def masked(self, mask: Factor) -> Self:
+        """The same beside a base that a mask puts other numbers into."""
+        return self
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["factors", "methods"], meta_fields=["path", "scale"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["factors", "methods"], meta_fields=["path", "scale", "branch_dtype"]
+)
 @dataclasses.dataclass(frozen=True)
 class LowRankTerm(Term):
-    """`scale A B`, summed over the rank, with the steps of its methods."""
+    """`scale A B`, summed over the rank, with the steps of its methods.
+
+    In products the branch has the dtype of x, or `branch_dtype` and is added in the wider one.
+    """
 
     scale: float = 1.0
     methods: tuple[Method, ...] = ()
+    branch_dtype: Any = None
 
     @property
     def rowwise(self) -> str:
@@ -193,24 +234,39 @@ class LowRankTerm(Term):
         for method in self.methods:
             method.divide(axes)
 
-    def times(self, fn: Callable[[Any], Any]) -> Self:
+    def times(self, fn: Callable[[Factor], Factor], axes: Sequence[int] = ()) -> Self:
         for method in self.methods:
             method.times()
-        *others, last = self.factors
-        return dataclasses.replace(self, factors=(*others, dataclasses.replace(last, array=fn(last.array))))
+        able = [i for i, factor in enumerate(self.factors) if set(axes) <= set(factor.axes)]
+        if not able:
+            raise NotLowRank(IN_AND_OUT)
+        factors = tuple(fn(factor) if i == able[-1] else factor for i, factor in enumerate(self.factors))
+        return dataclasses.replace(self, factors=factors)
+
+    def masked(self, mask: Factor, fn: Callable[[Factor], Factor]) -> Self:
+        methods = tuple(method.masked(mask) for method in self.methods)
+        return dataclasses.replace(super().masked(mask, fn), methods=methods)
 
     def with_axis(self, axis: int, size: int) -> Self:
         methods = tuple(method.with_axis(axis, size) for method in self.methods)
         return dataclasses.replace(super().with_axis(axis, size), methods=methods)
 
     def added(self, context: WeightContext, product: "Product", result: Any) -> Any:
-        x = product.x
+        x = start = product.x if self.branch_dtype is None else product.x.astype(self.branch_dtype)
         for method in self.methods:
             x = method.before(context, product, x)
-        y = product.low_rank(x, self.folded(product), lambda z, labels: self._inside(product, z, labels)).astype(result.dtype)
+        y = product.low_rank(x, self.folded(product), lambda z, labels: self._inside(product, z, labels))
+        y = y.astype(self._sum_dtype(result.dtype))
         for method in self.methods:
-            y = method.after(self, product, x, y)
-        return result + y
+            y = method.after(self, product, product.x if x is start else x, y)
+        if product.sharding is not None:  # a mesh with explicit axes
+            y = reshard(y, product.sharding)
+        return (result.astype(y.dtype) + y).astype(result.dtype)
+
+    def _sum_dtype(self, dtype: Any) -> Any:
+        """The dtype in which the branch is added to a result of this one."""
+        with jax.numpy_dtype_promotion("standard"):
+            return dtype if self.branch_dtype is None else jnp.promote_types(dtype, self.branch_dtype)
 
     def _inside(self, product: "Product", z: Any, labels: Sequence[int]) -> Any:
         for method in self.methods:
@@ -225,10 +281,10 @@ class LowRankTerm(Term):
         """A and B as a product uses them; without one, as they are multiplied out."""
         return functools.reduce(lambda factors, method: method.folded(factors, product), self.methods, self.factors)
 
-    def multiplied_out(self, shape: tuple[int, ...]) -> Any:
-        """`scale A B`, broadcastable to the weight's shape."""
-        a, b = self.folded(None)
-        return contract(a.array, a.axes, self._scaled(b.array), b.axes, list(range(len(shape))), precision="highest")
+    def multiplied_out(self, base: Any) -> Any:
+        """`scale A B`, broadcastable to the base's shape."""
+        (a, b), axes, sharding = self.folded(None), list(range(base.ndim)), explicit_spec(base)
+        return contract(a.array, a.axes, self._scaled(b.array), b.axes, axes, sharding, precision="highest")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "terms"], meta_fields=[])
@@ -242,6 +298,11 @@ class Factored(ImplicitArray):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
+
+    @property
+    def varies(self) -> set[int]:
+        """The axes that it may vary along."""
+        return set(range(len(self.shape)))
 
     @property
     def keyed(self) -> bool:
@@ -397,7 +458,6 @@ class Weight(Factored):
     """`base + sum of terms`, of the base's shape and dtype. A quantised parameter is one even without terms."""
 
     def multiplied(self, context: WeightContext, product: "Product") -> Any:
-        context.reached.update(self.paths())
         result = product.result
         for term in self.terms:
             result = term.added(context, product, result)
@@ -409,17 +469,17 @@ class Weight(Factored):
         raise NotLowRank("two adapted parameters are multiplied with each other: exclude one of them from the targets")
 
     def looked_up(self, context: WeightContext, eqn: Equation | None) -> Any:
-        return self.value(context)
+        return self.value()
 
     def settled(self, context: WeightContext) -> Any:
-        return self.value(context) if self.gathered else self
+        return self.value() if self.gathered else self
 
     def as_array(self, context: WeightContext, eqn: Equation | None, reason: str) -> Any:
         rows = self.as_activation(context, eqn)
         if rows is not self:
             return rows
         if not self.terms:  # a quantised parameter without an adapter
-            return self.value(context)
+            return self.value()
         name, site = context.place(eqn)
         which = f"{' and '.join(self.paths())} (shape {self.shape})"
         if not context.materialize:
@@ -432,11 +492,10 @@ class Weight(Factored):
             raise NotLowRankError(
                 f"{which}: `{name}` at {site} needs the whole weight, which can't hold {self.needs_product}: {reason}"
             )
-        return self.value(context)
+        return self.value()
 
-    def value(self, context: WeightContext) -> Any:
+    def value(self) -> Any:
         """`base + terms` multiplied out, in the base's dtype."""
-        context.reached.update(self.paths())
         if self.needs_product:
             raise NotLowRank(f"it has {self.needs_product}, which a product alone can take")
         return self._value
@@ -446,7 +505,7 @@ class Weight(Factored):
         base = use(lambda base: base, self.base)
         if not self.terms:
             return base
-        total = functools.reduce(jnp.add, [term.multiplied_out(self.shape) for term in self.terms])
+        total = functools.reduce(jnp.add, [term.multiplied_out(base) for term in self.terms])
         # In the wider dtype, so that rows that replace the base's do so to rounding.
         with jax.numpy_dtype_promotion("standard"):
             wide = base.astype(jnp.promote_types(base.dtype, total.dtype))

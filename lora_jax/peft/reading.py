@@ -38,7 +38,8 @@ def load(
 
     Everything that PEFT's LoRA and VeRA configurations can say is honoured or refused. An adapter made on a base that PiSSA
     or OLoRA changed is turned into one of twice the rank on the original base: `s (B A - B0 A0)`, with the initialiser's
-    `B0 A0`.
+    `B0 A0`. PEFT computes a branch in its adapter's dtype, lora_jax in the input's: on a bfloat16 base
+    `dataclasses.replace(pair, branch_dtype="float32")` has PEFT's results.
 
     Args:
       directory: what `PeftModel.save_pretrained` wrote: `adapter_config.json` and `adapter_model.safetensors`.

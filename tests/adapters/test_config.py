@@ -64,7 +64,7 @@ _patterns = st.lists(st.from_regex(r"[a-z_.]{1,6}(/[a-z0-9]{1,4})?", fullmatch=T
         alpha_pattern=st.dictionaries(st.sampled_from(["a/b", re.compile("x", re.S)]), st.floats(0.5, 2)),
         layers=st.one_of(st.none(), st.lists(st.integers(0, 99), min_size=1, unique=True)),
         scaling=st.sampled_from(["lora", "rslora"]), dropout=st.floats(0, 0.99), train=_patterns,
-        init=st.sampled_from(["kaiming", "gaussian"]), dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+        init=st.sampled_from(["kaiming", "gaussian"]), dtype=st.sampled_from(["float32", "bfloat16", "float16"]), branch_dtype=st.sampled_from([None, "float32"]),
         batch_axes=st.dictionaries(st.sampled_from("de"), st.lists(st.integers(-3, 3), unique=True)),
     )
 )  # fmt: skip

@@ -17,14 +17,20 @@ own_jvp.defjvp(lambda w, t: (own_jvp(*w), t[0] * 2.0))
 own_vjp = jax.custom_vjp(lambda x, w: x @ w)
 own_vjp.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, t: (t @ r[1].T, r[0].T @ t))
 shrink = lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1] * 0.5), None)
+NOT_ALONG_AXES = "an array that is not seen to lie along in or out axes alone"
 OWN_RULE = "the function has a derivative rule of its own, which takes the whole weight"
 
 REFUSALS = {
     "power": ("integer_pow", "no rule keeps it low-rank", lambda p, x: x @ p["w"] ** 2),
     "sum": ("add", "it is added to something, not multiplied with it", lambda p, x: x @ (p["w"] + 1.0)),
-    "product": ("mul", "it enters elementwise arithmetic with an array", lambda p, x: x @ (p["w"] * jnp.tri(8))),
-    "quotient": ("div", "it enters elementwise arithmetic with an array", lambda p, x: x @ (0.1 / p["w"])),
-    "norm": ("mul", "it enters elementwise arithmetic with an array", lambda p, x: x * jnp.linalg.norm(p["w"])),
+    "product": ("mul", NOT_ALONG_AXES, lambda p, x: x @ (p["w"] * jnp.tri(8))),
+    "row_by_row": ("mul", NOT_ALONG_AXES, lambda p, x: x + (p["w"][3] * x[0])[None]),
+    "quotient": ("div", "something is divided by it", lambda p, x: x @ (0.1 / p["w"])),
+    "masked": ("select_n", NOT_ALONG_AXES, lambda p, x: x @ jnp.where(jnp.tri(8) > 0, p["w"], 0)),
+    "chosen": ("select_n", "it is one of several arrays that are chosen from", lambda p, x: x @ lax.select(
+        jnp.tri(8) > 0, p["w"], -p["w"])),
+    "norm": ("mul", "it is multiplied elementwise with itself, or with another parameter",
+             lambda p, x: x * jnp.linalg.norm(p["w"])),
     "square": ("dot_general", "two adapted parameters are multiplied with each other", lambda p, x: x @ (p["w"] @ p["w"])),
     "merged": ("reshape", "merges in and out axes", lambda p, x: x[0] + p["w"].reshape(-1)[3:11]),
     "custom_jvp": ("custom_jvp_call", OWN_RULE, lambda p, x: x @ own_jvp(p["w"])),
@@ -117,6 +123,27 @@ def test_unused_adapters():
     with pytest.raises(ValueError, match=r"the function does not use these adapted parameters: v\. Leave their adapters out"):
         lj.lora(fn)(params, X)
     assert distance(lj.lora(fn, unused="ignore")(params, X), lj.lora(fn)(lj.attach({"w": W}, PAIR), X)) == 0
+
+
+DEAD = {
+    "a_product": lambda p, x: (x @ p["v"], x @ p["w"])[1],
+    "behind_jit": jax.jit(lambda p, x: ((p["v"] * 2.0).sum(), x @ p["w"])[1]),
+    "in_a_loop": lambda p, x: lax.fori_loop(0, 2, lambda i, c: (c[0] @ p["w"], c[1] + (x @ p["v"]).sum()), (x, 0.0))[0],
+    "in_a_branch": lambda p, x: lax.cond(x[0, 0] > 0, lambda v: (x @ p["w"], v.sum()), lambda v: (x, v.sum()), p["v"])[0],
+}
+
+
+@pytest.mark.parametrize("name", DEAD)
+def test_dead_code_is_no_use(name):
+    """For `lora`, `explain` and `init`, whatever the adapter."""
+    fn, variables = DEAD[name], {"w": W, "v": W}
+    assert lj.explain(fn, variables, X).parameters["v"].kind == "unused"
+    for adapter in (PAIR["w"], lj.Full(W)):
+        with pytest.raises(lj.InputError, match=r"the function does not use these adapted parameters: v\. Leave"):
+            lj.lora(fn)(lj.attach(variables, PAIR | {"v": adapter}), X)
+    for option in ({"targets": ["v"]}, {"targets": ["w"], "train": ["v"]}):
+        with pytest.raises(lj.InputError, match="the function does not use"):
+            lj.init(jax.random.key(0), lj.LoraConfig(rank=2, **option), fn, variables, X)
 
 
 @pytest.mark.parametrize("options,text", [

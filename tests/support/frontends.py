@@ -237,6 +237,25 @@ def moved_about(dtype: Any) -> Case:
 
 
 @frontend
+def scaled_along_axes(dtype: Any) -> Case:
+    """Weights that arrays scale, or masks cut, along in axes, out axes or a stack."""
+
+    def fn(p: Any, x: Any) -> Any:
+        outs, keep = 2 + jnp.arange(7, dtype=dtype), jnp.arange(8) % 3 > 0
+        y = x @ (p["w"] * outs[None] / p["gain"][:, None])
+        z = x @ jnp.where(keep[:, None], jnp.broadcast_to(jnp.tanh(x.mean(0))[:, None], (8, 7)) * p["v"], 0.5)
+        heads = jnp.einsum("ti,inh->tnh", x, p["heads"] * p["head_gain"]).reshape(6, -1)
+        shrink = 1 / (1 + jnp.arange(16, dtype=dtype)).reshape(2, 1, 8)
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["stack"] * shrink)
+        taps = p["taps"] * outs[None, None, :5] * (1 + jnp.arange(3, dtype=dtype))[:, None, None]
+        conv = jax.lax.conv_general_dilated(x[None], taps, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+        return jnp.concatenate([y, z, heads, x, conv[0]], axis=1)
+
+    shapes = {"w": (8, 7), "gain": (8,), "v": (8, 7), "heads": (8, 2, 5), "head_gain": (1, 2, 5), "stack": (2, 8, 8)}
+    return Case(fn, params(dtype, taps=(3, 8, 5), **shapes), (normal(9, 6, 8, dtype=dtype),), config())
+
+
+@frontend
 def control_flow(dtype: Any) -> Case:
     """cond, while, a scan that carries its weight, and jit, each around the product."""
 

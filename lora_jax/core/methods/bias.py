@@ -32,8 +32,8 @@ class Bias(Method):
             raise NotLowRank("an in axis is taken apart, and its adapter has a bias, which only the whole product can take")
 
     def times(self) -> None:
-        raise NotLowRank("it is multiplied with a number, and its adapter has a bias")
+        raise NotLowRank("it is multiplied with something, and its adapter has a bias")
 
     def after(self, term: LowRankTerm, product: Product, x: Any, y: Any) -> Any:
         others = {axis for factor in term.factors for axis in factor.axes} - {RANK, *self.bias.axes}
-        return y + product.along_outputs(self.bias, others)
+        return y + product.along_outputs(self.bias, others, y.dtype)

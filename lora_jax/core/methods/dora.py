@@ -36,8 +36,12 @@ class Magnitude(Method):
         ones = Factor(jnp.ones(size, self.gains[0].array.dtype), (axis,))
         return dataclasses.replace(self, gains=(*self.gains, ones))
 
+    def masked(self, mask: Factor) -> Self:
+        """The numbers that are put in have no magnitude."""
+        return dataclasses.replace(self, gains=(*self.gains, mask))
+
     def after(self, term: LowRankTerm, product: Product, x: Any, y: Any) -> Any:
-        return y + product.scaled_base(x, self.gains)
+        return y + product.scaled_base(x, self.gains, y.dtype)
 
     def dense(self, value: Any, base: Any) -> Any:
         return value + scaled_along(base, self.gains, range(base.ndim))

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -37,6 +37,15 @@ class ObservedTerm(Term):
 
     def map(self, fn: Callable[[Factor], Factor]) -> Self:
         return dataclasses.replace(self, factors=tuple(map(fn, self.factors)), moments=fn(self.moments))
+
+    def times(self, fn: Callable[[Factor], Factor], axes: Sequence[int] = ()) -> Self:
+        """What scales the in axes scales the inputs; the rest is nothing to them."""
+        (eye,) = self.factors
+        if not set(axes) & set(eye.axes):
+            return self
+        if not set(axes) <= set(eye.axes):
+            raise NotLowRank("it is multiplied elementwise with an array that varies along in and other axes at once")
+        return dataclasses.replace(self, factors=(fn(eye),))
 
     def added(self, context: WeightContext, product: Product, result: Any) -> Any:
         product.rows(self.rowwise)

@@ -46,4 +46,5 @@ def _pair_term(path: str, base: Any, adapter: LowRank, key: Any, active: Any) ->
     if adapter.invocation is not None:
         methods.append(Invocation(active))
     factors = Factor(adapter.a, a_axes), Factor(b, b_axes)
-    return LowRankTerm(factors, path, adapter.scale if static else 1.0, tuple(filter(None, methods)))
+    scale = adapter.scale if static else 1.0
+    return LowRankTerm(factors, path, scale, tuple(filter(None, methods)), adapter.branch_dtype)

@@ -6,6 +6,7 @@
 from lora_jax.core.interpreter import Rule
 from lora_jax.core.rules.control_flow import CONTROL_FLOW
 from lora_jax.core.rules.convolution import conv_general_dilated
+from lora_jax.core.rules.elementwise import ELEMENTWISE
 from lora_jax.core.rules.kernels import custom_call
 from lora_jax.core.rules.kernels import register as register
 from lora_jax.core.rules.moves import MOVES
@@ -18,4 +19,4 @@ PRODUCTS: dict[str, Rule] = {
     "ragged_dot_general": ragged_dot_general,
 }
 CUSTOM: dict[str, Rule] = dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), custom_call)
-RULES: dict[str, Rule] = MOVES | PRODUCTS | CONTROL_FLOW | CUSTOM
+RULES: dict[str, Rule] = MOVES | ELEMENTWISE | PRODUCTS | CONTROL_FLOW | CUSTOM

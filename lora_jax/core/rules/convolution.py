@@ -5,6 +5,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -49,8 +50,17 @@ class Convolution(Product):
         kernel = lax.transpose(a.array.astype(x.dtype), [a.dim(label) for label in labels])
         groups = self.eqn.params["feature_group_count"]
         kernel = jnp.concatenate([kernel] * groups, axis=out_axis)  # every group of in-channels meets the same A
-        z = jax_compat.bind_with(self.eqn, [x, kernel], preferred_element_type=None)[0]
+        z = jax_compat.bind_with(self.eqn, [x, kernel], preferred_element_type=None, out_sharding=self._inner_sharding)[0]
         return self._times_b(inside(z, ()), b, groups)
+
+    @property
+    def _inner_sharding(self) -> jax.NamedSharding | None:
+        """That of the result, but for the channels, of which there are few."""
+        if self.sharding is None:
+            return None
+        channel = self.eqn.params["dimension_numbers"].out_spec[1]
+        entries = [None if axis == channel else entry for axis, entry in enumerate(self.sharding)]
+        return jax.NamedSharding(jax.typeof(self.result).sharding.mesh, jax.P(*entries))
 
     def _times_b(self, z: Any, b: Factor, groups: int) -> Any:
         """A convolution with a window of one place: each group of z with the part of B that makes its out-channels."""

@@ -6,27 +6,28 @@ It raises `NotLowRank` where the terms cannot stay factors.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core import jax_compat
-from lora_jax.core.deferred import on_bases
+from lora_jax.core.deferred import is_deferred, on_bases
 from lora_jax.core.factor import RANK, Factor
 from lora_jax.core.interpreter import Context, Equation, NotLowRank, Rule, is_implicit
-from lora_jax.core.weight import Factored
+from lora_jax.core.weight import Factored, FactoredContext
 
 
-def _on_base(eqn: Equation, *operands: Any) -> list[Any]:
+def on_base(eqn: Equation, *operands: Any) -> list[Any]:
     bases = [v.base if is_implicit(v) else v for v in operands]
     return on_bases(lambda *arrays: jax_compat.bind(eqn, arrays), *bases)
 
 
 def _pass(context: Context, eqn: Equation, *operands: Any) -> list[Any]:
     """The equation acts on the base alone, results one to one: name, copy, pvary, constraints, barriers."""
-    results = _on_base(eqn, *operands)
+    results = on_base(eqn, *operands)
     return [v.move(result, _unchanged) if is_implicit(v) else result for v, result in zip(operands, results)]
 
 
@@ -42,24 +43,40 @@ def _cast(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
 
 def _stop_gradient(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     hold = lambda factor: dataclasses.replace(factor, array=lax.stop_gradient(factor.array))
-    return [weight.move(_on_base(eqn, weight)[0], hold)]
+    return [weight.move(on_base(eqn, weight)[0], hold)]
+
+
+def _reshard(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
+    """On a mesh with explicit axes: each factor goes where the weight's axes that it has go."""
+    to = eqn.params["dst_sharding"]
+    by_axis = dict(enumerate(to.spec))
+
+    def place(factor: Factor) -> Factor:
+        own = jax.NamedSharding(to.mesh, jax.P(*(by_axis.get(axis) for axis in factor.axes)))
+        return dataclasses.replace(factor, array=jax_compat.bind_with(eqn, [factor.array], dst_sharding=own)[0])
+
+    return [weight.move(on_base(eqn, weight)[0], place)]
 
 
 def _transpose(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     new = {old: position for position, old in enumerate(eqn.params["permutation"])}
-    return [weight.move(_on_base(eqn, weight)[0], lambda factor: factor.relabel(new))]
+    return [weight.move(on_base(eqn, weight)[0], lambda factor: factor.relabel(new))]
 
 
-def _broadcast_in_dim(context: Context, eqn: Equation, weight: Factored, *dynamic: Any) -> list[Any]:
+def _broadcast_in_dim(context: FactoredContext, eqn: Equation, operand: Any, *dynamic: Any) -> list[Any]:
+    """Of any array: one that is broadcast may scale a weight."""
     shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    new = {old: dim for old, dim in enumerate(dims) if weight.shape[old] == shape[dim]}
-    return [weight.move(_on_base(eqn, weight, *dynamic)[0], lambda factor: factor.relabel(new))]
+    new = {old: dim for old, dim in enumerate(dims) if jnp.shape(operand)[old] == shape[dim]}
+    base, relabel = on_base(eqn, operand, *dynamic)[0], lambda factor: factor.relabel(new)
+    if not is_deferred(base):
+        context.add_broadcast(base, relabel(context.without_broadcast(operand.base if is_implicit(operand) else operand)))
+    return [operand.move(base, relabel) if is_implicit(operand) else base]
 
 
 def _squeeze(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     kept = [axis for axis in range(len(weight.shape)) if axis not in eqn.params["dimensions"]]
     new = {old: position for position, old in enumerate(kept)}
-    return [weight.move(_on_base(eqn, weight)[0], lambda factor: factor.relabel(new))]
+    return [weight.move(on_base(eqn, weight)[0], lambda factor: factor.relabel(new))]
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -81,7 +98,7 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 def _reshape(context: Context, eqn: Equation, weight: Factored, *dynamic: Any) -> list[Any]:
     """In-axes may be merged with in-axes and split again, out-axes with out-axes; not one with the other."""
     new_shape, order = eqn.params["new_sizes"], eqn.params["dimensions"]
-    base = _on_base(eqn, weight, *dynamic)[0]
+    base = on_base(eqn, weight, *dynamic)[0]
     if order is not None:  # the axes are permuted first
         new = {old: position for position, old in enumerate(order)}
         (ordered,) = on_bases(lambda base: [lax.transpose(base, order)], weight.base)
@@ -112,7 +129,7 @@ def _rev(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
             factor = factor.along(axis, lambda array, dim: lax.rev(array, (dim,)))
         return factor
 
-    return [weight.move(_on_base(eqn, weight)[0], reverse)]
+    return [weight.move(on_base(eqn, weight)[0], reverse)]
 
 
 def _slice(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
@@ -127,13 +144,13 @@ def _slice(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
                 factor = factor.along(axis, lambda x, d: lax.slice_in_dim(x, start, limit, stride, d))  # noqa: B023
         return factor
 
-    return [weight.move(_on_base(eqn, weight)[0], cut)]
+    return [weight.move(on_base(eqn, weight)[0], cut)]
 
 
 def _split(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     axis, start, parts = eqn.params["axis"], 0, []
     weight.divide([axis])
-    for base, size in zip(_on_base(eqn, weight), eqn.params["sizes"]):
+    for base, size in zip(on_base(eqn, weight), eqn.params["sizes"]):
         cut = lambda x, d, start=start, stop=start + size: lax.slice_in_dim(x, start, stop, axis=d)
         parts.append(weight.move(base, lambda factor, cut=cut: factor.along(axis, cut)))
         start += size
@@ -158,7 +175,7 @@ def _dynamic_slice(context: Context, eqn: Equation, weight: Factored, *starts: A
             factor = factor.along(axis, slice_one)
         return factor
 
-    return [weight.move(_on_base(eqn, weight, *starts)[0], cut)]
+    return [weight.move(on_base(eqn, weight, *starts)[0], cut)]
 
 
 def _gather(context: Context, eqn: Equation, weight: Factored, indices: Any) -> list[Any]:
@@ -175,7 +192,7 @@ def _gather(context: Context, eqn: Equation, weight: Factored, indices: Any) -> 
     indexed = [axis for axis in numbers.start_index_map if axis in picked]
     one_row = [axis for axis in indexed if axis in removed]  # `w[i, 2:5]`: rows by i, a window by the slice
     weight.divide(picked)
-    base = _on_base(eqn, weight, indices)[0]
+    base = on_base(eqn, weight, indices)[0]
     index_labels = [d for d in range(base.ndim) if d not in numbers.offset_dims]
 
     def pick(factor: Factor) -> Factor:
@@ -247,7 +264,7 @@ def _pad(context: Context, eqn: Equation, weight: Any, value: Any) -> list[Any]:
     for axis, config in enumerate(eqn.params["padding_config"]):
         if config != (0, 0, 0):
             terms = tuple(_padded(term, axis, weight.shape[axis], config) for term in terms)
-    return [weight.with_terms(_on_base(eqn, weight, value)[0], terms)]
+    return [weight.with_terms(on_base(eqn, weight, value)[0], terms)]
 
 
 def _joined_operands(context: Context, eqn: Equation, operands: Sequence[Any]) -> list[Any]:
@@ -261,7 +278,7 @@ def _concatenate(context: Context, eqn: Equation, *operands: Any) -> list[Any]:
     parts = _joined_operands(context, eqn, operands)
     if not any(map(is_implicit, parts)):
         return jax_compat.bind(eqn, parts)
-    return _join(eqn, parts, eqn.params["dimension"], _on_base(eqn, *parts)[0])
+    return _join(eqn, parts, eqn.params["dimension"], on_base(eqn, *parts)[0])
 
 
 def _stack(context: Context, eqn: Equation, *operands: Any) -> list[Any]:
@@ -276,25 +293,7 @@ def _stack(context: Context, eqn: Equation, *operands: Any) -> list[Any]:
         (base,) = on_bases(lambda base: [jnp.expand_dims(base, axis)], v.base)
         return v.move(base, lambda factor: factor.relabel(new))
 
-    return _join(eqn, [expand(v) for v in parts], axis, _on_base(eqn, *parts)[0])
-
-
-def _scale(context: Context, eqn: Equation, lhs: Any, rhs: Any) -> list[Any]:
-    """`w * s`, `s * w` and `w / s` with a scalar s."""
-    weight, other = (lhs, rhs) if is_implicit(lhs) else (rhs, lhs)
-    divides = eqn.primitive.name == "div"
-    if is_implicit(other) or jnp.ndim(other) > 0 or (divides and weight is rhs):
-        raise NotLowRank("it enters elementwise arithmetic with an array")
-    operation = lax.div if divides else lax.mul
-    return [_times(weight, _on_base(eqn, lhs, rhs)[0], lambda x: operation(x, jnp.asarray(other, x.dtype)))]
-
-
-def _times(weight: Factored, base: Any, fn: Callable[[Any], Any]) -> Factored:
-    return weight.with_terms(base, [term.times(fn) for term in weight.terms])
-
-
-def _neg(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
-    return [_times(weight, _on_base(eqn, weight)[0], lax.neg)]
+    return _join(eqn, [expand(v) for v in parts], axis, on_base(eqn, *parts)[0])
 
 
 def _reduce_sum(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
@@ -309,7 +308,7 @@ def _reduce_sum(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     kept = [axis for axis in range(len(weight.shape)) if axis not in gone]
     new = {old: position for position, old in enumerate(kept)}
     terms = [term.map(lambda factor: factor.relabel(new)) for term in terms]
-    return [weight.with_terms(_on_base(eqn, weight)[0], terms)]
+    return [weight.with_terms(on_base(eqn, weight)[0], terms)]
 
 
 def _summed(term: Any, axis: int, size: int) -> Any:
@@ -317,7 +316,8 @@ def _summed(term: Any, axis: int, size: int) -> Any:
     along = [part for part in term.parts if axis in part.axes]
     if len(along) > 1:
         raise NotLowRank("it is summed over an axis along which several arrays of its adapter lie")
-    return term.map(lambda part: part.summed(axis)) if along else term.times(lambda array: array * size)
+    repeated = lambda factor: dataclasses.replace(factor, array=factor.array * size)
+    return term.map(lambda part: part.summed(axis)) if along else term.times(repeated)
 
 
 def _all_gather(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
@@ -325,13 +325,14 @@ def _all_gather(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
         raise NotLowRank("an untiled all_gather adds an axis")
     axis = eqn.params["all_gather_dimension"]
     gather = lambda x, d: jax_compat.bind_with(eqn, [x], all_gather_dimension=d)[0]
-    return [weight.move(_on_base(eqn, weight)[0], lambda factor: factor.along(axis, gather))]
+    return [weight.move(on_base(eqn, weight)[0], lambda factor: factor.along(axis, gather))]
 
 
 MOVES: dict[str, Rule] = {
-    **dict.fromkeys(("copy", "copy_p", "name", "pvary", "pcast", "sharding_constraint", "mesh_cast", "reshard"), _pass),
+    **dict.fromkeys(("copy", "copy_p", "name", "pvary", "pcast", "sharding_constraint", "mesh_cast"), _pass),
     **dict.fromkeys(("optimization_barrier", "reduce_precision"), _pass),
     "convert_element_type": _cast,
+    "reshard": _reshard,
     "stop_gradient": _stop_gradient,
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast_in_dim,
@@ -345,9 +346,6 @@ MOVES: dict[str, Rule] = {
     "concatenate": _concatenate,
     "stack": _stack,
     "pad": _pad,
-    "mul": _scale,
-    "div": _scale,
-    "neg": _neg,
     "reduce_sum": _reduce_sum,
     "all_gather": _all_gather,
 }

@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax.core import jax_compat
-from lora_jax.core.contraction import contract
+from lora_jax.core.contraction import contract, explicit_spec
 from lora_jax.core.deferred import use
 from lora_jax.core.factor import RANK, Factor, scaled_along
 from lora_jax.core.interpreter import Context, Equation, NotLowRank, is_implicit
@@ -75,6 +76,11 @@ class Product:
         """`x W` with the base."""
         return self.base_result(self.x)
 
+    @functools.cached_property
+    def sharding(self) -> jax.P | None:
+        """How the result lies on a mesh with explicit axes."""
+        return explicit_spec(self.result)
+
     @property
     def contracted(self) -> set[int]:
         """The axes of the weight that are summed over."""
@@ -84,7 +90,7 @@ class Product:
         """The labels of the axes of x that number its rows, where they are known; `reason`: what asks for them."""
         raise NotLowRank(f"it has {reason}, which plain products alone can take")
 
-    def scaled_base(self, x: Any, gains: Sequence[Factor]) -> Any:
+    def scaled_base(self, x: Any, gains: Sequence[Factor], dtype: Any) -> Any:
         """`x (W g)` with the base, for a g that is a product of factors of the weight.
 
         A factor that lies along in axes alone scales x instead; one along in and out axes (experts that one product sums
@@ -95,15 +101,15 @@ class Product:
         before, after = ([gain for gain, on in zip(gains, on_x) if on == wanted] for wanted in (True, False))
         kept = sorted({axis for gain in after for axis in gain.axes} - set(out))
         same = x is self.x and not before and not kept
-        base = self.result if same else self.base_result(scaled_along(x, before, self.x_labels), kept).astype(self.result.dtype)
-        scaled = scaled_along(base, after, [*kept, *out])
+        x = scaled_along(x, before, self.x_labels).astype(self.x.dtype)
+        scaled = scaled_along((self.result if same else self.base_result(x, kept)).astype(dtype), after, [*kept, *out])
         return jnp.sum(scaled, tuple(range(len(kept)))) if kept else scaled
 
-    def along_outputs(self, part: Factor, others: set[int]) -> Any:
+    def along_outputs(self, part: Factor, others: set[int], dtype: Any) -> Any:
         """A factor that lies along the out axes, broadcastable to the result; `others` must be summed over."""
         if not set(part.axes) <= set(self.out_labels) or not others <= self.contracted:
             raise NotLowRank("the adapter's bias does not lie along the out axes of this use")
-        return part.laid_along(self.out_labels, self.result.dtype)
+        return part.laid_along(self.out_labels, dtype)
 
 
 @dataclasses.dataclass(eq=False)
@@ -154,16 +160,21 @@ class DotGeneral(Product):
             bind = lambda x, base: jax_compat.bind(self.eqn, [x, base] if self.x_first else [base, x])[0]
             return use(bind, x, self.weight.base)
         labels = [*kept, *self.out_labels]
-        multiply = lambda x, base: contract(x, self.x_labels, base, range(base.ndim), labels, **self._options)
+        multiply = lambda x, base: contract(x, self.x_labels, base, range(base.ndim), labels, self.sharding, **self._options)
         return use(multiply, x, self.weight.base)
 
     def low_rank(self, x: Any, factors: tuple[Factor, ...], inside: Inside) -> Any:
-        """`(x A) B` or `(x B) A`, whichever multiplies fewer numbers; A and B are cast to x's dtype, as a layer's kernel is."""
+        """`(x A) B` or `(x B) A`, whichever multiplies fewer numbers; A and B are cast to x's dtype, as a layer's kernel is.
+
+        An x of another dtype than the product's own keeps it.
+        """
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else factors[0].array.dtype
         first, second, labels = self._cheaper(x, *factors)
         cast = lambda array: array.astype(dtype)
         z = contract(cast(x), self.x_labels, cast(first.array), first.axes, labels, precision=self._options["precision"])
-        return contract(inside(z, labels), labels, cast(second.array), second.axes, self.out_labels, **self._options)
+        z, b = inside(z, labels), cast(second.array)
+        options = self._options | ({} if x.dtype == self.x.dtype else {"preferred_element_type": None})
+        return contract(z, labels, b, second.axes, self.out_labels, self.sharding, **options)
 
     def _cheaper(self, x: Any, a: Factor, b: Factor) -> tuple[Factor, Factor, list[int]]:
         """Which factor comes first, which second, and the labels of the product with the first."""

@@ -5,10 +5,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core import jax_compat
+from lora_jax.core.contraction import explicit_spec
 from lora_jax.core.deferred import use
 from lora_jax.core.factor import RANK, Factor
 from lora_jax.core.interpreter import Context, Equation, NotLowRank, is_implicit
@@ -40,31 +42,32 @@ class RaggedDot(Product):
         first, second = sorted(factors, key=lambda factor: inner not in factor.axes)
         if outer in first.axes or inner in second.axes:
             raise NotLowRank("the adapter's layout is not that of grouped matrices (batch: group, in, out)")
-        z = self._grouped(x, first, (group, inner, RANK))
-        return self._grouped(inside(z, ()), second, (group, RANK, outer))
+        rows = explicit_spec(x)
+        z = self._grouped(x, first, (group, inner, RANK), rows and jax.P(rows[0], None))
+        return self._grouped(inside(z, ()), second, (group, RANK, outer), self.sharding)
 
-    def scaled_base(self, x: Any, gains: Sequence[Factor]) -> Any:
-        base = self.result if x is self.x else self.base_result(x)
-        return functools.reduce(jnp.multiply, map(self._for_each_row, gains), base)
+    def scaled_base(self, x: Any, gains: Sequence[Factor], dtype: Any) -> Any:
+        base = self.result if x is self.x else self.base_result(x.astype(self.x.dtype))
+        return functools.reduce(jnp.multiply, (self._for_each_row(gain, dtype) for gain in gains), base.astype(dtype))
 
-    def along_outputs(self, part: Factor, others: set[int]) -> Any:
-        return self._for_each_row(part)
+    def along_outputs(self, part: Factor, others: set[int], dtype: Any) -> Any:
+        return self._for_each_row(part, dtype)
 
-    def _for_each_row(self, part: Factor) -> Any:
+    def _for_each_row(self, part: Factor, dtype: Any) -> Any:
         """What a factor `(groups, out)` says for each row, `(rows, out)`: a grouped product with ones."""
         group, _, outer = self._axes
         if not set(part.axes) <= {group, outer}:
             raise NotLowRank("the adapter's magnitude or bias does not lie along the groups and out axes of this use")
         whole = dataclasses.replace(part, array=part.array[None], axes=(RANK, *part.axes))
         ones = jnp.ones((self.x.shape[0], 1), part.array.dtype)
-        return self._grouped(ones, whole, (group, RANK, outer)).astype(self.result.dtype)
+        return self._grouped(ones, whole, (group, RANK, outer), self.sharding).astype(dtype)
 
-    def _grouped(self, x: Any, factor: Factor, axes: tuple[int, ...]) -> Any:
+    def _grouped(self, x: Any, factor: Factor, axes: tuple[int, ...], sharding: jax.P | None) -> Any:
         """x times a factor `(groups, in, out)`, or `(in, out)` where all groups share it."""
         own = [axis for axis in axes if axis in factor.axes]
         array = lax.transpose(factor.array, [factor.dim(axis) for axis in own]).astype(x.dtype)
-        how = precision(self.eqn)
-        return lax.ragged_dot(x, array, self.group_sizes, how) if len(own) == 3 else lax.dot(x, array, precision=how)
+        options: Any = {"precision": precision(self.eqn), "out_sharding": sharding}
+        return lax.ragged_dot(x, array, self.group_sizes, **options) if len(own) == 3 else lax.dot(x, array, **options)
 
 
 def ragged_dot_general(context: Context, eqn: Equation, x: Any, weight: Any, group_sizes: Any, *offset: Any) -> list[Any]:
