@@ -25,7 +25,20 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 def without_dead_code(jaxpr: Any) -> Any:
     """An open jaxpr without what no result and no effect needs, in its calls and loops too; its inputs stay."""
-    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
+    live = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
+    before = {tuple(map(id, eqn.outvars)): eqn for eqn in jaxpr.eqns}
+
+    def as_it_was(eqn: Equation) -> Equation:  # up to JAX 0.10 loops get new bodies, for which programs would be made again
+        old = before.get(tuple(map(id, eqn.outvars)), eqn)
+        return old if old.invars == eqn.invars and _size(old) == _size(eqn) else eqn
+
+    return live.replace(eqns=list(map(as_it_was, live.eqns)))
+
+
+def _size(eqn: Equation) -> int:
+    """How many equations there are in one."""
+    params = [item for param in eqn.params.values() for item in (param if isinstance(param, tuple | list) else [param])]
+    return 1 + sum(_size(inner) for item in params for inner in getattr(open_jaxpr(item)[0], "eqns", ()))
 
 
 def is_traced(value: Any) -> bool:
