@@ -135,5 +135,5 @@ def test_what_is_more_than_a_change_is_refused(adapter, what):
 
 
 def test_other_layouts_are_not_added():
-    with pytest.raises(ValueError, match="w: pairs of different layouts or dropouts can't be added"):
+    with pytest.raises(ValueError, match="w: pairs of different layouts, dropouts or branch dtypes can't be added"):
         algebra.add({"w": pair("dense")}, {"w": pair("transposed")})
