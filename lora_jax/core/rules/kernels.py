@@ -40,7 +40,7 @@ def register(function: str | Callable[..., Any], rule: Callable[..., Any]) -> No
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from jax.experimental.pallas.ops.tpu.megablox import gmm
-    >>> lj.rules.register(gmm, lambda x, experts, sizes: jax.lax.ragged_dot(x, experts, sizes))
+    >>> lj.rules.register(gmm, jax.lax.ragged_dot)
     >>> def model(params, x, sizes):
     ...     return gmm(x, params["experts"], sizes, tiling=(8, 8, 8), interpret=True)  # interpreted: this is no TPU
     >>> params, x, sizes = {"experts": jnp.ones((2, 8, 8))}, jnp.ones((8, 8)), jnp.array([5, 3], jnp.int32)
@@ -53,10 +53,11 @@ def register(function: str | Callable[..., Any], rule: Callable[..., Any]) -> No
     if isinstance(function, str):
         key = function
     elif callable(function):
-        code = getattr(inspect.unwrap(function), "__code__", None)
+        plain = inspect.unwrap(function)
+        code = getattr(plain, "__code__", None)
         if code is None:
             raise InputError(f"{function!r} is not a function of Python: register it by its name")
-        key = f"{code.co_name} at {code.co_filename}:{code.co_firstlineno}"
+        key = f"{plain.__name__} at {code.co_filename}:{code.co_firstlineno}"
     else:
         raise InputError(f"a rule is for a function or its name, not for {function!r}")
     _rules[key] = rule
