@@ -144,10 +144,15 @@ def load(source: pathlib.Path, vocab_size: int) -> TextTokenizer:
     found = _of_gguf(source) if source.suffix == ".gguf" else _of_directory(source)
     found.tokenizer.no_padding()
     found.tokenizer.no_truncation()
-    largest = max(found.tokenizer.get_vocab().values(), default=-1)
+    check_ids(found.tokenizer, source, vocab_size)
+    return found
+
+
+def check_ids(tokenizer: tokenizers.Tokenizer, source: pathlib.Path, vocab_size: int) -> None:
+    """Raise an InputError if the tokenizer has an id that the model has no embedding for."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         raise InputError(f"the tokenizer of {source} has the id {largest}, but the model's vocabulary has {vocab_size} only")
-    return found
 
 
 def _of_gguf(file: pathlib.Path) -> TextTokenizer:

@@ -57,6 +57,11 @@ def nothing(home):
     pass
 
 
+def rewrite(file, pattern, text):
+    """Put the text in the place of what fits the pattern."""
+    file.write_text(re.sub(pattern, text, file.read_text()))
+
+
 BAD = {
     "no data file": (nothing, {"data": "nothing.csv"}, r"there is no file .*nothing\.csv"),
     "not a data file": (nothing, {"data": "reviews.xlsx"}, r"must be a \.csv or a \.jsonl file"),
@@ -71,6 +76,11 @@ BAD = {
     "other architecture": (lambda h: configure(h, model_type="gpt2"), {}, "the model_type is 'gpt2'"),
     "truncated safetensors": (truncate, {}, "truncated or not a safetensors file"),
     "no tokenizer": (lambda h: (h / "model" / "tokenizer.json").unlink(), {}, "has no tokenizer.json"),
+    "an id beyond the vocabulary": (
+        lambda h: rewrite(h / "model" / "tokenizer.json", r'"but": ?\d+', '"but": 999'),
+        {},
+        "has the id 999, but the model's vocabulary has",
+    ),
     "bad tokenizer": (lambda h: (h / "model" / "tokenizer.json").write_text("{"), {}, "tokenizer.json can't be read"),
     "rank 0": (nothing, {"rank": 0}, "rank must be a whole number of at least 1, not 0"),
     "rank above the kernel": (nothing, {"rank": 33}, "rank: 33 is above the smaller side of params/"),

@@ -88,11 +88,7 @@ def load_tokenizer(directory: pathlib.Path, vocab_size: int) -> tokenizers.Token
       InputError: there is none, it is damaged, or its ids do not fit the model's vocabulary.
     """
     tokenizer = text_tokenizer.read_tokenizer(directory)
-    tokens = tokenizer.get_vocab_size()
-    if tokens > vocab_size:
-        raise InputError(
-            f"{directory / 'tokenizer.json'} has {tokens} tokens, but the model's vocabulary has {vocab_size} only"
-        )
+    text_tokenizer.check_ids(tokenizer, directory, vocab_size)
     return tokenizer
 
 
