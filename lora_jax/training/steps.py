@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -32,14 +32,16 @@ class Filtered:
     static: tuple[tuple[int, type, Any], ...]
 
     @classmethod
-    def of(cls, tree: Any) -> Self:
-        """The tree apart.
+    def of(cls, tree: Any) -> Any:
+        """The tree apart; itself if there are only arrays in it, so that its program takes it without this module, too.
 
         Raises:
           InputError: a leaf is neither an array nor hashable.
         """
         leaves, structure = jax.tree.flatten(tree)
         static = tuple((i, type(leaf), leaf) for i, leaf in enumerate(leaves) if not is_array(leaf))
+        if not static:
+            return tree
         if not _is_hashable(static):
             path, odd = next((path, leaf) for path, leaf in paths.flatten(tree)[0].items() if not _is_hashable(leaf))
             raise InputError(
@@ -54,6 +56,10 @@ class Filtered:
         for place, _, leaf in self.static:
             leaves.insert(place, leaf)
         return jax.tree.unflatten(self.structure, leaves)
+
+
+def _whole(tree: Any) -> Any:
+    return tree.tree() if isinstance(tree, Filtered) else tree
 
 
 def _is_hashable(leaf: Any) -> bool:
@@ -74,7 +80,7 @@ class CompiledStep:
     """
 
     def __init__(self, step: Callable[[Any, Any, Any], Any], compile: Callable[[Callable[..., Any]], Any]):
-        self._compiled = compile(lambda state, variables, batch: step(state, variables.tree(), batch))
+        self._compiled = compile(lambda state, variables, batch: step(state, _whole(variables), batch))
 
     def __call__(self, state: Any, variables: Any, batch: Any) -> Any:
         """Take the step."""
