@@ -83,7 +83,7 @@ BAD = {
     ),
     "bad tokenizer": (lambda h: (h / "model" / "tokenizer.json").write_text("{"), {}, "tokenizer.json can't be read"),
     "rank 0": (nothing, {"rank": 0}, "rank must be a whole number of at least 1, not 0"),
-    "rank above the kernel": (nothing, {"rank": 33}, "rank: 33 is above the smaller side of params/"),
+    "rank above the kernel": (nothing, {"rank": 33, "targets": "query"}, "rank: 33 is above the smaller side of params/"),
     "rank is no number": (nothing, {"rank": "many"}, "--rank: invalid int value: 'many'"),
     "alpha": (nothing, {"alpha": "nan"}, "alpha must be positive and finite"),
     "target": (nothing, {"targets": "qery"}, "the pattern 'qery' matches no parameter"),
@@ -204,8 +204,9 @@ def test_no_checkpoint_yet(stopped, capsys, command):
 
 
 def test_resume(stopped, capsys):
-    refused(["finetune", "--resume", stopped, "--steps", 3], "leave all others out", capsys)
-    refused(["finetune", "--resume", stopped, "--out", "other"], "leave all others out", capsys)
+    refused(["finetune", "--resume", stopped, "--steps", 3], "is at step 0 of 40: go on without --steps", capsys)
+    refused(["finetune", "--resume", stopped, "--rank", 3], "leave out all but --steps and those of the mesh", capsys)
+    refused(["finetune", "--resume", stopped, "--out", "other"], "leave out all but --steps and those of the mesh", capsys)
     with (stopped.parent / "reviews.csv").open("a") as data:
         data.write("one more,good\n")
     refused(["finetune", "--resume", stopped], r"reviews\.csv has changed since the run began", capsys)
