@@ -26,7 +26,7 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 def without_dead_code(jaxpr: Any) -> Any:
     """An open jaxpr without what no result and no effect needs, in its calls and loops too; its inputs stay."""
     live = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
-    before = {tuple(map(id, eqn.outvars)): eqn for eqn in jaxpr.eqns}
+    before = {tuple(map(id, eqn.outvars)): eqn for eqn in jaxpr.eqns if eqn.outvars}  # an effect alone has no name
 
     def as_it_was(eqn: Equation) -> Equation:  # up to JAX 0.10 loops get new bodies, for which programs would be made again
         old = before.get(tuple(map(id, eqn.outvars)), eqn)

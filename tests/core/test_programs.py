@@ -151,6 +151,21 @@ def test_jit_keeps_its_name_and_what_it_donates():
     assert cache.is_deleted() and not tree["one"].base.is_deleted()
 
 
+def test_effects_without_results_stay_apart(capfd):
+    """Two prints of one number, in a function with dead code."""
+
+    def fn(p, x):
+        y = x @ p["one"]
+        total = y.sum()
+        jax.debug.print("first {}", total)
+        jax.debug.print("second {}", total)
+        return y
+
+    lj.lora(fn)(lj.attach(LAYERS, {"one": adapted(jitted, LAYERS)["one"]}), X)
+    jax.effects_barrier()
+    assert sorted(line.split()[0] for line in capfd.readouterr().out.splitlines()) == ["first", "second"]
+
+
 def test_each_call_has_a_mask_of_its_own():
     """One function, called twice on one parameter: dropout draws two masks, in and out of `jit` the same."""
     fn = lambda p, x: (one_layer(x, p["one"]), one_layer(x, p["one"]))
