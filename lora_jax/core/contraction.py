@@ -15,7 +15,7 @@ def contract(
     y: Any,
     y_labels: Sequence[int],
     out: Sequence[int],
-    sharding: jax.P | None = None,
+    sharding: jax.NamedSharding | None = None,
     **options: Any,
 ) -> jax.Array:
     """The product of two arrays, summed over the labels that `out` lacks (and a transpose where its order asks for one).
@@ -42,8 +42,11 @@ def contract(
     dims = lambda labels, chosen: tuple(labels.index(label) for label in chosen)
     numbers = ((dims(x_labels, summed), dims(y_labels, summed)), (dims(x_labels, batch), dims(y_labels, batch)))
     labels = [*batch, *(i for i in x_labels if i not in shared), *(i for i in y_labels if i not in shared)]
-    given = None if sharding is None else dict(zip(reversed(out), reversed(sharding)))
-    out_sharding = _out_sharding(x, x_labels, y, y_labels, labels, given)
+    given = None if sharding is None else dict(zip(reversed(out), reversed(sharding.spec)))
+    spec = _out_spec(x, x_labels, y, y_labels, labels, given)
+    known = filter(None, (sharding, explicit_sharding(x), explicit_sharding(y)))
+    # With its mesh, since there are arrays on a mesh without `jax.set_mesh`, too.
+    out_sharding = None if spec is None else next(known).update(spec=spec)
     result = lax.dot_general(x, y, numbers, out_sharding=out_sharding, **options)
     order = [labels.index(label) for label in out if label in labels]
     if order != sorted(order):
@@ -52,7 +55,7 @@ def contract(
     return lax.expand_dims(result, missing) if missing else result
 
 
-def _out_sharding(
+def _out_spec(
     x: Any, x_labels: Sequence[int], y: Any, y_labels: Sequence[int], out: Sequence[int], given: Mapping[int, Any] | None
 ) -> jax.P | None:
     """On a mesh with explicit axes, the sharding of a product: as it is given, else each axis as in x, or else as in y."""
@@ -68,10 +71,10 @@ def _out_sharding(
     return jax.P(*(entries[label] or None for label in out)) if given is not None or any(entries.values()) else None
 
 
-def explicit_spec(array: Any) -> jax.P | None:
+def explicit_sharding(array: Any) -> jax.NamedSharding | None:
     """How an array lies on a mesh with explicit axes; None on any other."""
     sharding = jax.typeof(array).sharding
-    return sharding.spec if AxisType.Explicit in sharding.mesh.axis_types else None
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _sum_out(x: Any, labels: Sequence[int], keep: set[int]) -> tuple[Any, list[int]]:

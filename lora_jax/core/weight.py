@@ -27,7 +27,7 @@ from jax import lax
 from jax.sharding import reshard
 
 from lora_jax.core import programs
-from lora_jax.core.contraction import contract, explicit_spec
+from lora_jax.core.contraction import contract, explicit_sharding
 from lora_jax.core.deferred import is_deferred, on_bases, unstack_base, use
 from lora_jax.core.errors import NotLowRankError
 from lora_jax.core.factor import Factor
@@ -283,7 +283,7 @@ class LowRankTerm(Term):
 
     def multiplied_out(self, base: Any) -> Any:
         """`scale A B`, broadcastable to the base's shape."""
-        (a, b), axes, sharding = self.folded(None), list(range(base.ndim)), explicit_spec(base)
+        (a, b), axes, sharding = self.folded(None), list(range(base.ndim)), explicit_sharding(base)
         return contract(a.array, a.axes, self._scaled(b.array), b.axes, axes, sharding, precision="highest")
 
 

@@ -71,3 +71,19 @@ def test_a_branch_lies_as_its_product_does(name, dora):
             assert list(map(jax.typeof, jax.tree.leaves(grads))) == list(map(jax.typeof, jax.tree.leaves(adapters)))
     assert jax.typeof(got) == jax.typeof(want)
     assert distance(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_mesh_is_that_of_the_arrays(dora):
+    """Without `jax.set_mesh`, eagerly and in `jit`."""
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    put = lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec))
+    w, x = {"w": put(normal(3, 8, 16), P(None, "m"))}, put(normal(4, 4, 8), P("d", None))
+    fn = lambda p, x: jnp.tanh(x @ p["w"])
+    config = lj.LoraConfig(rank=2, init="orthogonal", dora=dora)
+    adapters = jax.tree.map(lambda leaf: leaf * 1.5, lj.init(jax.random.key(0), config, fn, w, x))
+    tree, want = lj.attach(w, adapters), fn(lj.merge(w, adapters), x)
+    for apply in (lj.lora(fn), jax.jit(lj.lora(fn))):
+        got = apply(tree, x)
+        assert got.sharding.spec == want.sharding.spec == P("d", "m")
+        assert distance(got, want) < 1e-5

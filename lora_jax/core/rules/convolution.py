@@ -59,8 +59,8 @@ class Convolution(Product):
         if self.sharding is None:
             return None
         channel = self.eqn.params["dimension_numbers"].out_spec[1]
-        entries = [None if axis == channel else entry for axis, entry in enumerate(self.sharding)]
-        return jax.NamedSharding(jax.typeof(self.result).sharding.mesh, jax.P(*entries))
+        entries = [None if axis == channel else entry for axis, entry in enumerate(self.sharding.spec)]
+        return self.sharding.update(spec=jax.P(*entries))
 
     def _times_b(self, z: Any, b: Factor, groups: int) -> Any:
         """A convolution with a window of one place: each group of z with the part of B that makes its out-channels."""

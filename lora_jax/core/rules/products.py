@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core import jax_compat
-from lora_jax.core.contraction import contract, explicit_spec
+from lora_jax.core.contraction import contract, explicit_sharding
 from lora_jax.core.deferred import use
 from lora_jax.core.factor import RANK, Factor, scaled_along
 from lora_jax.core.interpreter import Context, Equation, NotLowRank, is_implicit
@@ -77,9 +77,9 @@ class Product:
         return self.base_result(self.x)
 
     @functools.cached_property
-    def sharding(self) -> jax.P | None:
+    def sharding(self) -> jax.NamedSharding | None:
         """How the result lies on a mesh with explicit axes."""
-        return explicit_spec(self.result)
+        return explicit_sharding(self.result)
 
     @property
     def contracted(self) -> set[int]:

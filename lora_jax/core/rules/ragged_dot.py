@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core import jax_compat
-from lora_jax.core.contraction import explicit_spec
+from lora_jax.core.contraction import explicit_sharding
 from lora_jax.core.deferred import use
 from lora_jax.core.factor import RANK, Factor
 from lora_jax.core.interpreter import Context, Equation, NotLowRank, is_implicit
@@ -42,8 +42,8 @@ class RaggedDot(Product):
         first, second = sorted(factors, key=lambda factor: inner not in factor.axes)
         if outer in first.axes or inner in second.axes:
             raise NotLowRank("the adapter's layout is not that of grouped matrices (batch: group, in, out)")
-        rows = explicit_spec(x)
-        z = self._grouped(x, first, (group, inner, RANK), rows and jax.P(rows[0], None))
+        rows = explicit_sharding(x)
+        z = self._grouped(x, first, (group, inner, RANK), rows and rows.update(spec=jax.P(rows.spec[0], None)))
         return self._grouped(inside(z, ()), second, (group, RANK, outer), self.sharding)
 
     def scaled_base(self, x: Any, gains: Sequence[Factor], dtype: Any) -> Any:
@@ -62,7 +62,7 @@ class RaggedDot(Product):
         ones = jnp.ones((self.x.shape[0], 1), part.array.dtype)
         return self._grouped(ones, whole, (group, RANK, outer), self.sharding).astype(dtype)
 
-    def _grouped(self, x: Any, factor: Factor, axes: tuple[int, ...], sharding: jax.P | None) -> Any:
+    def _grouped(self, x: Any, factor: Factor, axes: tuple[int, ...], sharding: jax.NamedSharding | None) -> Any:
         """x times a factor `(groups, in, out)`, or `(in, out)` where all groups share it."""
         own = [axis for axis in axes if axis in factor.axes]
         array = lax.transpose(factor.array, [factor.dim(axis) for axis in own]).astype(x.dtype)
