@@ -57,8 +57,9 @@ def run(context: Any, rule: Rule, eqn: Equation, values: Sequence[Any]) -> list[
     call = _Call(eqn.primitive.name, params, donated, context.materialize, context.masks, (context, eqn, rule, names))
     operands = _renamed(values, numbers)
     given, kept = ([v for v, gives in zip(operands, donated) if gives is wanted] for wanted in (True, False))
+    broadcasts = [context.broadcasts.get(id(value)) for value in values]
     try:
-        results, record = _program(eqn)(call, given, kept)
+        results, record = _program(eqn)(call, given, kept, broadcasts)
     finally:
         call.current = None
     context.masks = record.masks
@@ -74,12 +75,15 @@ def _program(eqn: Equation) -> Callable[..., Any]:
     body = next(body for param in eqn.params.values() for body in _bodies(param))
     if body not in _programs:
 
-        def program(call: _Call, given: list[Any], kept: list[Any]) -> tuple[list[Any], _Record]:
+        def program(call: _Call, given: list[Any], kept: list[Any], broadcasts: list[Any]) -> tuple[list[Any], _Record]:
             context, eqn, rule, names = call.current
             context = dataclasses.replace(context)  # which counts on its own
             sources = {True: iter(given), False: iter(kept)}
             values = _renamed([next(sources[gives]) for gives in call.donated], names)
             numbers = {path: number for number, path in names.items()}
+            for value, factor in zip(values, broadcasts):
+                if factor is not None:
+                    context.add_broadcast(value, factor)
             results = _renamed(rule(context, eqn, *values), numbers)
             return results, _Record(context.masks)
 

@@ -40,6 +40,24 @@ def test_equals_merged_weights(name):
     assert distance(ours, run(lambda a, x: scaled(lj.merge({"w": W}, a), x))) < 1e-5
 
 
+def test_a_scale_that_is_broadcast_outside_of_a_call_or_loop():
+    variables, pair = (
+        {"w": normal(1, 3, 8, 8)},
+        {"w": lj.LowRank(normal(3, 3, 8, 2), normal(4, 3, 2, 8), lj.Layout((0,), (1,), (2,)))},
+    )
+    scaled = jax.jit(lambda w, scale, x: jnp.tanh(x @ (w * scale)))
+
+    def fn(p, x):
+        scale = jnp.broadcast_to(jnp.arange(8.0), (8, 8))
+        x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ (w * scale)), None), x, p["w"])[0]
+        return scaled(p["w"][0], jnp.broadcast_to(ins, (8, 8)), x) + scaled(p["w"][0], scale, x)
+
+    assert not lj.explain(fn, variables, X).parameters["w"].obstacle
+    want = fn(lj.merge(variables, pair), X)
+    for apply in (lj.lora(fn), jax.jit(lj.lora(fn))):
+        assert distance(apply(lj.attach(variables, pair), X), want) < 1e-5
+
+
 def test_dropout_is_on_the_input_of_the_branch():
     pair, key = {"w": dataclasses.replace(PAIR, dropout=0.5)}, jax.random.key(0)
     alone = lj.lora(lambda p, x: x @ p["w"], key=key)(lj.attach({"w": W}, pair), X)
