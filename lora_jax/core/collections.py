@@ -22,7 +22,12 @@ def not_parameters(tree: Any) -> dict[str, str]:
     {'mean': 'an nnx.BatchStat'}
     """
     leaves = list(paths.flatten(tree, is_leaf=is_adapted)[0])
-    return _beside_params(leaves) | _other_variables(tree, leaves)
+    nnx = sys.modules.get("flax.nnx")  # where nobody has imported it, there is none of its states and variables
+    if nnx is None:
+        return _beside_params(leaves)
+    # A state has no collections: what is called `params` in it is part of a module.
+    found = {} if isinstance(tree, nnx.State) else _beside_params(leaves)
+    return found | _other_variables(nnx, tree, leaves)
 
 
 def _beside_params(leaves: list[str]) -> dict[str, str]:
@@ -36,10 +41,7 @@ def _beside_params(leaves: list[str]) -> dict[str, str]:
     return found
 
 
-def _other_variables(tree: Any, leaves: list[str]) -> dict[str, str]:
-    nnx = sys.modules.get("flax.nnx")  # where nobody has imported it, there is none of its variables
-    if nnx is None:
-        return {}
+def _other_variables(nnx: Any, tree: Any, leaves: list[str]) -> dict[str, str]:
     is_variable = lambda node: isinstance(node, nnx.Variable)
     nodes, _ = paths.flatten(tree, is_leaf=is_variable)
     others = {path: node for path, node in nodes.items() if is_variable(node) and not isinstance(node, nnx.Param)}

@@ -76,6 +76,19 @@ def test_nnx_variables_that_are_no_params():
     assert lj.explain(fn, state, x).passed_over == {"basis": "it is no parameter but of an nnx.Variable"}
 
 
+def test_an_nnx_module_with_an_attribute_named_params():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.params = nnx.Dict(dense=nnx.Linear(4, 4, rngs=rngs))
+            self.head = nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.params["dense"](x))
+
+    fn, state = lj.nnx.functional(Model(nnx.Rngs(0)))
+    assert list(init(fn, state, normal(0, 2, 4))) == ["head/kernel", "params/dense/kernel"]
+
+
 # --- small parameters and kernels behind rules of their own -----------------------------------------------------------
 
 
