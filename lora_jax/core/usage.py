@@ -285,19 +285,20 @@ class Probe(Factored):
             held = {roles[axis] for axis in factor.axes}
             return next((role for role in ("in", "out", "batch") if role in held), "in" if factor.is_sum else "stack")
 
-        name, site = context.place(eqn)
-        for term in self.terms:
-            roles_of = term.roles(role)
-            crossed = any({"in", "out"} <= {roles_of[axis] for axis in axes} for axes in term.scaled)
-            use = Use("other", name, site, reason=IN_AND_OUT) if crossed else Use("product", name, site, roles_of)
-            context.record(term.path, use)
+        self._record(context, eqn, "product", role)
 
     def looked_up(self, context: ProbeContext, eqn: Equation | None) -> Any:
         """Gathered axes are in, the others out."""
+        self._record(context, eqn, "lookup", lambda factor: "in" if factor.indexed else "out")
+        return self.base
+
+    def _record(self, context: ProbeContext, eqn: Equation | None, kind: str, role: Callable[[AxisFactor], str]) -> None:
         name, site = context.place(eqn)
         for term in self.terms:
-            context.record(term.path, Use("lookup", name, site, term.roles(lambda factor: "in" if factor.indexed else "out")))
-        return self.base
+            roles = term.roles(role)
+            crossed = any({"in", "out"} <= {roles[axis] for axis in axes} for axes in term.scaled)
+            use = Use("other", name, site, reason=IN_AND_OUT) if crossed else Use(kind, name, site, roles)
+            context.record(term.path, use)
 
     def as_array(self, context: ProbeContext, eqn: Equation | None, reason: str) -> Any:
         rows = self.as_activation(context, eqn)

@@ -86,6 +86,12 @@ def test_in_and_out_axes_at_once():
     assert CROSSED in explained["w"].obstacle and "it scales another parameter" in explained["scale"].obstacle
 
 
+def test_in_and_out_axes_of_a_table_at_once():
+    """`explain` says what `lora` would."""
+    fn = lambda p, ids: (p["w"] * normal(2, 8, 2, 1))[ids]
+    assert CROSSED in lj.explain(fn, {"w": normal(1, 8, 2, 3)}, jnp.array([1])).parameters["w"].obstacle
+
+
 @pytest.mark.parametrize("fn", [lambda p, x: x @ (p["w"] * outs[None]), lambda p, x: x @ jnp.where(rows, p["w"], 0)])
 def test_a_bias_is_not_scaled(fn):
     with pytest.raises(lj.NotLowRankError, match="multiplied with something, and its adapter has a bias"):
