@@ -40,7 +40,7 @@ def finetune_command(line: argparse.Namespace) -> int:
     given = options.given_run(line)
     hosts = processes.Hosts(**options.given(line, processes.Hosts))
     if line.resume is not None:
-        more = given.pop("steps", 0)
+        more = options.more_steps(given.pop("steps")) if "steps" in given else 0
         if given or line.out is not None:
             raise InputError("--resume goes on with the run's own options: leave out all but --steps and those of the mesh")
         with hosts.connected():

@@ -239,6 +239,15 @@ def new_run(task: str, given: Mapping[str, Any]) -> RunConfig:
     return config
 
 
+def more_steps(value: Any) -> int:
+    """How many steps a finished run is trained further.
+
+    Raises:
+      InputError: it is no number of steps.
+    """
+    return table(RunConfig)["steps"].convert(value, flag("steps"))
+
+
 def check_trainable(config: RunConfig) -> None:
     """Raise an InputError for a dtype that is not trained in; runs of before have it, and can still be used."""
     if config.dtype == "float16":

@@ -28,7 +28,7 @@ def optimizer(config: RunConfig, learning_rate: Any = None) -> optax.GradientTra
     """AdamW with a short warm-up to the learning rate and a cosine decay, in the way of the run's method.
 
     Step i of a warm-up of n has the rate `(i + 1) / n`, so that the first one counts; `i / n` in runs of before.
-    A run that is trained further after its end rises and falls once more, over the steps that were added.
+    The rate of a run that is trained further after its end rises and falls once more, over the steps that were added.
 
     Args:
       config: the options.
@@ -36,7 +36,8 @@ def optimizer(config: RunConfig, learning_rate: Any = None) -> optax.GradientTra
     """
 
     def adamw(rate: Any) -> optax.GradientTransformation:
-        phases = [_rise_and_fall(rate, steps, config.warmup_from) for steps in config.phases]
+        first, *further = config.phases
+        phases = [_rise_and_fall(rate, first, config.warmup_from), *(_rise_and_fall(rate, steps, 1) for steps in further)]
         return optax.adamw(optax.schedules.join_schedules(phases, config.finished))
 
     rate = config.learning_rate if learning_rate is None else learning_rate
