@@ -19,6 +19,15 @@ from lora_jax.peft import files as peft_files
 _TOKENS, _ADDED, _JINJA = "tokenizer.json", "added_tokens.json", "chat_template.jinja"
 
 
+def own_files(source: pathlib.Path, model: pathlib.Path) -> list[str]:
+    """The files of a tokenizer in a PEFT directory that the base has not, or has otherwise.
+
+    Raises:
+      InputError: one can't be read.
+    """
+    return [name for name in hf_export.TOKENIZER_FILES if (source / name).is_file() and not _is_same(source, model, name)]
+
+
 def keep(source: pathlib.Path, model: pathlib.Path, base: Any, directory: pathlib.Path) -> tuple[str, ...]:
     """Copy what is the adapters' own into a directory that a base is loaded with, if there is anything.
 
@@ -34,7 +43,7 @@ def keep(source: pathlib.Path, model: pathlib.Path, base: Any, directory: pathli
     Raises:
       InputError: a file is damaged, or the tokens have no embeddings.
     """
-    names = [name for name in hf_export.TOKENIZER_FILES if (source / name).is_file() and not _is_same(source, model, name)]
+    names = own_files(source, model)
     tensors = _embeddings(source, base) if isinstance(base, lm.Base) else {}
     if not names and not tensors:
         return ()

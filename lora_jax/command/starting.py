@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import peft, sharding
-from lora_jax.command import run
+from lora_jax.command import adapter_files, run
 from lora_jax.command.inspect import load_adapters
 from lora_jax.command.options import RunConfig, flag
 from lora_jax.command.tasks.base import Session
+from lora_jax.command.tasks.registry import task_module
 from lora_jax.core.adapter import Adapter, LowRank
 from lora_jax.core.errors import InputError, MissingError
 
@@ -41,13 +42,15 @@ def with_adapter(session: Session) -> Session:
     config = session.config
     if config.adapter is None:
         return session
-    found = _read(pathlib.Path(config.adapter), session)
+    source = pathlib.Path(config.adapter)
+    found = _read(source, session)
     if not config.targets:
         targets = [path for path, adapter in found.items() if isinstance(adapter, LowRank)]
         config = dataclasses.replace(config, targets=targets)
     new = [path for path in session.init(config) if path not in found]
     line = f"{len(found)} adapters of {config.adapter} are trained further, and {len(new)} begin anew"
-    task = dataclasses.replace(session.task, description=(*session.task.description, line))
+    lines = (*session.task.description, line, *_unused(source, config))
+    task = dataclasses.replace(session.task, description=lines)
     return dataclasses.replace(session, config=config, task=task, init=lambda own: session.init(own) | found)
 
 
@@ -59,8 +62,24 @@ def _read(source: pathlib.Path, session: Session) -> dict[str, Adapter]:
         return sharding.put_beside(variables, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found))
     if not (source / "adapters").is_dir():
         raise MissingError(f"{source} is neither a PEFT directory (it has no adapter_config.json) nor a run with a checkpoint")
-    _check_run(run.read_config(source), source, session.config)
-    return load_adapters(source, variables)
+    theirs = run.read_config(source)
+    _check_run(theirs, source, session.config)
+    found = load_adapters(source, variables)
+    shared = [path for path in found if session.names[path].kind == "embedding"]
+    if shared and session.config.untie and not theirs.untie:
+        raise InputError(f"the adapters of {source} change {shared[0]} as the embedding and the head: leave --untie out")
+    return found
+
+
+def _unused(source: pathlib.Path, config: RunConfig) -> tuple[str, ...]:
+    """What to say of a tokenizer or chat template in a PEFT directory."""
+    names = adapter_files.own_files(source, task_module(config).location(config))
+    if not names:
+        return ()
+    return (
+        f"the adapters have their own {', '.join(names)}, but the base's tokenizer and chat template are used: for theirs, "
+        "import the directory, export that run with --format merged, and fine-tune the result",
+    )
 
 
 def _check_run(theirs: RunConfig, source: pathlib.Path, config: RunConfig) -> None:
@@ -70,6 +89,8 @@ def _check_run(theirs: RunConfig, source: pathlib.Path, config: RunConfig) -> No
     if theirs.task != config.task or list(theirs.labels) != list(config.labels):
         known, wanted = (f"the task {one.task!r} and the labels {list(one.labels)}" for one in (theirs, config))
         raise InputError(f"the adapters of {source} are for {known}, not for {wanted}")
+    if theirs.untie and not config.untie:
+        raise InputError(f"the adapters of {source} are for a head with a kernel of its own: give --untie, too")
     if run.own_base(source) is not None:
         raise InputError(
             f"the adapters of {source} have a tokenizer of their own ({source / 'base'}): export the run with --format merged, "

@@ -72,6 +72,9 @@ def test_a_finished_run_is_trained_further(home, tmp_path, capsys):
     after, config = metrics.read(out), run.read_config(out)
     assert after[:4] == before and [line["step"] for line in after] == list(range(6))
     assert (config.steps, config.finished) == (5, [3])
+    for steps in (0, -1):
+        message = f"--steps must be a whole number of at least 1, not {steps}"
+        assert message in refused(["finetune", "--resume", out, "--steps", steps], capsys)
     shutil.rmtree(out / "adapters" / "5")
     want = (out / "metrics.jsonl").read_bytes()
     assert cli.main(["finetune", "--resume", str(out), "--steps", "2"]) == 2
@@ -94,6 +97,37 @@ def test_the_learning_rate_rises_and_falls_once_more():
     first, second = rates(RunConfig(steps=40)), rates(RunConfig(steps=20))
     assert max(first) == pytest.approx(2e-3, rel=1e-4) and first[-1] < 0.01 * max(first)
     np.testing.assert_allclose(rates(RunConfig(steps=60, finished=[40])), first + second, rtol=1e-4)
+
+
+def test_a_run_of_before_begins_once_more_with_its_first_step():
+    """Its own warm-up began at 0; that of the steps that were added trains from the first."""
+    tx, weight = optimizer(RunConfig(steps=2, finished=[1], warmup_from=0)), jnp.zeros(())
+    state = tx.init(weight)
+    first, state = tx.update(jnp.ones(()), state, weight)
+    second, _ = tx.update(jnp.ones(()), state, weight)
+    assert first == 0 and second == pytest.approx(-2e-3, rel=1e-4)
+
+
+def test_a_tokenizer_that_is_not_used_is_named(home, tmp_path, capsys):
+    source = shutil.copytree(home / "peft", tmp_path / "peft")
+    shutil.copyfile(home / "model" / "tokenizer.json", source / "tokenizer.json")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    train(home, tmp_path / "run", "--adapter", source, rank=None, steps=1)
+    assert "the adapters have their own chat_template.jinja, but the base's tokenizer" in capsys.readouterr().out
+
+
+def test_adapters_of_a_head_stay_with_what_they_change(home, tmp_path, capsys):
+    """Those of an embedding that is the head, too, are others' on a base that is untied, and the other way round."""
+    for name, flags in {"tied": ["--targets", "embed_tokens"], "untied": ["--targets", "lm_head", "--untie"]}.items():
+        train(home, tmp_path / name, *flags, rank=2, steps=1)
+    own = tiny_lm.options(home, tmp_path / "run", rank=None, steps=1)
+    assert "as the embedding and the head: leave --untie out" in refused(
+        [*own, "--untie", "--adapter", tmp_path / "tied"], capsys
+    )
+    assert "a kernel of its own: give --untie, too" in refused([*own, "--adapter", tmp_path / "untied"], capsys)
+    assert not (tmp_path / "run").exists()
+    train(home, tmp_path / "run", "--untie", "--adapter", tmp_path / "untied", rank=None, steps=1)
+    assert perplexities(tmp_path / "run")[0] == pytest.approx(perplexities(tmp_path / "untied")[-1], rel=1e-6)
 
 
 def refused(arguments, capsys):
