@@ -22,6 +22,7 @@ from lora_jax.models import gguf_files, llama
 from lora_jax.models.decoder_config import LlamaConfig
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+_EMBEDDING = "model.embed_tokens.weight"
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,7 +66,10 @@ def bert_fields(source: pathlib.Path, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def stored_dtypes(source: pathlib.Path) -> dict[str, Any]:
-    """The dtype of each tensor of a directory, by its name without a leading `bert.`; of a `.gguf` file's none."""
+    """The dtype of each tensor of a directory, by its name without a leading `bert.`; of a `.gguf` file's none.
+
+    A head that is not stored, since it is the embedding, has the embedding's.
+    """
     if source.is_file():
         return {}
     found = {}
@@ -73,6 +77,8 @@ def stored_dtypes(source: pathlib.Path) -> dict[str, Any]:
         with safetensors.safe_open(file, framework="numpy") as opened:
             for name in opened.keys():  # noqa: SIM118  not a dict
                 found[name.removeprefix("bert.")] = _DTYPES[opened.get_slice(name).get_dtype()]
+    if _EMBEDDING in found:
+        found.setdefault("lm_head.weight", found[_EMBEDDING])
     return found
 
 

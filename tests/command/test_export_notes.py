@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 import lora_jax as lj
-from lora_jax.command import cli, options, run
+from lora_jax.command import cli, hf_export, options, run
 from lora_jax.command.tasks.base import digest
 from lora_jax.models import llama
 from tests.support import tiny_lm
@@ -87,6 +87,13 @@ def test_what_rounding_takes_off_a_merged_model_is_said(home, capsys):
     make_run(home, "large")
     _, said = export(home, "large", "merged", capsys)
     assert said == ""
+
+
+def test_a_head_that_was_the_embedding_is_stored_as_it_was(home, tmp_path):
+    model, dtypes = llama.load(home / "model", tie=False), hf_export.stored_dtypes(home / "model")
+    hf_export.write(tmp_path, model.variables, {}, model.names, llama.hf_config(model.config), dtypes)
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" in tensors and {tensor.dtype for tensor in tensors.values()} == {np.dtype(jnp.bfloat16)}
 
 
 def test_a_model_that_moved(home, capsys):
