@@ -102,8 +102,8 @@ def resume(directory: pathlib.Path, console: rich.console.Console, mesh: Mesh | 
     """
     session = _prepare(None, directory, mesh, more)
     adapters = _first_adapters(session, directory)
-    if more:
-        processes.first(lambda: files.write(directory / "config.json", session.config.to_json().encode()))
+    # With more steps, and for a run of before with what it did not record, such as the ends.
+    processes.first(lambda: files.write(directory / "config.json", session.config.to_json().encode()))
     _train(*_begin(session, adapters, directory), directory, console)
 
 

@@ -12,6 +12,7 @@ import lora_jax as lj
 from lora_jax.command import cli, metrics, run
 from lora_jax.command.options import RunConfig
 from lora_jax.command.trainer import optimizer
+from lora_jax.core.fields import table
 from tests.support import tiny_lm
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
@@ -106,6 +107,16 @@ def test_a_run_of_before_begins_once_more_with_its_first_step():
     first, state = tx.update(jnp.ones(()), state, weight)
     second, _ = tx.update(jnp.ones(()), state, weight)
     assert first == 0 and second == pytest.approx(-2e-3, rel=1e-4)
+
+
+def test_a_run_of_before_records_what_ends_its_texts(home, tmp_path):
+    out = shutil.copytree(home / "run", tmp_path / "run")
+    now = json.loads((out / "config.json").read_text())
+    new = [name for name, row in table(RunConfig).items() if row.more.get("since") == now["format_version"]]
+    before = {name: value for name, value in now.items() if name not in new} | {"format_version": 4}
+    (out / "config.json").write_text(json.dumps(before))
+    assert cli.main(["finetune", "--resume", str(out)]) == 0
+    assert now["ends"] and json.loads((out / "config.json").read_text()) == now | {"warmup_from": 0}
 
 
 def test_a_tokenizer_that_is_not_used_is_named(home, tmp_path, capsys):
