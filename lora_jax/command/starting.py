@@ -45,8 +45,8 @@ def with_adapter(session: Session) -> Session:
     source = pathlib.Path(config.adapter)
     found = _read(source, session)
     if not config.targets:
-        targets = [path for path, adapter in found.items() if isinstance(adapter, LowRank)]
-        config = dataclasses.replace(config, targets=targets)
+        ranks = {path: adapter.rank for path, adapter in found.items() if isinstance(adapter, LowRank)}
+        config = dataclasses.replace(config, targets=list(ranks), rank=min(ranks.values(), default=config.rank))
     new = [path for path in session.init(config) if path not in found]
     line = f"{len(found)} adapters of {config.adapter} are trained further, and {len(new)} begin anew"
     lines = (*session.task.description, line, *_unused(source, config))

@@ -46,6 +46,7 @@ def test_a_run_begins_with_adapters(home, tmp_path, capsys):
         assert f"4 adapters of {home / name} are trained further, and 0 begin anew" in capsys.readouterr().out
     ours, theirs, before = adapters(tmp_path / "run"), adapters(tmp_path / "peft"), adapters(home / "run")
     assert jax.tree.structure(ours) == jax.tree.structure(theirs) == jax.tree.structure(before)
+    assert run.read_config(tmp_path / "run").rank == 2
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert all((ours[path].a != before[path].a).any() for path in before)
     assert perplexities(tmp_path / "run")[0] == pytest.approx(perplexities(home / "run")[-1], rel=1e-6)
