@@ -110,7 +110,8 @@ def killed(directory, number, processes):
     assert codes[number] == -signal.SIGKILL and len(metrics.read(directory)) < STEPS + 1
     for i, (code, output) in enumerate(zip(codes, outputs)):
         assert code != 0, output
-        said = "ends, since another one is gone|JAX distributed service detected fatal errors"
+        # The last: Gloo ends a survivor whose next collective meets the one that broke off at another's, before it can say more.
+        said = "ends, since another one is gone|JAX distributed service detected fatal errors|gloo::EnforceNotMet"
         assert i == number or re.search(said, output), output
 
 
