@@ -16,7 +16,7 @@ from lora_jax.data import tokenizer as text_tokenizer
 from lora_jax.models import gguf_files
 from lora_jax.peft import files as peft_files
 
-_TOKENS, _ADDED, _JINJA = "tokenizer.json", "added_tokens.json", "chat_template.jinja"
+_ADDED = "added_tokens.json"
 
 
 def own_files(source: pathlib.Path, model: pathlib.Path) -> list[str]:
@@ -76,7 +76,7 @@ def _is_same(source: pathlib.Path, model: pathlib.Path, name: str) -> bool:
 
 def _tokenizer(source: pathlib.Path, directory: pathlib.Path, names: list[str]) -> tokenizers.Tokenizer:
     """The tokenizer; a file of added tokens that has none beside it adds them to the base's."""
-    if _TOKENS in names:
+    if text_tokenizer.TOKENS in names:
         return text_tokenizer.read_tokenizer(source)
     made = text_tokenizer.read_tokenizer(directory)
     if _ADDED in names:
@@ -87,9 +87,9 @@ def _tokenizer(source: pathlib.Path, directory: pathlib.Path, names: list[str]) 
             if made.token_to_id(token) != place:
                 raise InputError(
                     f"{source / _ADDED} gives {token!r} the id {place!r}, but in the base's tokenizer it is "
-                    f"{made.token_to_id(token)}: save the adapters with their {_TOKENS}"
+                    f"{made.token_to_id(token)}: save the adapters with their {text_tokenizer.TOKENS}"
                 )
-        made.save(str(directory / _TOKENS))
+        made.save(str(directory / text_tokenizer.TOKENS))
     return made
 
 
@@ -99,7 +99,7 @@ def _keep_template(source: pathlib.Path, model: pathlib.Path, directory: pathlib
     ours = gguf_files.chat_template(model) if model.is_file() else text_tokenizer.read_template(model)
     template = ours if theirs is None else theirs
     if template is not None:
-        (directory / _JINJA).write_text(template, encoding="utf-8")
+        (directory / text_tokenizer.TEMPLATE).write_text(template, encoding="utf-8")
     if None in (theirs, ours) or theirs == ours:
         return ()
     return (f"the adapters' chat template differs from that of {model}: chats are written with the adapters'",)

@@ -16,7 +16,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.data.chat import ChatTemplate, Messages
 from lora_jax.models import gguf_files
 
-_CONFIG, _JINJA = "tokenizer_config.json", "chat_template.jinja"
+TOKENS, TEMPLATE, _CONFIG = "tokenizer.json", "chat_template.jinja", "tokenizer_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class TextTokenizer:
           InputError: there is none, or it is not Jinja.
         """
         if self.template is None:
-            raise InputError(f"{self.source} has no chat template: add a {_JINJA}, or use text or prompts and completions")
+            raise InputError(f"{self.source} has no chat template: add a {TEMPLATE}, or use text or prompts and completions")
         return ChatTemplate(self.template, self.special_tokens, today)
 
     def prompt(self, text: str, *, chat: bool) -> np.ndarray:
@@ -171,7 +171,7 @@ def read_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer:
     Raises:
       InputError: there is none, or it is damaged.
     """
-    file = directory / "tokenizer.json"
+    file = directory / TOKENS
     if not file.is_file():
         raise InputError(f"{directory} has no tokenizer.json: save the model with its fast tokenizer")
     try:
@@ -191,7 +191,7 @@ def read_template(directory: pathlib.Path) -> str | None:
     Raises:
       InputError: it can't be read.
     """
-    file = directory / _JINJA
+    file = directory / TEMPLATE
     if file.is_file():
         with files.reading(file):
             return file.read_text(encoding="utf-8")
