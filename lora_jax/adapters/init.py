@@ -109,21 +109,36 @@ def _make(
     create = lambda key, leaves: finish(draw(key, leaves), leaves)
     groups: dict[Any, dict[str, Any]] = {}
     for path, leaf in leaves.items():
-        groups.setdefault((sharding.on_mesh(leaf), _kind(key, leaf)), {})[path] = leaf
+        kind = _kind(key, leaf)
+        devices = sharding.devices(leaf) if kind == "array" else None
+        groups.setdefault((sharding.on_mesh(leaf), kind, devices), {})[path] = leaf
     made: dict[str, Adapter] = {}
-    for (on_mesh, kind), some in groups.items():
+    for (on_mesh, kind, _), some in groups.items():
         if kind == "traced":  # a call, so that the key is traced, too, and nothing is drawn before the program runs
             made |= jax.jit(create)(key, some)
         elif kind == "shape":
             made |= sharding.make(create, shardings, key, some) if on_mesh else jax.eval_shape(create, key, some)
-        elif on_mesh:
-            drawn = draw(key, some)
-            made |= jax.tree.map(sharding.put, drawn, shardings(drawn))
-            rest = {path: leaf for path, leaf in some.items() if path in of_leaf}
-            made |= sharding.make(finish, shardings, {path: made[path] for path in drawn if path in rest}, rest) if rest else {}
         else:
-            made |= finish(on_device(draw(key, some)), some)
+            made |= _of_arrays(draw(key, some), finish, some, of_leaf, shardings if on_mesh else None)
     return {path: made[path] for path in leaves}
+
+
+def _of_arrays(
+    drawn: dict[str, LowRank],
+    finish: Callable[..., dict[str, Adapter]],
+    leaves: Mapping[str, Any],
+    of_leaf: set[str],
+    shardings: Callable[[Any], Any] | None,
+) -> dict[str, Adapter]:
+    """`finish(drawn, leaves)` where both are at hand, in one program, which sees no more than it needs."""
+    put = jax.tree.map(sharding.put, drawn, shardings(drawn)) if shardings else on_device(drawn)
+    rest = {path: leaf for path, leaf in leaves.items() if path in of_leaf}
+    if not rest:
+        return put
+    given = {path: _of_norm(pair) for path, pair in drawn.items() if path in rest}
+    finished = sharding.make(finish, shardings, given, rest) if shardings else jax.jit(finish)(given, rest)
+    magnitudes = {path: dataclasses.replace(put[path], magnitude=finished[path].magnitude) for path in given}
+    return put | finished | magnitudes
 
 
 def _kind(key: jax.Array, leaf: Any) -> Literal["shape", "traced", "array"]:
@@ -235,7 +250,13 @@ def _zero_without_rank(factor: Any, ranks: tuple[int, ...] | None) -> Any:
     return (factor.reshape(len(ranks), -1) * on[:, None]).reshape(factor.shape)
 
 
-@jax.jit
+def _of_norm(pair: LowRank) -> LowRank:
+    """A pair with the same A B: of rank 0 where B is zero, so that its part of a norm is not compiled."""
+    if np.any(pair.b):
+        return pair
+    return LowRank(pair.a[..., :0], pair.b.take(range(0), len(pair.layout.batch)), pair.layout)
+
+
 def _with_magnitude(pair: LowRank, leaf: Any) -> LowRank:
     """The pair with DoRA's magnitude where it starts, at the norm of each output."""
     return dataclasses.replace(pair, magnitude=column_norm(quantized.base(leaf), pair).astype(pair.a.dtype))

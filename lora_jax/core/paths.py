@@ -73,10 +73,12 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[di
     """The leaves of a tree by path, in tree order, and its structure. A quantised array is one leaf.
 
     Raises:
-      InputError: two leaves have one path (as the dict keys `1` and `"1"` would).
+      InputError: two leaves have one path (as the dict keys `1` and `"1"` would); the tree is one array, which has none.
     """
     whole = lambda node: is_quantized(node) or (is_leaf is not None and is_leaf(node))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)
+    if leaves and not leaves[0][0]:
+        raise InputError('the parameters are one array, which has no path: give it a name, as in {"w": array}')
     siblings = collections.Counter(key_path[:-1] for key_path, _ in leaves)
     by_path: dict[str, Any] = {}
     for key_path, leaf in leaves:

@@ -1,6 +1,7 @@
 """Meshes: where parameters, adapters, their training state and batches lie."""
 
 from lora_jax.sharding.adapters import adapter_shardings as adapter_shardings
+from lora_jax.sharding.adapters import devices as devices
 from lora_jax.sharding.adapters import gather as gather
 from lora_jax.sharding.adapters import is_abstract as is_abstract
 from lora_jax.sharding.adapters import make as make

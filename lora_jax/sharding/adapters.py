@@ -65,6 +65,12 @@ def on_mesh(leaf: Any) -> bool:
     return isinstance(_sharding(leaf), NamedSharding)
 
 
+def devices(leaf: Any) -> frozenset[Any] | None:
+    """Where a parameter lies; None for one of the host."""
+    sharding = _sharding(leaf)
+    return None if sharding is None else frozenset(sharding.device_set)
+
+
 def _follow(path: str, sharding: NamedSharding, adapter: Any) -> Any:
     """An adapter's shardings from its parameter's."""
     if isinstance(adapter, Full):

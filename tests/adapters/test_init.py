@@ -218,3 +218,16 @@ def test_a_linen_head_of_a_multi_axis_kernel():
     adapter = lj.init(jax.random.key(0), lj.LoraConfig(rank=2), layer.apply, variables, x)["params/kernel"]
     assert adapter.layout == lj.Layout((), (0, 1), (2,))
     assert (adapter.a.shape, adapter.b.shape) == ((3, 4, 2), (2, 5))
+
+
+def test_magnitudes_are_made_where_the_kernels_lie():
+    """As in a pipeline made by hand; a program can't take arrays of several devices."""
+    devices = jax.devices()[:2]
+    kernels = {f"stage_{i}": jax.device_put(normal(i, 4, 4), device) for i, device in enumerate(devices)}
+    stages = lambda p, x: jax.device_put(x @ p["stage_0"], devices[1]) @ p["stage_1"]
+    config = lj.LoraConfig(rank=2, dora=True)
+    adapters = lj.init(jax.random.key(0), config, stages, kernels, jnp.ones((1, 4)))
+    for path, device in zip(kernels, devices):
+        assert adapters[path].magnitude.devices() == {device}
+        norm = np.linalg.norm(np.asarray(kernels[path]), axis=0)
+        np.testing.assert_allclose(adapters[path].magnitude, norm, rtol=1e-6)

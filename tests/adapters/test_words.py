@@ -229,7 +229,16 @@ def test_experts_that_share_a_factor_beside_others_that_do_not():
 
 
 @pytest.mark.parametrize(
-    "options,most", [({}, 1), ({"targets": ["re:.*"]}, 2), ({"init": "orthogonal"}, 3), ({"method": "vera"}, 3)]
+    "options,most",
+    [
+        ({}, 1),
+        ({"targets": ["re:.*"]}, 2),
+        ({"init": "orthogonal"}, 3),
+        ({"method": "vera"}, 3),
+        ({"dora": True}, 2),
+        ({"dora": True, "targets": ["re:.*"]}, 3),
+        ({"targets": ["w0"], "train": ["re:w[1-9].*", "table"]}, 2),
+    ],
 )
 def test_any_number_of_shapes_takes_few_programs(options, most, caplog):
     p = {f"w{i}": np.ones((20 + i, 21 + i), np.float32) for i in range(11)} | {"table": np.ones((9, 20), np.float32)}
@@ -244,7 +253,7 @@ def test_any_number_of_shapes_takes_few_programs(options, most, caplog):
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
         adapters = lj.init(key, lj.LoraConfig(rank=4, **options), fn, p, np.zeros(3, np.int32))
-    assert len(adapters) == 11 + ("targets" in options)
+    assert len(adapters) == 11 + ("table" in adapters)
     assert sum("Finished XLA compilation" in record.getMessage() for record in caplog.records) <= most
 
 

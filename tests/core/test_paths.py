@@ -51,6 +51,11 @@ def test_keys_with_separators_are_escaped_and_never_collide():
     assert paths.select(found, ["a.b"], "targets") == ["a%2Eb"]
 
 
+def test_one_array_has_no_path():
+    with pytest.raises(ValueError, match="the parameters are one array, which has no path: give it a name"):
+        paths.flatten(jnp.ones(3))
+
+
 def test_two_leaves_of_one_path_are_refused():
     class Both:
         pass

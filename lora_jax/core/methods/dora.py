@@ -95,6 +95,8 @@ def _column_norm(base: Any, adapter: LowRank) -> jax.Array:
     w_axes, kept = tuple(range(base.ndim)), (*layout.batch, *layout.outputs)
     precise: Any = {"precision": "highest", "preferred_element_type": wide}
     squares = contract(base, w_axes, base, w_axes, kept, **precise)
+    if not adapter.rank:
+        return jnp.sqrt(squares)
     across = contract(a, a_axes, base, w_axes, b_axes, **precise)
     mixed = contract(across, b_axes, b, b_axes, kept, **precise)
     renamed = lambda axes: tuple(other if axis == rank else axis for axis in axes)
