@@ -91,6 +91,8 @@ def read(hlo: str) -> Traffic:
         return functools.reduce(_add, (one(computations[name], line) for line in computations[name].values()), _NOTHING)
 
     def one(computation: _Computation, line: _Instruction) -> Traffic:
+        if _goes_on(computation, line):
+            return _NOTHING
         if (kind := _kind(line)) is not None:
             return Traffic({kind: _collective(computation, line)}, 0)
         names = [name for match in _CALLED.finditer(line.text) for name in _NAME.findall(match[2])]
@@ -146,6 +148,11 @@ def _kind(line: _Instruction) -> str | None:
     """The kind of a collective. One in two halves counts at its end, whose type is that of the result alone."""
     name = line.opcode.removesuffix("-done")
     return name if name in KINDS else None
+
+
+def _goes_on(computation: _Computation, line: _Instruction) -> bool:
+    """Whether a line is a piece of a collective that a TPU's compiler spreads over several fusions, and not the last one."""
+    return "chain_id=" in line.text and not any("AsyncCollectiveDone" in other.text for other in computation.values())
 
 
 def _collective(computation: _Computation, line: _Instruction) -> Collective:
