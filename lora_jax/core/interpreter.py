@@ -91,6 +91,11 @@ class Context:
         return [value.as_array(self, eqn, reason) if is_implicit(value) else value for value in values]
 
     @contextlib.contextmanager
+    def frame(self) -> Iterator[None]:
+        """While one jaxpr is evaluated: what is made in it belongs to its trace."""
+        yield
+
+    @contextlib.contextmanager
     def inside(self, eqn: Equation) -> Iterator[None]:
         """While the body of an equation is walked."""
         self.entered.append(eqn)
@@ -123,13 +128,14 @@ def evaluate(context: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence
     """Evaluate an open jaxpr on values of which some are implicit; results may be implicit too."""
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
     read = lambda v: v.val if isinstance(v, jax_compat.Literal) else env[v]
-    for eqn, done_with in zip(jaxpr.eqns, _last_uses(jaxpr)):
-        values = [read(v) for v in eqn.invars]
-        with jax_compat.source_scope(eqn):
-            results = context.apply(eqn, values) if context.handles(eqn, values) else jax_compat.bind(eqn, values)
-        env.update(zip(eqn.outvars, results))
-        for v in done_with:  # so that an eager run holds no more than the function itself would
-            del env[v]
+    with context.frame():
+        for eqn, done_with in zip(jaxpr.eqns, _last_uses(jaxpr)):
+            values = [read(v) for v in eqn.invars]
+            with jax_compat.source_scope(eqn):
+                results = context.apply(eqn, values) if context.handles(eqn, values) else jax_compat.bind(eqn, values)
+            env.update(zip(eqn.outvars, results))
+            for v in done_with:  # so that an eager run holds no more than the function itself would
+                del env[v]
     return [read(v) for v in jaxpr.outvars]
 
 

@@ -15,10 +15,11 @@ A product is `x W + sum of branches`, and the branch of a pair is `y = s (x A) B
     y = method.after(y)     DoRA's magnitude, a bias, aLoRA's mask
 """
 
+import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import reshard
 
-from lora_jax.core import programs
+from lora_jax.core import jax_compat, programs
 from lora_jax.core.contraction import contract, explicit_sharding
 from lora_jax.core.deferred import is_deferred, on_bases, unstack_base, use
 from lora_jax.core.errors import NotLowRankError
@@ -62,13 +63,32 @@ class FactoredContext(Context):
 
 @dataclasses.dataclass(eq=False)
 class WeightContext(FactoredContext):
-    """A walk with weights: whether they may be formed, and how many masks were drawn."""
+    """A walk with weights: whether they may be formed, how many masks were drawn, and the activations that bases multiply."""
 
     materialize: bool = False
     masks: int = 0
+    for_bases: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
     def enter(self, rule: Rule, eqn: Equation, values: Sequence[Any]) -> list[Any]:
         return super().enter(rule, eqn, values) if self.kernel else programs.run(self, rule, eqn, values)
+
+    @contextlib.contextmanager
+    def frame(self) -> Iterator[None]:
+        outer, self.for_bases = self.for_bases, {}
+        try:
+            yield
+        finally:
+            self.for_bases = outer
+
+    def for_base(self, x: Any) -> Any:
+        """An activation for its products with bases: the same, by another name.
+
+        So its cotangents of q, k and v are added to each other before those of the branches, and what each would sum over a
+        mesh is summed once, as without adapters. A name costs nothing in a compiled program.
+        """
+        if not jax_compat.is_traced(x):
+            return x
+        return self.for_bases.setdefault(id(x), (x, jnp.copy(x)))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +272,7 @@ class LowRankTerm(Term):
         return dataclasses.replace(super().with_axis(axis, size), methods=methods)
 
     def added(self, context: WeightContext, product: "Product", result: Any) -> Any:
-        x = start = product.x if self.branch_dtype is None else product.x.astype(self.branch_dtype)
+        x = start = product.branch_input if self.branch_dtype is None else product.branch_input.astype(self.branch_dtype)
         for method in self.methods:
             x = method.before(context, product, x)
         y = product.low_rank(x, self.folded(product), lambda z, labels: self._inside(product, z, labels))
@@ -458,6 +478,7 @@ class Weight(Factored):
     """`base + sum of terms`, of the base's shape and dtype. A quantised parameter is one even without terms."""
 
     def multiplied(self, context: WeightContext, product: "Product") -> Any:
+        product = product.renamed(context.for_base)
         result = product.result
         for term in self.terms:
             result = term.added(context, product, result)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class Product:
       weight: the weight, of which a product uses the base.
       roles: what the product does with each axis of the weight: `"in"` (contracted), `"out"` or `"batch"`.
       kernel: a function that computes the product with the base in its place, where there is one.
+      branch_input: the activation as a branch takes it: x by its first name.
     """
 
     eqn: Equation
@@ -42,8 +43,16 @@ class Product:
     weight: Factored
     roles: Mapping[int, str]
     kernel: Kernel | None = dataclasses.field(default=None, kw_only=True)
+    branch_input: Any = dataclasses.field(default=None, kw_only=True)
 
     labelled: ClassVar[bool] = False  # whether the axes of x and z have labels, so that a factor of the weight can scale them
+
+    def __post_init__(self) -> None:
+        self.branch_input = self.x if self.branch_input is None else self.branch_input
+
+    def renamed(self, for_base: Callable[[Any], Any]) -> Self:
+        """The same with another name of x for the base; a kernel's call has the names of its operands."""
+        return self if self.kernel else dataclasses.replace(self, x=for_base(self.x))
 
     @property
     def x_labels(self) -> Sequence[int]:
