@@ -2,25 +2,26 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["shape", "dtype", "make", "slices"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["shape", "dtype", "make", "aligned"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Deferred:
     """A base that is `make(arrays)`.
 
-    `slices`: whether `make` makes a slice along axis 0 from the slices of the arrays.
+    `aligned`: whether the axes of the arrays are those of the base, in blocks: `make` makes a slice along axis 0 from theirs.
     """
 
     arrays: Any
     shape: tuple[int, ...]
     dtype: Any
     make: Callable[[Any], Any]
-    slices: bool = False
+    aligned: bool = False
 
     @property
     def ndim(self) -> int:
@@ -29,7 +30,7 @@ class Deferred:
     @property
     def sliceable(self) -> bool:
         """Whether a slice along axis 0 can be made alone: not where values share a scale along it."""
-        return self.slices and all(array.shape[0] == self.shape[0] for array in jax.tree.leaves(self.arrays))
+        return self.aligned and all(array.shape[0] == self.shape[0] for array in jax.tree.leaves(self.arrays))
 
 
 def is_deferred(value: Any) -> bool:
@@ -57,6 +58,29 @@ def _opened(fn: Callable[..., Any], operands: Sequence[Any]) -> tuple[Callable[.
     """`fn` on the arrays that deferred operands are made of, and these arrays."""
     arrays = tuple(v.arrays if is_deferred(v) else v for v in operands)
     return lambda *arrays: fn(*(v.make(a) if is_deferred(v) else a for v, a in zip(operands, arrays))), arrays
+
+
+def placed(place: Callable[[Any, jax.NamedSharding], Any], base: Any, sharding: Any) -> Any:
+    """A base that `place(array, sharding)` puts on a mesh: of one that is deferred the arrays are moved, which are smaller.
+
+    Where a mesh axis does not cut an axis of theirs evenly, as blocks may be too few, that is whole.
+    """
+    if not (is_deferred(base) and base.aligned and isinstance(sharding, jax.NamedSharding)):
+        return on_bases(lambda base: [place(base, sharding)], base)[0]
+
+    def make(arrays: Any) -> Any:
+        arrays = jax.tree.map(lambda array: place(array, _that_cuts(sharding, array.shape)), arrays)
+        return place(base.make(arrays), sharding)
+
+    return dataclasses.replace(base, make=make)
+
+
+def _that_cuts(sharding: jax.NamedSharding, shape: tuple[int, ...]) -> jax.NamedSharding:
+    """The sharding without what does not cut an array of this shape evenly."""
+    ways = lambda entry: math.prod(sharding.mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry))
+    free = lambda entry: entry is None or entry is jax.P.UNCONSTRAINED
+    spec = (entry if free(entry) or size % ways(entry) == 0 else None for entry, size in zip(sharding.spec, shape))
+    return sharding.update(spec=jax.P(*spec))
 
 
 def unstack_base(base: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -74,7 +74,7 @@ def base(leaf: Any) -> Any:
     if not paths.is_quantized(leaf):
         return leaf
     spec = dense_shape(leaf)
-    return Deferred(leaf, spec.shape, spec.dtype, dense, slices=True)
+    return Deferred(leaf, spec.shape, spec.dtype, dense, aligned=True)
 
 
 def frozen(leaf: Any) -> Any:

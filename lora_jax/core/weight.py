@@ -29,7 +29,7 @@ from jax.sharding import reshard
 
 from lora_jax.core import jax_compat, programs
 from lora_jax.core.contraction import contract, explicit_sharding
-from lora_jax.core.deferred import is_deferred, on_bases, unstack_base, use
+from lora_jax.core.deferred import is_deferred, placed, unstack_base, use
 from lora_jax.core.errors import NotLowRankError
 from lora_jax.core.factor import Factor
 from lora_jax.core.interpreter import Context, Equation, ImplicitArray, NotLowRank, Rule
@@ -88,7 +88,9 @@ class WeightContext(FactoredContext):
         """
         if not jax_compat.is_traced(x):
             return x
-        return self.for_bases.setdefault(id(x), (x, jnp.copy(x)))[1]
+        if id(x) not in self.for_bases:
+            self.for_bases[id(x)] = x, jnp.copy(x)
+        return self.for_bases[id(x)][1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,8 +406,7 @@ class Factored(ImplicitArray):
 
     def constrained(self, sharding: Any) -> Self:
         """The base's sharding is fixed; the factors follow."""
-        (base,) = on_bases(lambda base: [lax.with_sharding_constraint(base, sharding)], self.base)
-        return self.move(base, lambda factor: factor)
+        return self.move(placed(lax.with_sharding_constraint, self.base, sharding), lambda factor: factor)
 
     def shard_specs(self, spec: Any) -> Self:
         """Each factor is laid out as the weight's axes that it has."""

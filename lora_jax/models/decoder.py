@@ -9,10 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from lora_jax.core.errors import InputError
 from lora_jax.models.decoder_config import LlamaConfig
 
+# The kernels that a mesh axis `model` cuts, before a non-linearity by columns and after it by rows.
+COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), ("o_proj", "down_proj", "embed_tokens")
 Remat = Literal["full", "products"]
 # What a layer keeps for its backward pass, where that is not everything; the rest is computed again.
 REMAT: dict[str, Any] = {"full": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -72,19 +75,36 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array 
     return jnp.concatenate(parts, axis=1)
 
 
+def _dense(name: str, features: int, use_bias: bool, param_dtype: Any, mesh: Any) -> nn.Dense:
+    """A projection; on a mesh with its kernel whole along all axes but `model` where it is used."""
+    product = None if mesh is None else functools.partial(_whole_product, NamedSharding(mesh, _along_model(name, mesh)))
+    return nn.Dense(features, use_bias, param_dtype=param_dtype, name=name, dot_general=product)
+
+
+def _along_model(name: str, mesh: Any) -> jax.P:
+    if "model" not in mesh.shape:
+        return jax.P()
+    return jax.P(None, "model") if name in COLUMNS else jax.P("model")
+
+
+def _whole_product(sharding: NamedSharding, x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+    return lax.dot_general(x, lax.with_sharding_constraint(kernel, sharding), *args, **options)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions: `(batch, length, hidden)`."""
 
     config: LlamaConfig
     param_dtype: Any
     attention_block: int | None
+    gather: Any
 
     @nn.compact
     def __call__(self, x, angles, mask, cache, start):
         config = self.config
 
         def heads(name, count):
-            dense = nn.Dense(count * config.head_dim, config.qkv_bias, param_dtype=self.param_dtype, name=name)
+            dense = _dense(name, count * config.head_dim, config.qkv_bias, self.param_dtype, self.gather)
             # Or a TPU's compiler lays out the kernels of all layers anew, for what the rotation below does with the heads.
             return lax.optimization_barrier(dense(x)).reshape(*x.shape[:-1], count, config.head_dim)
 
@@ -96,7 +116,7 @@ class Attention(nn.Module):
                 lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0)) for old, new in zip(cache, (key, value))
             )
         mixed = _attend(query, key, value, mask, self.attention_block if cache is None else None)
-        out = nn.Dense(config.hidden_size, config.output_bias, param_dtype=self.param_dtype, name="o_proj")
+        out = _dense("o_proj", config.hidden_size, config.output_bias, self.param_dtype, self.gather)
         return out(mixed.reshape(*x.shape[:-1], -1)), cache
 
 
@@ -105,14 +125,15 @@ class MLP(nn.Module):
 
     config: LlamaConfig
     param_dtype: Any
+    gather: Any
 
     @nn.compact
     def __call__(self, x):
         config = self.config
-        dense = functools.partial(nn.Dense, use_bias=config.mlp_bias, param_dtype=self.param_dtype)
-        hidden = nn.silu(dense(config.intermediate_size, name="gate_proj")(x))
-        hidden = hidden * dense(config.intermediate_size, name="up_proj")(x)
-        return dense(config.hidden_size, name="down_proj")(hidden)
+        dense = functools.partial(_dense, use_bias=config.mlp_bias, param_dtype=self.param_dtype, mesh=self.gather)
+        hidden = nn.silu(dense("gate_proj", config.intermediate_size)(x))
+        hidden = hidden * dense("up_proj", config.intermediate_size)(x)
+        return dense("down_proj", config.hidden_size)(hidden)
 
 
 class Layer(nn.Module):
@@ -122,16 +143,17 @@ class Layer(nn.Module):
     param_dtype: Any
     attention_block: int | None
     activations: Any
+    gather: Any
 
     @nn.compact
     def __call__(self, x, angles, masks, which, cache, start):
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.param_dtype)
         mask = masks[0] if which is None else jnp.stack(masks)[which]
-        mixed, cache = Attention(self.config, self.param_dtype, self.attention_block, name="self_attn")(
+        mixed, cache = Attention(self.config, self.param_dtype, self.attention_block, self.gather, name="self_attn")(
             norm(name="input_layernorm")(x), angles, mask, cache, start
         )
         x = x + mixed
-        x = x + MLP(self.config, self.param_dtype, name="mlp")(norm(name="post_attention_layernorm")(x))
+        x = x + MLP(self.config, self.param_dtype, self.gather, name="mlp")(norm(name="post_attention_layernorm")(x))
         return _constrain(x, self.activations), cache
 
 
@@ -153,6 +175,8 @@ class Llama(nn.Module):
 
     `activations` is where the hidden states stay on a mesh, as `sharding.batch_sharding` says: left to itself the compiler may
     keep all rows on every device and cut their width, as an fsdp axis cuts the embedding, and then adds up each product.
+    `gather` is a mesh along whose axes `data` and `fsdp` each kernel of the layers is made whole where it is used: quantised ones
+    then move as what they are made of.
     """
 
     config: LlamaConfig
@@ -161,6 +185,7 @@ class Llama(nn.Module):
     remat: Remat | None = None
     attention_block: int | None = None
     activations: Any = None
+    gather: Any = None
 
     @nn.compact
     def __call__(
@@ -211,6 +236,7 @@ class Llama(nn.Module):
         """All layers, one by one or scanned."""
         which = [self._distinct().index(window) for window in self.config.windows]
         layer: Any = Layer
+        options = self.config, self.param_dtype, self.attention_block, self.activations, self.gather
         if self.remat:
             layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=REMAT[self.remat])
         if self.scan_layers:
@@ -221,12 +247,12 @@ class Llama(nn.Module):
                 layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_hidden_layers,
                 in_axes=axes,
             )  # fmt: skip
-            layers = scanned(self.config, self.param_dtype, self.attention_block, self.activations, name="layers")
+            layers = scanned(*options, name="layers")
             return layers(x, angles, masks, several, caches, start)
         moved = []
         for i, choice in enumerate(which):
             own = None if caches is None else caches[i]
-            made = layer(self.config, self.param_dtype, self.attention_block, self.activations, name=f"layer_{i}")
+            made = layer(*options, name=f"layer_{i}")
             x, own = made(x, angles, [masks[choice]], None, own, start)
             moved.append(own)
         return x, moved

@@ -16,7 +16,7 @@ from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.gguf_reader import GgufFile
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import gguf_files
-from lora_jax.models.decoder import REMAT, Remat, init_cache
+from lora_jax.models.decoder import COLUMNS, REMAT, ROWS, Remat, init_cache
 from lora_jax.models.decoder import Cache as Cache
 from lora_jax.models.decoder import Llama as Llama
 from lora_jax.models.decoder_config import LlamaConfig as LlamaConfig
@@ -110,9 +110,11 @@ class Loaded:
         """The same for batches that `sharding.batch_sharding(mesh)` cuts: each device keeps its rows in all layers.
 
         Without it the compiler may cut the hidden states as an fsdp axis cuts the embedding, and then moves activations, not
-        kernels.
+        kernels. Quantised kernels are gathered as what they are made of, and made dense where they are used.
         """
-        return dataclasses.replace(self, model=self.model.clone(activations=batch_sharding(mesh)))
+        some = any(map(paths.is_quantized, paths.flatten(self.variables)[0].values()))
+        model = self.model.clone(activations=batch_sharding(mesh), gather=mesh if some else None)
+        return dataclasses.replace(self, model=model)
 
     def with_vocabulary(self, tensors: Mapping[str, Any]) -> "Loaded":
         """The same with an embedding and a head of another number of tokens.
@@ -204,8 +206,7 @@ def shardings(mesh: jax.sharding.Mesh, variables: Any) -> Any:
 
     `model` cuts the heads, the MLP's inner width and the vocabulary.
     """
-    columns, rows = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), ("o_proj", "down_proj", "embed_tokens")
-    return model_shardings(mesh, variables, columns=columns, rows=rows)
+    return model_shardings(mesh, variables, columns=COLUMNS, rows=ROWS)
 
 
 def load(

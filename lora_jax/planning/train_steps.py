@@ -102,7 +102,8 @@ def prepare(
 
 def low_rank(setup: Setup) -> Step:
     """The step that trains the adapters, by `lora`."""
-    return _adapters_step(setup, lambda params, batch, key: _loss(lora(setup.model.losses), params, batch))
+    model = dataclasses.replace(setup.model, variables=setup.variables).on_mesh(setup.mesh)
+    return _adapters_step(setup, lambda params, batch, key: _loss(lora(model.losses), params, batch))
 
 
 def naive(setup: Setup) -> Step:

@@ -132,6 +132,49 @@ def test_reduce_scatters_as_a_tpu_compiler_writes_them():
     assert collectives.read(SCATTERED).kinds == {"reduce-scatter": collectives.Collective(1, 128, "f32[8,4]", 128)}
 
 
+CHAINED = """HloModule step
+%start (x: f32[2,4]) -> (f32[8,4], u32[]) {
+  %x = f32[2,4]{1,0} parameter(0)
+  %begun = f32[8,4]{1,0} all-gather(%x), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %started = (f32[8,4], u32[]) custom-call(%begun), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (y: f32[2,4], so_far: f32[8,4], z: f32[9]) -> (f32[9], f32[8,4]) {
+  %y = f32[2,4]{1,0} parameter(0)
+  %so_far = f32[8,4]{1,0} parameter(1)
+  %z = f32[9]{0} parameter(2)
+  %other = f32[9]{0} all-reduce(%z), channel_id=8, to_apply=%sum
+  %further = f32[8,4]{1,0} all-gather(%y), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %both = (f32[9], f32[8,4]) tuple(%other, %further)
+}
+
+%end (v: f32[2,4], w: f32[8,4]) -> f32[8,4] {
+  %v = f32[2,4]{1,0} parameter(0)
+  %w = f32[8,4]{1,0} parameter(1)
+  %last = f32[8,4]{1,0} all-gather(%v), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %ended = f32[8,4]{1,0} custom-call(%v, %w, %last), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (g: f32[2,4], n: f32[9]) -> f32[8,4] {
+  %g = f32[2,4]{1,0} parameter(0)
+  %n = f32[9]{0} parameter(1)
+  %one = (f32[8,4], u32[]) fusion(%g), kind=kCustom, calls=%start
+  %whole = f32[8,4] get-tuple-element(%one), index=0
+  %two = (f32[9], f32[8,4]) fusion(%g, %whole, %n), kind=kOutput, calls=%async_collective_fusion.1
+  %more = f32[8,4] get-tuple-element(%two), index=1
+  ROOT %three = f32[8,4]{1,0} fusion(%g, %more), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_that_a_tpu_compiler_spreads_over_fusions():
+    """It begins in one, goes on beside what others compute, and ends in one: it is one."""
+    assert collectives.read(CHAINED).kinds == {
+        "all-gather": collectives.Collective(1, 128, "f32[8,4]", 128),
+        "all-reduce": collectives.Collective(1, 36, "f32[9]", 36),
+    }
+
+
 # --- the step that trains adapters ------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core import jax_compat
-from lora_jax.core.deferred import is_deferred, on_bases
+from lora_jax.core.deferred import is_deferred, on_bases, placed
 from lora_jax.core.factor import RANK, Factor
 from lora_jax.core.interpreter import Context, Equation, NotLowRank, Rule, is_implicit
 from lora_jax.core.weight import Factored, FactoredContext
@@ -46,16 +46,23 @@ def _stop_gradient(context: Context, eqn: Equation, weight: Factored) -> list[An
     return [weight.move(on_base(eqn, weight)[0], hold)]
 
 
+def _sharding_constraint(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
+    """The base's sharding is fixed; the factors follow."""
+    place = lambda array, sharding: jax_compat.bind_with(eqn, [array], sharding=sharding)[0]
+    return [weight.move(placed(place, weight.base, eqn.params["sharding"]), _unchanged)]
+
+
 def _reshard(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
     """On a mesh with explicit axes: each factor goes where the weight's axes that it has go."""
     to = eqn.params["dst_sharding"]
     by_axis = dict(enumerate(to.spec))
+    place = lambda array, sharding: jax_compat.bind_with(eqn, [array], dst_sharding=sharding)[0]
 
-    def place(factor: Factor) -> Factor:
+    def follow(factor: Factor) -> Factor:
         own = jax.NamedSharding(to.mesh, jax.P(*(by_axis.get(axis) for axis in factor.axes)))
-        return dataclasses.replace(factor, array=jax_compat.bind_with(eqn, [factor.array], dst_sharding=own)[0])
+        return dataclasses.replace(factor, array=place(factor.array, own))
 
-    return [weight.move(on_base(eqn, weight)[0], place)]
+    return [weight.move(placed(place, weight.base, to), follow)]
 
 
 def _transpose(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
@@ -329,9 +336,10 @@ def _all_gather(context: Context, eqn: Equation, weight: Factored) -> list[Any]:
 
 
 MOVES: dict[str, Rule] = {
-    **dict.fromkeys(("copy", "copy_p", "name", "pvary", "pcast", "sharding_constraint", "mesh_cast"), _pass),
+    **dict.fromkeys(("copy", "copy_p", "name", "pvary", "pcast", "mesh_cast"), _pass),
     **dict.fromkeys(("optimization_barrier", "reduce_precision"), _pass),
     "convert_element_type": _cast,
+    "sharding_constraint": _sharding_constraint,
     "reshard": _reshard,
     "stop_gradient": _stop_gradient,
     "transpose": _transpose,
