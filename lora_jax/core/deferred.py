@@ -72,7 +72,7 @@ def placed(place: Callable[[Any, jax.NamedSharding], Any], base: Any, sharding: 
         arrays = jax.tree.map(lambda array: place(array, _that_cuts(sharding, array.shape)), arrays)
         return place(base.make(arrays), sharding)
 
-    return dataclasses.replace(base, make=make)
+    return dataclasses.replace(base, make=make, aligned=False)
 
 
 def _that_cuts(sharding: jax.NamedSharding, shape: tuple[int, ...]) -> jax.NamedSharding:

@@ -175,8 +175,8 @@ class Llama(nn.Module):
 
     `activations` is where the hidden states stay on a mesh, as `sharding.batch_sharding` says: left to itself the compiler may
     keep all rows on every device and cut their width, as an fsdp axis cuts the embedding, and then adds up each product.
-    `gather` is a mesh along whose axes `data` and `fsdp` each kernel of the layers is made whole where it is used: quantised ones
-    then move as what they are made of.
+    `gather` is a mesh along all of whose axes but `model` each kernel of the layers is made whole where it is used: quantised
+    ones then move as what they are made of.
     """
 
     config: LlamaConfig

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, reshard
 
 import lora_jax as lj
 from lora_jax import sharding
+from lora_jax.core import jax_compat
 from lora_jax.models import llama
 from lora_jax.planning import train_steps
 from tests.support import tiny_lm
@@ -81,9 +82,7 @@ def test_a_quantised_kernel_that_a_function_moves(kind, explicit):
     variables, x = lj.quantize({"w": normal(2, 32, 48)}, ["w"], kind, block=BLOCK), normal(3, 8, 32)
     placed, rows = jax.device_put(variables, sharding.parameter_shardings(mesh, variables, {"w": P("d")})), at("d", None)
     loss = lambda pair, variables, x: jnp.sum(lj.lora(fn)(lj.attach(variables, {"w": pair}), x) ** 2)
-    merged = lambda pair, variables, x: jnp.sum(
-        jnp.tanh(x @ lj.merge(variables, {"w": pair}, quantized="dense")["w"]) ** 2
-    )
+    merged = lambda pair, variables, x: jnp.sum(jnp.tanh(x @ lj.merge(variables, {"w": pair}, quantized="dense")["w"]) ** 2)
     with jax.set_mesh(mesh):
         pair_on_mesh = jax.device_put(pair, at())
         program = jax.jit(jax.value_and_grad(loss)).lower(pair_on_mesh, placed, jax.device_put(x, rows)).compile()
@@ -93,6 +92,18 @@ def test_a_quantised_kernel_that_a_function_moves(kind, explicit):
     assert max(jax.tree.leaves(jax.tree.map(distance, got, wanted))) < 1e-5
 
 
+def test_a_stack_that_a_function_moves():
+    """Whole, before it is scanned: with the merged weights' values."""
+    mesh = sharding.make_mesh({"data": 8})
+    whole, layer = NamedSharding(mesh, P()), lambda x, w: (jnp.tanh(x @ w), None)
+    fn = lambda params, x: jax.lax.scan(layer, x, jax.lax.with_sharding_constraint(params["w"], whole))[0]
+    pair = lj.LowRank(normal(0, 3, 16, 2), normal(1, 3, 2, 16), lj.Layout((0,), (1,), (2,)), 0.5)
+    variables, x = lj.quantize({"w": normal(2, 3, 16, 16)}, ["w"], "nf4", block=BLOCK), normal(3, 8, 16)
+    placed = jax.device_put(variables, sharding.parameter_shardings(mesh, variables, fsdp="data"))
+    got = jax.jit(lj.lora(fn))(lj.attach(placed, {"w": pair}), x)
+    assert distance(got, fn(lj.merge(variables, {"w": pair}, quantized="dense"), x)) < 1e-5
+
+
 def cotangent_sums(jaxpr, kernels):
     """How many sums of cotangents add what comes from a kernel alone to what does not.
 
@@ -100,7 +111,7 @@ def cotangent_sums(jaxpr, kernels):
     """
     base, mixed = set(), 0
     for eqn in jaxpr.eqns:
-        values = [v for v in eqn.invars if not isinstance(v, jax.extend.core.Literal)]
+        values = [v for v in eqn.invars if not isinstance(v, jax_compat.Literal)]
         if eqn.primitive.name in ("transpose", "copy", "stop_gradient"):
             kernels |= {eqn.outvars[0]} if values[0] in kernels else set()
             base |= {eqn.outvars[0]} if values[0] in base else set()
