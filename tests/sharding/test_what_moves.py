@@ -56,13 +56,13 @@ def test_a_quantised_decoder(kind, options):
 
     def run(model, variables, adapters):
         loss = lambda adapters, variables, ids: lj.lora(model.losses)(lj.attach(variables, adapters), ids, ids).mean()
-        step = jax.jit(jax.value_and_grad(loss)).lower(adapters, variables, ids).compile()
-        return step, step(adapters, variables, ids)
+        step = jax.jit(jax.value_and_grad(loss))
+        return step.lower(adapters, variables, ids), step(adapters, variables, ids)
 
     ids = jax.device_put(ids, sharding.batch_sharding(mesh))
-    program, got = run(model.on_mesh(mesh), placed, on_mesh)
+    lowered, got = run(model.on_mesh(mesh), placed, on_mesh)
     # Of each kernel the part along `model`: q, o, k and v, gate and up, down.
-    assert_moved_as_codes(program, [(64, 32), (32, 64), (64, 16), (64, 48), (48, 64)])
+    assert_moved_as_codes(lowered.compile(), [(64, 32), (32, 64), (64, 16), (64, 48), (48, 64)])
     wanted = run(model, variables, adapters)[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, wanted)
 
@@ -85,8 +85,8 @@ def test_a_quantised_kernel_that_a_function_moves(kind, explicit):
     merged = lambda pair, variables, x: jnp.sum(jnp.tanh(x @ lj.merge(variables, {"w": pair}, quantized="dense")["w"]) ** 2)
     with jax.set_mesh(mesh):
         pair_on_mesh = jax.device_put(pair, at())
-        program = jax.jit(jax.value_and_grad(loss)).lower(pair_on_mesh, placed, jax.device_put(x, rows)).compile()
-        got = program(pair_on_mesh, placed, jax.device_put(x, rows))
+        step, arguments = jax.jit(jax.value_and_grad(loss)), (pair_on_mesh, placed, jax.device_put(x, rows))
+        program, got = step.lower(*arguments).compile(), step(*arguments)
     assert_moved_as_codes(program, [(32, 48)])
     wanted = jax.value_and_grad(merged)(pair, variables, x)
     assert max(jax.tree.leaves(jax.tree.map(distance, got, wanted))) < 1e-5
