@@ -1,6 +1,6 @@
 """`einsum` of two arrays with integer labels, as the one `dot_general` that it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ def contract(
     y_labels: Sequence[int],
     out: Sequence[int],
     sharding: jax.NamedSharding | None = None,
+    dot_general: Callable[..., jax.Array] = lax.dot_general,
     **options: Any,
 ) -> jax.Array:
     """The product of two arrays, summed over the labels that `out` lacks (and a transpose where its order asks for one).
@@ -29,7 +30,8 @@ def contract(
       y_labels: the same for y.
       out: the labels of the result, in order.
       sharding: of the result on a mesh with explicit axes; of its first axes, which its operands tell, it may lack entries.
-      options: of `lax.dot_general`.
+      dot_general: what multiplies them.
+      options: of that.
 
     >>> contract(jnp.ones((2, 3)), [0, 1], jnp.ones((3, 4)), [1, 2], [2, 0]).shape
     (4, 2)
@@ -47,7 +49,7 @@ def contract(
     known = filter(None, (sharding, explicit_sharding(x), explicit_sharding(y)))
     # With its mesh, since there are arrays on a mesh without `jax.set_mesh`, too.
     out_sharding = None if spec is None else next(known).update(spec=spec)
-    result = lax.dot_general(x, y, numbers, out_sharding=out_sharding, **options)
+    result = dot_general(x, y, numbers, out_sharding=out_sharding, **options)
     order = [labels.index(label) for label in out if label in labels]
     if order != sorted(order):
         result = lax.transpose(result, order)

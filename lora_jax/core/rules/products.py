@@ -19,6 +19,7 @@ from lora_jax.core.contraction import contract, explicit_sharding
 from lora_jax.core.deferred import use
 from lora_jax.core.factor import RANK, Factor, scaled_along
 from lora_jax.core.interpreter import Context, Equation, NotLowRank, is_implicit
+from lora_jax.core.narrow import narrow_dot_general
 from lora_jax.core.rules.kernels import Kernel
 from lora_jax.core.weight import Factored
 
@@ -179,11 +180,11 @@ class DotGeneral(Product):
         """
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else factors[0].array.dtype
         first, second, labels = self._cheaper(x, *factors)
-        cast = lambda array: array.astype(dtype)
-        z = contract(cast(x), self.x_labels, cast(first.array), first.axes, labels, precision=self._options["precision"])
+        cast, multiply = lambda array: array.astype(dtype), functools.partial(contract, dot_general=narrow_dot_general)
+        z = multiply(cast(x), self.x_labels, cast(first.array), first.axes, labels, precision=self._options["precision"])
         z, b = inside(z, labels), cast(second.array)
         options = self._options | ({} if x.dtype == self.x.dtype else {"preferred_element_type": None})
-        return contract(z, labels, b, second.axes, self.out_labels, self.sharding, **options)
+        return multiply(z, labels, b, second.axes, self.out_labels, self.sharding, **options)
 
     def _cheaper(self, x: Any, a: Factor, b: Factor) -> tuple[Factor, Factor, list[int]]:
         """Which factor comes first, which second, and the labels of the product with the first."""
