@@ -1,9 +1,9 @@
 """Products with a factor that is narrow on one side, whose gradients leave the wide side where it lies.
 
-The gradients of A and B are products over tokens, `x^T dz` and `z^T dy`, of which one operand is narrow. JAX makes each with the
-cotangent first and transposes the result. XLA moves that transpose into the operands, and its compiler for CPUs then makes a
-transposed copy of the wide one; into the copy of dy it puts what makes dy, the derivative of an activation say, where it takes
-many times as long. Here the narrow operand comes first, and of the result nothing is moved into the product.
+The gradients of A and B are products over tokens, `x^T dz` and `z^T dy`, of which one operand is narrow. JAX makes each with
+the cotangent first and transposes the result. XLA moves that transpose into the operands, and its compiler for CPUs then makes
+a transposed copy of the wide one; into the copy of dy it puts what makes dy, the derivative of an activation say, where it
+takes many times as long. Here the narrow operand comes first, and a transpose of the result stays outside of the product.
 """
 
 import functools
@@ -23,7 +23,7 @@ Numbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequen
 def narrow_dot_general(
     x: Any, factor: Any, numbers: Numbers, precision: Any = None, preferred_element_type: Any = None, out_sharding: Any = None
 ) -> jax.Array:
-    """`lax.dot_general` of an activation and a factor. On a mesh with explicit axes it is that function.
+    """`lax.dot_general` of an activation and a factor. On a mesh with explicit axes, and in `shard_map`, it is that function.
 
     >>> x, a = jnp.ones((3, 5, 4)), jnp.ones((4, 2))
     >>> loss = lambda a: narrow_dot_general(x, a, (((2,), (0,)), ((), ()))).sum()
@@ -31,7 +31,7 @@ def narrow_dot_general(
     Array([15., 15., 15., 15.], dtype=float32)
     """
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
-    if out_sharding is not None:
+    if out_sharding is not None or jax.sharding.get_abstract_mesh().manual_axes:
         return lax.dot_general(x, factor, numbers, out_sharding=out_sharding, **options)
     return _product(x, factor, tuple({"dimension_numbers": numbers, **options}.items()))
 
@@ -63,8 +63,8 @@ def _gradient(cotangent: Any, x: Any, factor: Any, *, dimension_numbers: Numbers
     own = [summed[list(x_summed).index(axis)] for axis in sorted(x_summed)]  # x's axes in the factor
     rows, stack = range(len(batch), len(batch) + len(x_free)), range(len(batch))
     sides = (x, x_free, x_batch, own), (cotangent, rows, stack, free)
-    (first, *first_axes, left), (second, *second_axes, right) = sorted(sides, key=lambda side: side[0].size)
-    result = lax.dot_general(first, second, tuple(zip(first_axes, second_axes)), **options)
+    (first, its_rows, its_stack, left), (second, rows, stack, right) = sorted(sides, key=lambda side: side[0].size)
+    result = lax.dot_general(first, second, ((its_rows, rows), (its_stack, stack)), **options)
     order = [*batch, *left, *right]
     if order != sorted(order):
         result = lax.transpose(lax.optimization_barrier(result), [order.index(axis) for axis in range(len(order))])

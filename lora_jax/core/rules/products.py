@@ -180,11 +180,12 @@ class DotGeneral(Product):
         """
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else factors[0].array.dtype
         first, second, labels = self._cheaper(x, *factors)
-        cast, multiply = lambda array: array.astype(dtype), functools.partial(contract, dot_general=narrow_dot_general)
-        z = multiply(cast(x), self.x_labels, cast(first.array), first.axes, labels, precision=self._options["precision"])
+        cast, precision = lambda array: array.astype(dtype), self._options["precision"]
+        narrow: Any = {"dot_general": narrow_dot_general}
+        z = contract(cast(x), self.x_labels, cast(first.array), first.axes, labels, precision=precision, **narrow)
         z, b = inside(z, labels), cast(second.array)
-        options = self._options | ({} if x.dtype == self.x.dtype else {"preferred_element_type": None})
-        return multiply(z, labels, b, second.axes, self.out_labels, self.sharding, **options)
+        options = self._options | narrow | ({} if x.dtype == self.x.dtype else {"preferred_element_type": None})
+        return contract(z, labels, b, second.axes, self.out_labels, self.sharding, **options)
 
     def _cheaper(self, x: Any, a: Factor, b: Factor) -> tuple[Factor, Factor, list[int]]:
         """Which factor comes first, which second, and the labels of the product with the first."""
