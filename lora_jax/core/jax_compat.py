@@ -13,6 +13,7 @@ from jax.interpreters import partial_eval
 
 Literal = jex.Literal
 Equation = jex.JaxprEqn
+Primitive = jex.Primitive
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

@@ -11,7 +11,9 @@ busy machine changes the ratios little.
 
 import argparse
 import dataclasses
+import datetime
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # so that it runs as
 
 from tests.benchmarks import decoder, measure, variants
 
-REFERENCES = ("by hand", "qwix")
+REFERENCES = ("by hand", "qwix", "full fine-tuning")
 COLUMNS = {
     "dot GFLOP": lambda c: f"{c.dot_gflop:.3f}",
     "XLA GFLOP": lambda c: f"{c.xla_gflop:.2f}",
@@ -78,7 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-time", dest="time", action="store_false", help="leave the wall times out")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options = parser.parse_args(arguments)
-    figures: dict[str, Any] = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    figures: dict[str, Any] = {
+        "jax": jax.__version__,
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "date": datetime.date.today().isoformat(),
+    }
     for flavour in options.flavours:
         costs = compare(flavour, options)
         figures[flavour] = {
