@@ -69,14 +69,14 @@ def placed(place: Callable[[Any, jax.NamedSharding], Any], base: Any, sharding: 
         return on_bases(lambda base: [place(base, sharding)], base)[0]
 
     def make(arrays: Any) -> Any:
-        arrays = jax.tree.map(lambda array: place(array, _that_cuts(sharding, array.shape)), arrays)
+        arrays = jax.tree.map(lambda array: place(array, where_it_divides(sharding, array.shape)), arrays)
         return place(base.make(arrays), sharding)
 
     return dataclasses.replace(base, make=make, aligned=False)
 
 
-def _that_cuts(sharding: jax.NamedSharding, shape: tuple[int, ...]) -> jax.NamedSharding:
-    """The sharding without what does not cut an array of this shape evenly."""
+def where_it_divides(sharding: jax.NamedSharding, shape: tuple[int, ...]) -> jax.NamedSharding:
+    """The sharding without the mesh axes that do not cut an axis of this shape evenly."""
     ways = lambda entry: math.prod(sharding.mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry))
     free = lambda entry: entry is None or entry is jax.P.UNCONSTRAINED
     spec = (entry if free(entry) or size % ways(entry) == 0 else None for entry, size in zip(sharding.spec, shape))

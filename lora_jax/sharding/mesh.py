@@ -84,11 +84,6 @@ def ways(mesh: Mesh, names: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def where_it_divides(mesh: Mesh, spec: Spec, shape: tuple[int, ...]) -> Spec:
-    """The same without the mesh axes that do not cut an axis evenly."""
-    return tuple(names if size % ways(mesh, names) == 0 else () for names, size in zip(spec, shape))
-
-
 def partition(spec: Spec) -> jax.P:
     """The spec as the compiler writes it, without whole axes at the end: or the second step would be compiled again."""
     parts: list[Any] = [names if len(names) > 1 else names[0] if names else None for names in spec]

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from lora_jax.core import paths
+from lora_jax.core.deferred import where_it_divides
 from lora_jax.core.errors import InputError
-from lora_jax.sharding.mesh import AXES, checked, entries, named, where_it_divides
+from lora_jax.sharding.mesh import AXES, checked, entries, named
 
 
 def parameter_shardings(
@@ -117,6 +118,6 @@ def part_shardings(leaf: Any, sharding: NamedSharding) -> Any:
 
     def place(part: Any) -> NamedSharding:
         shape = jnp.shape(part)
-        return named(mesh, where_it_divides(mesh, entries(sharding.spec, len(shape)), shape))
+        return named(mesh, entries(where_it_divides(sharding, shape).spec, len(shape)))
 
     return jax.tree.map(place, leaf)

@@ -225,15 +225,10 @@ def _spread(axis_size: int, batched: Sequence[bool], values: Sequence[Any]) -> l
     return [x if has else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, has in zip(values, batched)]
 
 
-def _custom_jvp(context: Context, eqn: Equation, *values: Any) -> list[Any]:
-    """A product of a pair: what it computes."""
-    return evaluate(context, *jax_compat.open_jaxpr(eqn.params["call_jaxpr"]), values)
-
-
 MOVES = ("convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "rev", "copy", "name")
 RULES: dict[str, Rule] = {
     **CONTROL_FLOW,
-    "custom_jvp_call": _custom_jvp,
+    "custom_jvp_call": CONTROL_FLOW["core_call"],  # the products of a pair: what they compute
     **dict.fromkeys(MOVES, _move),
     "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot,
