@@ -30,7 +30,7 @@ from lora_jax.command.trainer import Diverged, Run, Trainer, optimizer
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter, LowRank
 from lora_jax.core.errors import InputError
-from lora_jax.training import checkpoint, train
+from lora_jax.training import checkpoint, recipe, train
 
 Adapters = dict[str, Adapter]
 
@@ -190,7 +190,7 @@ class _Program:
             assert found.state is not None
             self.state, self.loss = found.state, found.data["loss"]
             self._batches.set_state(found.data["position"])
-        self._train_step = train.make_train_step(task.loss, tx, max_grad_norm=1.0, like=self.state)
+        self._train_step = recipe.train_step(task.loss, tx, accumulate=task.accumulate, like=self.state)
         self._measure = train.make_eval_step(task.measure)
 
     def advance(self) -> tuple[np.ndarray, np.ndarray]:

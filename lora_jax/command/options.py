@@ -15,7 +15,7 @@ from lora_jax.core import files
 from lora_jax.core.errors import InputError
 from lora_jax.core.fields import LARGEST, Option, check, option, table
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 CHANGE_THE_BASE = ("pissa", "olora", "milora")  # starts of `lora_jax.initializers`
 
 
@@ -72,6 +72,24 @@ class RunConfig:
         str | None, option(f"quantise the kernels of the base's layers in memory: {', '.join(quant.DTYPES)}", since=4)
     ] = None
     block: Annotated[int | None, option("how many quantised values share a scale, 64 if left out", since=4)] = None
+    scan_layers: Annotated[
+        bool,
+        option("stack the layers and scan over them, which compiles once for all", both=True, task="lm", since=6),
+    ] = False
+    remat: Annotated[
+        Literal["none", "products", "full"],
+        option("what the backward pass computes again, to save memory: none, products (all but products with weights) or full",
+               task="lm", since=6),
+    ] = "none"  # fmt: skip
+    attention_block: Annotated[
+        int | None,
+        option("compute the attention of at most so many queries at a time, to save memory", ge=1, must_be="at least 1",
+               metavar="N", task="lm", since=6),
+    ] = None  # fmt: skip
+    accumulate: Annotated[
+        int,
+        option("cut each batch into so many parts, one after the other, to save memory", ge=1, metavar="N", task="lm", since=6),
+    ] = 1
     rank: Annotated[int, option("rank of every low-rank pair", sweep=True)] = 8
     alpha: Annotated[float, option("the scale of every pair is alpha / rank", sweep=True)] = 16.0
     targets: Annotated[
@@ -124,6 +142,10 @@ class RunConfig:
 
     def __post_init__(self):
         check(self)
+        if self.batch_size % self.accumulate:
+            raise InputError(
+                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size} into equal parts: take a divisor"
+            )
         if self.lora_plus is not None and self.method != "lora":
             raise InputError(f"lora_plus is for method='lora', which trains A and B, not for {self.method!r}")
         if self.adapter is not None and self.init in CHANGE_THE_BASE:
@@ -311,7 +333,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type, several: Sequence[st
 def _form(row: Option, several: bool) -> dict[str, Any]:
     """How a command line reads an option."""
     if row.kind is bool:
-        return {"action": "store_true"}
+        return {"action": argparse.BooleanOptionalAction if row.more.get("both") else "store_true"}
     form: dict[str, Any] = {"type": row.kind if row.kind in (int, float) else str, "metavar": row.more.get("metavar")}
     if several or Sequence in map(typing.get_origin, (row.kind, *typing.get_args(row.kind))):
         form["nargs"] = "+"

@@ -34,7 +34,7 @@ from lora_jax.core import files
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.text_table import text_table
-from lora_jax.training import checkpoint, many, train
+from lora_jax.training import checkpoint, many, recipe, train
 
 
 def sweep_command(line: argparse.Namespace) -> int:
@@ -164,7 +164,8 @@ class _Program:
         keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         self._states = many.init_states(sets, tx, rates, keys=keys)
         axis = None if len(self._batches) == 1 else 0
-        self._train_step = many.make_train_step(task.loss, tx, rates, batch_axis=axis, max_grad_norm=1.0)
+        how: Any = {"accumulate": task.accumulate, "max_grad_norm": recipe.MAX_GRAD_NORM}
+        self._train_step = many.make_train_step(task.loss, tx, rates, batch_axis=axis, **how)
         self._measure = many.make_eval_step(task.measure)
 
     def advance(self) -> tuple[np.ndarray, np.ndarray]:

@@ -21,37 +21,23 @@ from lora_jax.command.progress import Progress
 from lora_jax.command.signals import Interrupted, Signals
 from lora_jax.command.tasks.base import Task
 from lora_jax.core import files
-from lora_jax.training import optim
+from lora_jax.training import recipe
 
 
 def optimizer(config: RunConfig, learning_rate: Any = None) -> optax.GradientTransformation:
-    """AdamW with a short warm-up to the learning rate and a cosine decay, in the way of the run's method.
+    """The optimiser of a run.
 
-    Step i of a warm-up of n has the rate `(i + 1) / n`, so that the first one counts; `i / n` in runs of before.
-    The rate of a run that is trained further after its end rises and falls once more, over the steps that were added.
+    The first step of its warm-up counts, but in runs of before. The rate of a run that is trained further after its end rises
+    and falls once more, over the steps that were added.
 
     Args:
       config: the options.
       learning_rate: instead of the run's own; may be a traced number.
     """
 
-    def adamw(rate: Any) -> optax.GradientTransformation:
-        first, *further = config.phases
-        phases = [_rise_and_fall(rate, first, config.warmup_from), *(_rise_and_fall(rate, steps, 1) for steps in further)]
-        return optax.adamw(optax.schedules.join_schedules(phases, config.finished))
-
     rate = config.learning_rate if learning_rate is None else learning_rate
-    if config.lora_plus is not None:
-        return optim.lora_plus(adamw, rate, config.lora_plus)
-    return optim.lora_fa(adamw(rate)) if config.method == "lora_fa" else adamw(rate)
-
-
-def _rise_and_fall(rate: Any, steps: int, warmup_from: int) -> optax.Schedule:
-    warmup = max(1, steps // 16)
-    line = optax.schedules.linear_schedule(0.0, rate, warmup)
-    rise = lambda count: line(count + warmup_from)
-    fall = optax.schedules.cosine_decay_schedule(rate, max(steps - warmup, 1))
-    return optax.schedules.join_schedules([rise, fall], [warmup])
+    way: Any = {"method": config.method, "lora_plus": config.lora_plus}
+    return recipe.optimizer(rate, config.phases, warmup_from=config.warmup_from, **way)
 
 
 class Diverged(Exception):

@@ -1,44 +1,73 @@
 """The memory that a train step takes beside its arguments, about, where no compiler says it."""
 
-from typing import Any
+import jax.numpy as jnp
 
 from lora_jax.core import paths
+from lora_jax.models.decoder_config import LlamaConfig
 from lora_jax.planning import train_steps
+from lora_jax.planning.decoder_step import DecoderStep
+from lora_jax.sharding import batch_parts
 from lora_jax.training.losses import LOGITS_AT_ONCE
 
 
 def temporary_bytes(name: str, setup: train_steps.Setup) -> int:
-    """About the bytes on a chip beside the arguments: layer inputs, gradients, and the dearest place of the backward pass.
+    """About the bytes on a chip beside the arguments: what layers keep, gradients, and the dearest place of the backward pass.
 
-    Layers are kept as their inputs in bfloat16. Beside that, a layer's backward pass holds some five arrays of the size of the
-    MLP's, two blocks of attention scores in float32, and the layer's dense kernels where they are quantised or gathered; the
-    loss holds some three chunks of logits in float32, and the head where that is gathered.
+    A layer's backward pass holds some five arrays of the size of the MLP's, two blocks of attention scores in float32, and the
+    layer's dense kernels where they are quantised or gathered; the loss holds some three chunks of logits in float32, and the
+    head where that is gathered.
 
     Args:
-      name: of the step, one of `steps.STEPS`.
+      name: of the step, one of `train_steps.STEPS`.
       setup: the model on its mesh.
     """
-    config, cut, gathered = setup.model.config, setup.mesh.shape.get("model", 1), setup.mesh.shape.get("fsdp", 1) > 1
-    ids: Any = setup.batch["input_ids"]
-    rows, length = ids.sharding.shard_shape(ids.shape)
-    tokens, width, vocabulary = rows * length, config.hidden_size, config.vocab_size // cut
-    inputs = 2 * config.num_hidden_layers * tokens * width
-    scores = 4 * rows * config.num_attention_heads * min(train_steps.ATTENTION_BLOCK, length) * length // cut
-    layer = 2 * tokens * (5 * config.intermediate_size // cut + 4 * width) + 2 * scores
-    quantized = any(map(paths.is_quantized, paths.flatten(setup.variables)[0].values()))
-    if gathered or (quantized and name != "full"):
+    step, config, cut = setup.step, setup.model.config, setup.cut.get("model", 1)
+    gathered, size = setup.cut.get("fsdp", 1) > 1, jnp.dtype(step.model.dtype).itemsize
+    rows = step.rows // step.accumulate // batch_parts(step.mesh)
+    tokens, width, vocabulary = rows * step.length, config.hidden_size, config.vocab_size // cut
+    kept = config.num_hidden_layers * _kept(step, config, rows, size, cut)
+    layer = size * tokens * (5 * config.intermediate_size // cut + 4 * width) + 2 * 4 * _scores(step, config, rows) // cut
+    if gathered or (_is_quantized(setup) and name != "full"):
         tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * width
-        layer += 2 * (setup.summary.parameters - tables) // cut // config.num_hidden_layers
-    logits = 3 * 4 * min(LOGITS_AT_ONCE // cut, tokens * vocabulary) + gathered * 2 * width * vocabulary
-    return inputs + _gradients(name, setup) + max(layer, logits)
+        layer += size * (setup.summary.parameters - tables) // cut // config.num_hidden_layers
+    logits = 3 * 4 * min(LOGITS_AT_ONCE // cut, tokens * vocabulary) + gathered * size * width * vocabulary
+    return kept + _gradients(name, setup, size) + max(layer, logits)
 
 
-def _gradients(name: str, setup: train_steps.Setup) -> int:
+def _kept(step: DecoderStep, config: LlamaConfig, rows: int, size: int, cut: int) -> int:
+    """The bytes that one layer keeps for its backward pass."""
+    tokens, width = rows * step.length, config.hidden_size
+    if step.model.remat == "full":
+        return size * tokens * width
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    products = 3 * width + (queries + 2 * keys + 2 * config.intermediate_size) // cut
+    if step.model.remat == "products":
+        return size * tokens * products
+    # Also what norms, rotations and the activation function give; and the attention weights, unless they are made in blocks.
+    rest = 3 * width + (2 * queries + 2 * keys + 2 * config.intermediate_size) // cut
+    weights = 0 if _block(step) < step.length else (4 + size) * _scores(step, config, rows) // cut
+    return size * tokens * (products + rest) + weights
+
+
+def _scores(step: DecoderStep, config: LlamaConfig, rows: int) -> int:
+    """How many attention scores there are at once."""
+    return rows * config.num_attention_heads * _block(step) * step.length
+
+
+def _block(step: DecoderStep) -> int:
+    return min(step.model.attention_block or step.length, step.length)
+
+
+def _is_quantized(setup: train_steps.Setup) -> bool:
+    return any(map(paths.is_quantized, paths.flatten(setup.model.variables)[0].values()))
+
+
+def _gradients(name: str, setup: train_steps.Setup, size: int) -> int:
     if name == "full":
-        return train_steps.chip_bytes(setup.model.variables)
-    adapters = train_steps.chip_bytes(setup.adapters)
+        return train_steps.chip_bytes(setup.step.model.dense().shapes(setup.model.config, setup.step.mesh).variables)
+    adapters = train_steps.chip_bytes(setup.adapters) * (1 if setup.step.accumulate == 1 else 2)
     if name == "lora":
         return adapters
     # The naive step's gradients of whole kernels, beside the kernels themselves.
     kernels = sum(row.parameters for row in setup.summary.rows)
-    return adapters + 2 * 2 * kernels // (setup.mesh.shape.get("fsdp", 1) * setup.mesh.shape.get("model", 1))
+    return adapters + 2 * size * kernels // (setup.cut.get("fsdp", 1) * setup.cut.get("model", 1))

@@ -18,6 +18,7 @@ from lora_jax.models import presets
 from lora_jax.models.decoder_config import LlamaConfig, read_config
 from lora_jax.planning import memory_estimate, topology, train_steps
 from lora_jax.planning.collectives import Collective
+from lora_jax.planning.decoder_step import PROJECTIONS, DecoderStep, ModelOptions, Remat
 from lora_jax.planning.flops import dot_flops
 from lora_jax.sharding import AXES, make_mesh
 
@@ -35,16 +36,25 @@ class Request:
 
     model: Annotated[str, option(f"{', '.join(presets.NAMES)}, or a config.json or its directory")]
     rank: Annotated[int, option("rank of every low-rank pair")] = 16
-    targets: Annotated[Sequence[str], option("kernels to adapt", metavar="PATTERN")] = train_steps.PROJECTIONS
+    targets: Annotated[Sequence[str], option("kernels to adapt", metavar="PATTERN")] = PROJECTIONS
     batch: Annotated[
         int | None, option("rows per step on all chips (default: one for each of data x fsdp)", ge=1, must_be="at least 1")
     ] = None
     sequence: Annotated[int, option("tokens per row", ge=1, must_be="at least 1")] = 2048
     quantize: Annotated[
         Literal["none", "nf4", "int4", "int8", "fp8"],
-        option("the layers' kernels: none (bfloat16, as the embedding and the head always), nf4, int4, int8 or fp8"),
+        option("the layers' kernels: none (as the embedding and the head always), nf4, int4, int8 or fp8"),
     ] = "none"
     block: Annotated[int | None, option("how many quantised values share a scale, 64 if left out")] = None
+    dtype: Annotated[Literal["bfloat16", "float32"], option("the base's dtype: bfloat16 or float32")] = "bfloat16"
+    scan_layers: Annotated[bool, option("stack the layers' parameters and scan over them", both=True)] = True
+    remat: Annotated[
+        Remat, option("what the backward pass computes again: none, products (all but products with weights) or full")
+    ] = "full"
+    attention_block: Annotated[
+        int, option("compute the attention of at most so many queries at a time", ge=1, must_be="at least 1")
+    ] = 256
+    accumulate: Annotated[int, option("cut the batch into so many parts, one after the other", ge=1, must_be="at least 1")] = 1
     topology: Annotated[
         str, option("v4, v5e, v5p or v6e and a shape, such as v6e:4x4, or a GPU or cpu and how many, such as h100:8")
     ] = "v5p:1x1x1"
@@ -71,6 +81,8 @@ class Request:
             raise InputError(
                 f"batch: the {self.batch} rows are cut along data and fsdp into {self._parts()} parts: take a multiple of that"
             )
+        if self.accumulate > 1 and self.compare:
+            raise InputError("compare is for whole batches: leave it or accumulate out")
 
     @property
     def quantization(self) -> str | None:
@@ -88,7 +100,27 @@ class Request:
 
     def rows(self) -> int:
         """The rows of the batch, also where no number was asked for."""
-        return self._parts() if self.batch is None else self.batch
+        return self.accumulate * self._parts() if self.batch is None else self.batch
+
+    def step(self, devices: Sequence[Any] | None) -> DecoderStep:
+        """The step, on these devices or, without any, on an abstract mesh; a single chip needs none."""
+        axes = self.axes()
+        mesh: Any = None
+        if self.mesh is not None or math.prod(axes.values()) > 1:
+            types = (AxisType.Auto,) * len(axes)
+            abstract = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types)
+            mesh = abstract if devices is None else make_mesh(axes, devices)
+        model = ModelOptions(
+            dtype=self.dtype,
+            quantize=self.quantization,
+            block=self.block,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            attention_block=self.attention_block,
+        )
+        lora = LoraConfig(rank=self.rank, targets=self.targets)
+        rows: Any = {"rows": self.rows(), "length": self.sequence, "accumulate": self.accumulate}
+        return DecoderStep(model=model, lora=lora, mesh=mesh, **rows)
 
     def _parts(self) -> int:
         axes = self.axes()
@@ -218,13 +250,8 @@ def _sources(target: topology.Topology) -> Iterator[tuple[str, Sequence[Any] | N
 
 
 def _setup(request: Request, config: LlamaConfig, devices: Sequence[Any] | None) -> train_steps.Setup:
-    axes = request.axes()
-    types = (AxisType.Auto,) * len(axes)
-    mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types) if devices is None else make_mesh(axes, devices)
-    adapters = LoraConfig(rank=request.rank, targets=request.targets)
-    return train_steps.prepare(
-        mesh, config, adapters, request.rows(), request.sequence, request.quantization, request.block or 64
-    )
+    step = request.step(devices)
+    return train_steps.prepare(step, config, device=None if devices is None or step.mesh is not None else devices[0])
 
 
 def _config(model: str) -> LlamaConfig:

@@ -3,18 +3,21 @@
 from collections.abc import Callable
 
 from lora_jax.core.text_table import text_table
-from lora_jax.planning.plan import Plan, StepPlan
+from lora_jax.planning.plan import Plan, Request, StepPlan
 
 
 def table(plan: Plan) -> str:
     """A plan as text, with a column for each step."""
     request = plan.request
-    base = "bfloat16" if request.quantization is None else f"{request.quantize} (embedding and head bfloat16)"
+    base = request.dtype
+    if request.quantization is not None:
+        base = f"{request.quantize} (embedding and head {base})"
     hbm = "" if plan.hbm_bytes_per_chip is None else f" with {_gib(plan.hbm_bytes_per_chip)} each"
     mesh = ", ".join(f"{name}={size}" for name, size in plan.mesh.items())
     lines = [
         f"{request.model}: {plan.parameters:,} parameters, {base}",
         f"rank {request.rank} on {', '.join(request.targets)}; {plan.batch} x {request.sequence} tokens",
+        _computed(request),
         f"{request.topology}: {plan.chips} x {plan.chip}{hbm}" + (f"; mesh {mesh}" if plan.chips > 1 else ""),
         "",
     ]
@@ -25,6 +28,19 @@ def table(plan: Plan) -> str:
     lines += [f"{step.step}: {step.error}" for step in plan.steps if step.error]
     lines += [f"{step.step}: {_unknown(step.unknown_loops)}" for step in plan.steps if step.unknown_loops]
     return "\n".join([*lines, "", plan.note])
+
+
+def _computed(request: Request) -> str:
+    """How the step is computed, in words."""
+    layers = "layers scanned" if request.scan_layers else "layers one by one"
+    parts = [
+        layers,
+        f"remat {request.remat}",
+        f"attention of {min(request.attention_block, request.sequence)} queries at a time",
+    ]
+    if request.accumulate > 1:
+        parts.append(f"{request.accumulate} microbatches")
+    return ", ".join(parts)
 
 
 def _gib(count: float | None) -> str:

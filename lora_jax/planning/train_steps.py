@@ -8,43 +8,53 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import SingleDeviceSharding
 
-from lora_jax.adapters.config import LoraConfig
-from lora_jax.adapters.init import init
 from lora_jax.adapters.merging import merge
-from lora_jax.adapters.quant import quantize
 from lora_jax.adapters.summary import Summary, summary
 from lora_jax.core.adapter import detach
-from lora_jax.core.transform import lora
 from lora_jax.core.weighted import Weighted
 from lora_jax.models import llama
-from lora_jax.sharding import batch_sharding, place_shapes, state_shardings
-from lora_jax.training.train import init_state, make_train_step
+from lora_jax.planning.decoder_step import DecoderStep, mean_loss
+from lora_jax.sharding import place_shapes, state_shardings
+from lora_jax.training import recipe
+from lora_jax.training.train import LossFn, init_state
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ATTENTION_BLOCK = 256  # queries
-OPTIMIZER = optax.adamw(1e-4)
+OPTIMIZER = recipe.optimizer(1e-3, [60])  # that of a run with the usual options of the task lm
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A model and its adapters on a mesh, as shapes.
+    """A step's model and adapters, as shapes.
 
     Args:
-      mesh: of devices, or an abstract one.
+      step: what it is.
       model: without weights.
-      variables: its parameters, some of them quantised.
       adapters: `{path: adapter}`.
-      batch: `input_ids` and `labels`, `(batch, length)`.
+      batch: `input_ids` and what else a packed batch has, `(rows, length)`.
       summary: what the adapters add.
+      tx: the optimiser of the adapters.
+      device: where a step without a mesh is compiled for; `None`: it is traced only.
     """
 
-    mesh: Any
+    step: DecoderStep
     model: llama.Loaded
-    variables: Any
     adapters: Any
     batch: dict[str, jax.ShapeDtypeStruct]
     summary: Summary
+    tx: optax.GradientTransformation
+    device: Any
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """The size of each axis of the mesh; without a mesh, none."""
+        return {} if self.step.mesh is None else dict(self.step.mesh.shape)
+
+    def placed(self, tree: Any) -> Any:
+        """Shapes on the device of a step without a mesh."""
+        if self.step.mesh is not None or self.device is None:
+            return tree
+        return jax.tree.map(lambda leaf: leaf.update(sharding=SingleDeviceSharding(self.device)), tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,74 +75,59 @@ class Step:
 
 
 def prepare(
-    mesh: Any,
-    config: llama.LlamaConfig,
-    lora_config: LoraConfig,
-    batch: int,
-    length: int,
-    quantized: str | None,
-    block: int | None,
+    step: DecoderStep, config: llama.LlamaConfig, tx: optax.GradientTransformation = OPTIMIZER, device: Any = None
 ) -> Setup:
-    """The shapes of a bfloat16 base, scanned and computed again in the backward pass, and of adapters for it.
+    """The shapes of a step on a model of these sizes.
 
     Args:
-      mesh: where they are; a `jax.sharding.AbstractMesh` to trace only.
+      step: what it is; its mesh may be a `jax.sharding.AbstractMesh`, to trace only.
       config: the model's sizes.
-      lora_config: the adapters.
-      batch: rows on all chips.
-      length: tokens a row.
-      quantized: of what kind the layers' kernels are, if they are quantised.
-      block: how many of their values share a scale.
+      tx: the optimiser of the adapters.
+      device: where a step without a mesh is compiled for.
 
     Raises:
       InputError: a mesh axis does not divide an axis of a parameter that it cuts.
     """
-    options: Any = {"scan_layers": True, "remat": "full", "attention_block": ATTENTION_BLOCK}
-    model = llama.abstract(config, dtype=jnp.bfloat16, **options).on_mesh(mesh)
-    variables = model.variables
-    if quantized is not None:
-        kernels = [f"{name}/kernel" for name in PROJECTIONS]  # and not the biases of Qwen2
-        variables = jax.eval_shape(lambda v: quantize(v, kernels, quantized, block=block), variables)
-    model = dataclasses.replace(model, variables=place_shapes(model.variables, llama.shardings(mesh, model.variables)))
-    variables = place_shapes(variables, llama.shardings(mesh, variables))
-    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=batch_sharding(mesh))
-    adapters = init(jax.random.key(0), lora_config, model.apply, variables, ids)
-    return Setup(mesh, model, variables, adapters, {"input_ids": ids, "labels": ids}, summary(variables, adapters))
+    model = step.model.shapes(config, step.mesh)
+    adapters = step.adapters(model, seed=0)
+    return Setup(step, model, adapters, step.batch(), summary(model.variables, adapters), tx, device)
 
 
 def low_rank(setup: Setup) -> Step:
     """The step that trains the adapters, by `lora`."""
-    model = dataclasses.replace(setup.model, variables=setup.variables).on_mesh(setup.mesh)
-    return _adapters_step(setup, lambda params, batch, key: _loss(lora(model.losses), params, batch))
+    return _adapters_step(setup, setup.step.loss(setup.model))
 
 
 def naive(setup: Setup) -> Step:
     """The step that trains the adapters through kernels `W + s A B`."""
+    model = _dense(setup)
 
     def loss(params: Any, batch: Any, key: jax.Array) -> Weighted:
         variables, adapters = detach(params)
-        return _loss(setup.model.losses, merge(variables, adapters, quantized="dense"), batch)
+        return mean_loss(model.losses, merge(variables, adapters, quantized="dense"), batch)
 
     return _adapters_step(setup, loss)
 
 
 def full(setup: Setup) -> Step:
     """The step that trains all parameters of the dense model."""
+    model = _dense(setup)
 
     def loss(variables: Any, batch: Any) -> jax.Array:
-        return _loss(setup.model.losses, variables, batch).mean()
+        return mean_loss(model.losses, variables, batch).mean()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(variables: Any, opt_state: Any, batch: Any) -> Any:
         loss_value, grads = jax.value_and_grad(loss)(variables, batch)
-        updates, opt_state = OPTIMIZER.update(grads, opt_state, variables)
+        updates, opt_state = setup.tx.update(grads, opt_state, variables)
         return optax.apply_updates(variables, updates), opt_state, loss_value
 
-    variables = setup.model.variables
+    variables = model.variables
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
-    state = jax.eval_shape(OPTIMIZER.init, variables)
-    state = place_shapes(state, state_shardings(state, variables))
-    return Step(step, (variables, state, setup.batch), count, _moment_bytes(state))
+    state = jax.eval_shape(setup.tx.init, variables)
+    if setup.step.mesh is not None:
+        state = place_shapes(state, state_shardings(state, variables))
+    return Step(step, setup.placed((variables, state, setup.batch)), count, _moment_bytes(state))
 
 
 STEPS = {"lora": low_rank, "full": full, "naive": naive}
@@ -155,13 +150,12 @@ def _moment_bytes(opt_state: Any) -> int:
     return chip_bytes([leaf for leaf in jax.tree.leaves(opt_state) if leaf.shape])
 
 
-def _adapters_step(setup: Setup, loss: Any) -> Step:
-    state = init_state(setup.adapters, OPTIMIZER, key=jax.random.key(0))
-    args = state, setup.variables, setup.batch
-    return Step(make_train_step(loss, OPTIMIZER, like=state), args, setup.summary.trainable, _moment_bytes(state.opt_state))
+def _dense(setup: Setup) -> llama.Loaded:
+    return setup.step.model.dense().shapes(setup.model.config, setup.step.mesh)
 
 
-def _loss(losses: Any, variables: Any, batch: Any) -> Weighted:
-    """That of all tokens, of which each is learnt."""
-    found = losses(variables, batch["input_ids"], batch["labels"])
-    return Weighted(found.sum(), found.size)
+def _adapters_step(setup: Setup, loss: LossFn) -> Step:
+    state = init_state(setup.adapters, setup.tx, key=jax.random.key(0))
+    step: Any = recipe.train_step(loss, setup.tx, accumulate=setup.step.accumulate, like=setup.placed(state))
+    args = setup.placed((state, setup.model.variables, setup.batch))
+    return Step(step, args, setup.summary.trainable, _moment_bytes(state.opt_state))

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 import lora_jax as lj
 from lora_jax import sharding
 from lora_jax.planning import collectives, train_steps
+from lora_jax.planning.decoder_step import PROJECTIONS, DecoderStep, ModelOptions
 from tests.support import tiny_lm
 
 P = jax.P
@@ -181,9 +182,10 @@ def test_a_collective_that_a_tpu_compiler_spreads_over_fusions():
 def step_traffic(axes, **changes):
     """Of one step of a Llama whose vocabulary and width the mesh divides."""
     config = tiny_lm.sizes(vocab_size=304, **changes)
-    setup = train_steps.prepare(
-        sharding.make_mesh(axes), config, lj.LoraConfig(rank=3, targets=train_steps.PROJECTIONS), 8, 20, None, None
-    )
+    model = ModelOptions(dtype="bfloat16", scan_layers=True, remat="full")
+    adapters = lj.LoraConfig(rank=3, targets=PROJECTIONS)
+    step = DecoderStep(model=model, lora=adapters, rows=8, length=20, mesh=sharding.make_mesh(axes))
+    setup = train_steps.prepare(step, config)
     step = train_steps.low_rank(setup)
     return collectives.read(step.jitted.trace(*step.args).lower().compile().as_text()), setup
 

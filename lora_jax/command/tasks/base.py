@@ -84,6 +84,7 @@ class Task:
       description: lines to print before training.
       held_out: the held-out data in words, for the summary.
       title: of the picture.
+      accumulate: into how many parts a training step cuts its batch, one after the other.
       baseline: the name and score of what the score compares with.
     """
 
@@ -100,6 +101,7 @@ class Task:
     description: tuple[str, ...]
     held_out: str
     title: str
+    accumulate: int = 1
     baseline: tuple[str, float] | None = None
 
 

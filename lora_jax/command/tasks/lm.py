@@ -5,7 +5,7 @@ import datetime
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,19 +14,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax import sharding
-from lora_jax.adapters.init import init
 from lora_jax.command import run
 from lora_jax.command.metrics import PERPLEXITY
 from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks.base import Session, Task, check_data, check_there, check_tokens, check_weights, digest
-from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
-from lora_jax.core.weighted import Weighted
 from lora_jax.data import fetch, labelled, language, packing
 from lora_jax.data import tokenizer as text_tokenizer
 from lora_jax.data.tokenizer import TextTokenizer
 from lora_jax.models import llama
+from lora_jax.planning.decoder_step import DecoderStep, ModelOptions, token_losses
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TEST_ROWS = 4
@@ -57,24 +55,34 @@ def base_directory(config: RunConfig) -> pathlib.Path:
     return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
 
 
+def model_options(config: RunConfig) -> ModelOptions:
+    """How the run's base is held and computed."""
+    dtype: Any = {"dtype": config.dtype, "quantize": config.quantize, "block": config.block}
+    return ModelOptions(**dtype, scan_layers=config.scan_layers, remat=config.remat, attention_block=config.attention_block)
+
+
+def train_step(config: RunConfig, mesh: Mesh | None = None) -> DecoderStep:
+    """The run's train step.
+
+    Raises:
+      InputError: the batch can't be cut as the options say.
+    """
+    rows: Any = {"rows": config.batch_size, "length": config.max_length, "accumulate": config.accumulate}
+    lora = config.lora if config.targets else None  # those of --adapter
+    return DecoderStep(model=model_options(config), lora=lora, mesh=mesh, **rows)
+
+
 def load_base(source: pathlib.Path, config: RunConfig, mesh: Mesh | None = None, own: pathlib.Path | None = None) -> Base:
     """The base model, on the mesh if there is one, and its tokenizer; `own` is what the run has in place of the base's.
 
     Raises:
       InputError: there is no Llama and its tokenizer, or another one than the run was made with.
     """
-    place = None if mesh is None else sharding.by_path(functools.partial(llama.shardings, mesh))
-    options: Any = {
-        "sharding": place,
-        "quantize": config.quantize,
-        "block": config.block,
-        "tie": False if config.untie else None,
-    }
-    model = llama.load(source, dtype=jnp.dtype(config.dtype), **options)
+    model = model_options(config).load(source, mesh, tie=False if config.untie else None)
     tokenizer = text_tokenizer.load(source, model.config.vocab_size)
     weights = digest(source)
     check_weights(config, source, weights)
-    base = Base(model if mesh is None else model.on_mesh(mesh), tokenizer, weights)
+    base = Base(model, tokenizer, weights)
     return base if own is None else with_own(base, own)
 
 
@@ -121,6 +129,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     Raises:
       InputError: any of it can't be used.
     """
+    step = train_step(config, mesh)
     corpus = load_corpus(config)
     date = config.date or datetime.date.today().isoformat()
     base = load_base(base_directory(config), config, mesh)
@@ -136,14 +145,8 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
         held_out = [without_end(document, base.tokenizer.end) for document in held_out]
     train_rows, test_rows = (packing.pack(part, config.max_length) for part in (training, held_out))
     description = _describe(corpus, (training, train_rows), (held_out, test_rows), counts, ends)
-    task = _task(config, base.model, (train_rows, test_rows), description, mesh)
-    return Session(config, task, functools.partial(_init, base.model), base.model.names)
-
-
-def _init(model: llama.Loaded, config: RunConfig) -> dict[str, Adapter]:
-    """The adapters that a run begins with."""
-    ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
-    return init(jax.random.key(config.seed), config.lora, model.apply, model.variables, ids)
+    task = _task(config, base.model, step, (train_rows, test_rows), description)
+    return Session(config, task, lambda own: train_step(own, mesh).adapters(base.model, own.seed), base.model.names)
 
 
 def _encode(corpus: language.Corpus, tokenizer: TextTokenizer, config: RunConfig) -> language.Encoded:
@@ -197,16 +200,16 @@ def _describe(
 def _task(
     config: RunConfig,
     model: llama.Loaded,
+    step: DecoderStep,
     parts: tuple[packing.PackedRows, packing.PackedRows],
     description: tuple[str, ...],
-    mesh: Mesh | None,
 ) -> Task:
-    training, held_out = parts
+    (training, held_out), mesh = parts, step.mesh
     test_size = sharding.round_up(mesh, _TEST_ROWS)
     base = pathlib.Path(config.model).stem if config.model else "SmolLM2"
     return Task(
         variables=model.variables,
-        loss=functools.partial(_loss, model),
+        loss=step.loss(model),
         train_batches=lambda seed: packing.train_batches(training, config.batch_size, seed, mesh),
         measure=functools.partial(_measure, model),
         test_batches=lambda: packing.eval_batches(held_out, test_size, mesh),
@@ -218,33 +221,8 @@ def _task(
         description=description,
         held_out=f"{int(held_out.targets.sum()):,} tokens",
         title=f"{base} on {pathlib.Path(config.data).name if config.data else 'movie reviews'}",
+        accumulate=step.accumulate,
     )
-
-
-def token_losses(losses: Callable[..., jax.Array], params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """-log p of each learnt token given those before it, 0 elsewhere, and which these are: both `(batch, length)`, float32.
-
-    Both stand at the place before the token.
-
-    Args:
-      losses: `Loaded.losses`, adapted or not.
-      params: its parameters.
-      batch: `input_ids`, `segment_ids`, `positions` and `targets`, `(batch, length)`.
-    """
-    learnt = _following(batch["targets"]).astype(jnp.float32)
-    places = {"segment_ids": batch["segment_ids"], "positions": batch["positions"]}
-    return losses(params, batch["input_ids"], _following(batch["input_ids"]), **places) * learnt, learnt
-
-
-def _following(array: jax.Array) -> jax.Array:
-    """What comes one place later, and a zero at the end: `(batch, length)`."""
-    return jnp.pad(array[:, 1:], ((0, 0), (0, 1)))
-
-
-def _loss(model: llama.Loaded, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> Weighted:
-    """The mean over the learnt tokens of the batch."""
-    losses, learnt = token_losses(lora(model.losses, key=key), params, batch)
-    return Weighted(losses.sum(), learnt.sum())
 
 
 def _measure(model: llama.Loaded, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
