@@ -51,6 +51,9 @@ def _finetune(commands: Any) -> None:
     options.add_options(made, options.RunConfig)
     made.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")
     made.add_argument("--resume", type=pathlib.Path, metavar="RUN", help=_RESUME)
+    made.add_argument("--plan", action="store_true", help="say what the run needs, by the compiler, and end")
+    chips = "with --plan: the chips, as for `lora-jax plan` (default: the devices that the run would be on)"
+    made.add_argument("--topology", metavar="NAME", help=chips)
     options.add_options(made, processes.Hosts)
 
 

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from lora_jax import sharding
 from lora_jax.adapters import initializers, merging
 from lora_jax.adapters.summary import summary
-from lora_jax.command import metrics, options, processes, run, starting
+from lora_jax.command import device_options, metrics, options, processes, run, run_plan, starting
 from lora_jax.command.options import RunConfig
 from lora_jax.command.signals import Interrupted, Signals
 from lora_jax.command.tasks.base import Session
@@ -39,6 +39,7 @@ def finetune_command(line: argparse.Namespace) -> int:
     """`lora-jax finetune`; returns the exit code."""
     given = options.given_run(line)
     hosts = processes.Hosts(**options.given(line, processes.Hosts))
+    _check_plan(line)
     if line.resume is not None:
         more = options.more_steps(given.pop("steps")) if "steps" in given else 0
         if given or line.out is not None:
@@ -46,16 +47,33 @@ def finetune_command(line: argparse.Namespace) -> int:
         with hosts.connected():
             return _run(None, line.resume, hosts, more)
     starting.check(given)
+    if line.plan:
+        return run_plan.plan_run(given, hosts, line.topology)
     config = options.new_run(given.pop("task", "classify"), given)
     with hosts.connected():
-        return _run(config, line.out, hosts)
+        return _run(config, line.out, hosts, given=given)
 
 
-def _run(config: RunConfig | None, directory: pathlib.Path | None, hosts: processes.Hosts, more: int = 0) -> int:
+def _check_plan(line: argparse.Namespace) -> None:
+    if line.topology is not None and not line.plan:
+        raise InputError("--topology says for which chips to --plan: give that, too")
+    if line.plan and (line.resume is not None or line.out is not None):
+        raise InputError("--plan makes no run, and is for a new one: leave --resume and --out out")
+
+
+def _run(
+    config: RunConfig | None,
+    directory: pathlib.Path | None,
+    hosts: processes.Hosts,
+    more: int = 0,
+    given: Collection[str] = (),
+) -> int:
     """A new run, or without a configuration the one in the directory, for so many steps more than it has."""
+    console = rich.console.Console(quiet=not processes.is_first())
     with processes.all_or_none():
         mesh = hosts.make_mesh()
-    console = rich.console.Console(quiet=not processes.is_first())
+        if config is not None:
+            config = device_options.here(config, given, hosts.axes, console)
     free = processes.from_first(str(run.free_directory(pathlib.Path("runs"))))
     directory = directory or pathlib.Path(free)
     try:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from lora_jax.command import run
 from lora_jax.command.tasks import classify
 from lora_jax.command.tasks.registry import check_task, task_module
 from lora_jax.core import paths, quantized
-from lora_jax.core.adapter import Adapter, LowRank, attach
+from lora_jax.core.adapter import Adapter, Layout, LowRank, attach
 from lora_jax.core.errors import InputError
 from lora_jax.core.text_table import text_table
 from lora_jax.core.transform import lora
@@ -77,7 +77,7 @@ class Row:
     """One adapted parameter of a run.
 
     Args:
-      path: the parameter.
+      path: the parameter; of a stacked one with the place of the matrix, `layers/up_proj/kernel[3]`.
       shape: its shape.
       rank: r of its pair; `None` if it is trained whole.
       scale: the factor of the pair; `None` if it is trained whole.
@@ -113,13 +113,32 @@ def inspect(directory: pathlib.Path) -> list[Row]:
     base = _base_at_hand(directory, config)
     adapters = load_adapters(directory, base.model.variables if base else None)
     weights = paths.flatten(base.model.variables)[0] if base else {}
-    return [_row(path, adapter, quantized.dense(weights.get(path))) for path, adapter in adapters.items()]
+    whole = ((path, adapter, quantized.dense(weights.get(path))) for path, adapter in adapters.items())
+    return [_row(*one) for each in whole for one in _one_by_one(*each)]
 
 
 def _base_at_hand(directory: pathlib.Path, config: run.RunConfig) -> Any:
     task = task_module(config)
     source = task.location(config)
     return task.load_base(source, config, own=run.own_base(directory)) if source.exists() else None
+
+
+def _one_by_one(path: str, adapter: Adapter, weight: Any) -> Iterator[tuple[str, Adapter, Any]]:
+    """Each adapted matrix of a stacked parameter, its place behind the path; any other parameter as it is."""
+    if not isinstance(adapter, LowRank) or not adapter.layout.batch:
+        yield path, adapter, weight
+        return
+    batch, left = adapter.layout.batch, sorted(adapter.layout.inputs + adapter.layout.outputs)
+    inputs, outputs = (tuple(map(left.index, axes)) for axes in (adapter.layout.inputs, adapter.layout.outputs))
+    stack = None if weight is None else np.moveaxis(np.asarray(weight), batch, range(len(batch)))
+    ranks = algebra.true_ranks(adapter).reshape(adapter.a.shape[: len(batch)])
+    arrays = jax.device_get(adapter)
+    for place in zip(*ranks.nonzero()):
+        own, rank = jax.tree.map(lambda leaf, place=place: jnp.asarray(leaf[place]), arrays), slice(int(ranks[place]))
+        vector = None if own.lambda_d is None else own.lambda_d[rank]
+        own = dataclasses.replace(own, a=own.a[..., rank], b=own.b[rank], lambda_d=vector, scale=float(own.scale), ranks=None)
+        own = dataclasses.replace(own, layout=Layout((), inputs, outputs))
+        yield f"{path}[{', '.join(map(str, place))}]", own, None if stack is None else stack[place]
 
 
 def _row(path: str, adapter: Adapter, weight: Any) -> Row:

@@ -13,9 +13,9 @@ from lora_jax.sharding import read_axes
 
 def plan_command(line: argparse.Namespace) -> int:
     """`lora-jax plan`; returns the exit code."""
-    if jax.config.jax_platforms is None:
-        jax.config.update("jax_platforms", "cpu")  # to plan takes no chip, not even where there is one
     given = options.given(line, plan.Request)
+    if jax.config.jax_platforms is None and not given.get("topology", "").startswith("here"):
+        jax.config.update("jax_platforms", "cpu")  # to plan takes no chip, not even where there is one
     if "mesh" in given:
         given["mesh"] = read_axes(given["mesh"])
     request = plan.Request(**given)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from lora_jax import peft, sharding
 from lora_jax.command import adapter_files, run
 from lora_jax.command.inspect import load_adapters
 from lora_jax.command.options import RunConfig, flag
+from lora_jax.command.tasks import lm
 from lora_jax.command.tasks.base import Session
 from lora_jax.command.tasks.registry import task_module
 from lora_jax.core.adapter import Adapter, LowRank
@@ -64,11 +66,24 @@ def _read(source: pathlib.Path, session: Session) -> dict[str, Adapter]:
         raise MissingError(f"{source} is neither a PEFT directory (it has no adapter_config.json) nor a run with a checkpoint")
     theirs = run.read_config(source)
     _check_run(theirs, source, session.config)
-    found = load_adapters(source, variables)
+    if theirs.scan_layers == session.config.scan_layers:
+        found = load_adapters(source, variables)
+    else:
+        found = sharding.put_beside(variables, _stacked_otherwise(load_adapters(source), theirs, session))
     shared = [path for path in found if session.names[path].kind == "embedding"]
     if shared and session.config.untie and not theirs.untie:
         raise InputError(f"the adapters of {source} change {shared[0]} as the embedding and the head: leave --untie out")
     return found
+
+
+def _stacked_otherwise(adapters: Mapping[str, Adapter], theirs: RunConfig, session: Session) -> dict[str, Adapter]:
+    """Adapters of layers one by one as those of stacked ones, or the other way round: as PEFT has them, in between."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = pathlib.Path(directory) / "peft"
+        peft.save(place, adapters, names=lm.names(theirs))
+        found = peft.load(place, session.task.variables, names=session.names)
+    frozen = {path: dataclasses.replace(a, frozen=("a",)) for path, a in found.items() if isinstance(a, LowRank)}
+    return found | frozen if theirs.method == "lora_fa" else found  # which PEFT does not know
 
 
 def _unused(source: pathlib.Path, config: RunConfig) -> tuple[str, ...]:

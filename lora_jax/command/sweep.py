@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from lora_jax.command import metrics, options, plots
+from lora_jax.command import device_options, metrics, options, plots
 from lora_jax.command.options import GRID, RunConfig
 from lora_jax.command.run import create, free_directory
 from lora_jax.command.signals import Interrupted, Signals
@@ -45,9 +45,13 @@ def sweep_command(line: argparse.Namespace) -> int:
         raise InputError("give the runs either as a grid or by --configs: leave one of the two out")
     members = grid(values) if line.configs is None else read(line.configs)
     configs = configurations(given.pop("task", "classify"), given, members)
+    console = rich.console.Console()
+    one = device_options.here(configs[0], given, {}, console, members=len(configs))
+    decided = {name: getattr(one, name) for name in device_options.DECIDED}
+    configs = [dataclasses.replace(config, **decided) for config in configs]
     directory = line.out or free_directory(pathlib.Path("sweeps"))
     try:
-        start(configs, directory, rich.console.Console())
+        start(configs, directory, console)
     except Interrupted as error:
         each = f"lora-jax finetune --resume {directory}/N"
         return error.report(f"go on with each of the {len(configs)} runs N by: {each}")

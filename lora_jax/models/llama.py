@@ -209,6 +209,17 @@ def shardings(mesh: jax.sharding.Mesh, variables: Any) -> Any:
     return model_shardings(mesh, variables, columns=COLUMNS, rows=ROWS)
 
 
+def sizes(source: str | pathlib.Path) -> LlamaConfig:
+    """The sizes of a Hugging Face directory's or GGUF file's model, without its weights.
+
+    Raises:
+      MissingError: the source, or its `config.json`, is missing.
+      InputError: another architecture, or a file that can't be read.
+    """
+    source = pathlib.Path(source)
+    return gguf_files.read_config(GgufFile(source)) if source.suffix == ".gguf" else _read_directory(source)
+
+
 def load(
     source: str | pathlib.Path,
     *,
@@ -253,12 +264,8 @@ def load(
         raise InputError(f"dtype must be a float dtype, not {jnp.dtype(dtype).name}")
     _check_remat(remat)
     source = pathlib.Path(source)
-    if source.suffix == ".gguf":
-        tensors: Any = GgufFile(source)
-        config = gguf_files.read_config(tensors)
-    else:
-        config = _read_directory(source)
-        tensors = checkpoint_files.SafeTensors(source)
+    config = sizes(source)
+    tensors: Any = GgufFile(source) if source.suffix == ".gguf" else checkpoint_files.SafeTensors(source)
     _check_layers(tensors, config)
     tied = config.tie_word_embeddings
     if tied or tie:

@@ -57,7 +57,9 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """One line of a computation."""
+
     type: str
     opcode: str
     operands: tuple[str, ...]
@@ -65,8 +67,8 @@ class _Instruction:
     root: bool
 
 
-_Computation = Mapping[str, _Instruction]
-_Computations = Mapping[str, _Computation]
+Computation = Mapping[str, Instruction]
+Computations = Mapping[str, Computation]
 _NOTHING = Traffic({}, 0)
 
 
@@ -84,40 +86,44 @@ def read(hlo: str) -> Traffic:
     >>> read(hlo).kinds
     {'all-gather': Collective(count=1, bytes=128, largest='f32[8,4]', largest_bytes=128)}
     """
-    computations, entry = _parse(hlo)
+    computations, entry = parse(hlo)
 
     @functools.cache
     def walk(name: str) -> Traffic:
         return functools.reduce(_add, (one(computations[name], line) for line in computations[name].values()), _NOTHING)
 
-    def one(computation: _Computation, line: _Instruction) -> Traffic:
+    def one(computation: Computation, line: Instruction) -> Traffic:
         if _goes_on(computation, line):
             return _NOTHING
         if (kind := _kind(line)) is not None:
             return Traffic({kind: _collective(computation, line)}, 0)
-        names = [name for match in _CALLED.finditer(line.text) for name in _NAME.findall(match[2])]
-        called = [_scattered(name, walk(name)) for name in names]
+        called = [_scattered(name, walk(name)) for name in called_by(line)]
         if not called or line.opcode in ("async-update", "async-done"):
             return _NOTHING
         if line.opcode == "conditional":
             return max(called, key=lambda traffic: sum(moved.bytes for moved in traffic.kinds.values()))
         found = functools.reduce(_add, called)
-        return _repeat(found, _trips(computations, computation, line)) if line.opcode == "while" else found
+        return _repeat(found, trips(computations, computation, line)) if line.opcode == "while" else found
 
     return walk(entry)
 
 
-def _parse(hlo: str) -> tuple[_Computations, str]:
+def parse(hlo: str) -> tuple[Computations, str]:
     """The instructions of each computation by name, and the name of the program's own."""
-    computations: dict[str, dict[str, _Instruction]] = {}
+    computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", {}
     for line in hlo.splitlines():
         if head := _COMPUTATION.match(line):
             current = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
         elif (found := _INSTRUCTION.match(line)) and (parts := _split(found[3])):
-            current[found[2]] = _Instruction(*parts, found[3], bool(found[1]))
+            current[found[2]] = Instruction(*parts, found[3], bool(found[1]))
     return computations, entry
+
+
+def called_by(line: Instruction) -> list[str]:
+    """The computations that an instruction runs; of a loop its body alone, which it runs several times."""
+    return [name for match in _CALLED.finditer(line.text) for name in _NAME.findall(match[2])]
 
 
 def _split(text: str) -> tuple[str, str, tuple[str, ...]] | None:
@@ -144,18 +150,18 @@ def _closing(text: str) -> int:
     return len(text)
 
 
-def _kind(line: _Instruction) -> str | None:
+def _kind(line: Instruction) -> str | None:
     """The kind of a collective. One in two halves counts at its end, whose type is that of the result alone."""
     name = line.opcode.removesuffix("-done")
     return name if name in KINDS else None
 
 
-def _goes_on(computation: _Computation, line: _Instruction) -> bool:
+def _goes_on(computation: Computation, line: Instruction) -> bool:
     """Whether a line is a piece of a collective that a TPU's compiler spreads over several fusions, and not the last one."""
     return "chain_id=" in line.text and not any("AsyncCollectiveDone" in other.text for other in computation.values())
 
 
-def _collective(computation: _Computation, line: _Instruction) -> Collective:
+def _collective(computation: Computation, line: Instruction) -> Collective:
     given = " ".join(computation[name].type for name in line.operands if name in computation)
     arrays = _ARRAY.findall(given if line.opcode == "reduce-scatter" else line.type)
     size = sum(map(_bytes, *zip(*arrays)))
@@ -204,7 +210,7 @@ def _repeat(traffic: Traffic, times: int | None) -> Traffic:
 # --- loops ------------------------------------------------------------------------------------------------------------
 
 
-def _trips(computations: _Computations, outer: _Computation, loop: _Instruction) -> int | None:
+def trips(computations: Computations, outer: Computation, loop: Instruction) -> int | None:
     """How often a loop runs: as the compiler notes it, or where it counts from one constant up to another."""
     if noted := _TRIPS.search(loop.text):
         return int(noted[1])
@@ -231,30 +237,30 @@ def _trips(computations: _Computations, outer: _Computation, loop: _Instruction)
     return max(0, -(-(limit - first) // steps[0]))
 
 
-def _root(computation: _Computation) -> _Instruction:
+def _root(computation: Computation) -> Instruction:
     return next(line for line in computation.values() if line.root)
 
 
-def _find(pattern: str, line: _Instruction) -> str:
+def _find(pattern: str, line: Instruction) -> str:
     found = re.search(pattern, line.text)
     assert found is not None, f"{pattern} is not in {line.text}"
     return found[1]
 
 
-def _place(computation: _Computation, name: str) -> int | None:
+def _place(computation: Computation, name: str) -> int | None:
     """Which element of a tuple a name is."""
     line = _source(computation, name)
     return int(_find(r"index=(\d+)", line)) if line is not None and line.opcode == "get-tuple-element" else None
 
 
-def _constant(computation: _Computation, name: str) -> int | None:
+def _constant(computation: Computation, name: str) -> int | None:
     """The whole number that a name stands for."""
     line = _source(computation, name)
     found = None if line is None or line.opcode != "constant" else re.search(r"constant\((-?\d+)\)", line.text)
     return int(found[1]) if found else None
 
 
-def _source(computation: _Computation, name: str) -> _Instruction | None:
+def _source(computation: Computation, name: str) -> Instruction | None:
     """What a name is a copy of."""
     line = computation.get(name)
     while line is not None and line.opcode in ("copy", "copy-done", "copy-start", "bitcast"):

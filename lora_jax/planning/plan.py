@@ -7,14 +7,15 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import optax
 from jax.sharding import AbstractMesh, AxisType
 
 from lora_jax.adapters import quant
-from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.config import WORDS, LoraConfig
 from lora_jax.core.errors import InputError, MissingError
 from lora_jax.core.fields import check, option
 from lora_jax.core.files import read_json_object
-from lora_jax.models import presets
+from lora_jax.models import llama, presets
 from lora_jax.models.decoder_config import LlamaConfig, read_config
 from lora_jax.planning import memory_estimate, topology, train_steps
 from lora_jax.planning.collectives import Collective
@@ -34,9 +35,12 @@ class Request:
       InputError: an option is out of range, or they do not go together.
     """
 
-    model: Annotated[str, option(f"{', '.join(presets.NAMES)}, or a config.json or its directory")]
+    model: Annotated[str, option(f"{', '.join(presets.NAMES)}, or a config.json or its directory, or a .gguf file")]
     rank: Annotated[int, option("rank of every low-rank pair")] = 16
-    targets: Annotated[Sequence[str], option("kernels to adapt", metavar="PATTERN")] = PROJECTIONS
+    targets: Annotated[
+        str | Sequence[str],
+        option("kernels to adapt: patterns, or one of the words all-linear and attention", metavar="PATTERN"),
+    ] = PROJECTIONS
     batch: Annotated[
         int | None, option("rows per step on all chips (default: one for each of data x fsdp)", ge=1, must_be="at least 1")
     ] = None
@@ -67,6 +71,8 @@ class Request:
 
     def __post_init__(self) -> None:
         check(self)
+        if isinstance(self.targets, list) and len(self.targets) == 1 and self.targets[0] in WORDS:
+            object.__setattr__(self, "targets", self.targets[0])
         quant.check_optional(self.quantization, self.block)
         unknown = [name for name in self.compare if name not in COMPARISONS]
         if unknown:
@@ -102,14 +108,13 @@ class Request:
         """The rows of the batch, also where no number was asked for."""
         return self.accumulate * self._parts() if self.batch is None else self.batch
 
-    def step(self, devices: Sequence[Any] | None) -> DecoderStep:
-        """The step, on these devices or, without any, on an abstract mesh; a single chip needs none."""
+    def make_mesh(self, devices: Sequence[Any] | None) -> Any:
+        """The mesh of these devices or, without any, an abstract one; `None` for one chip that was asked for without a mesh."""
         axes = self.axes()
-        mesh: Any = None
-        if self.mesh is not None or math.prod(axes.values()) > 1:
-            types = (AxisType.Auto,) * len(axes)
-            abstract = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types)
-            mesh = abstract if devices is None else make_mesh(axes, devices)
+        return None if self.mesh is None and math.prod(axes.values()) == 1 else mesh_of(axes, devices)
+
+    def step(self, mesh: Any) -> DecoderStep:
+        """The step on a mesh."""
         model = ModelOptions(
             dtype=self.dtype,
             quantize=self.quantization,
@@ -125,6 +130,13 @@ class Request:
     def _parts(self) -> int:
         axes = self.axes()
         return axes.get("data", 1) * axes.get("fsdp", 1)
+
+
+def mesh_of(axes: Mapping[str, int], devices: Sequence[Any] | None) -> Any:
+    """A mesh of devices or, without any, one to trace for."""
+    if devices is not None:
+        return make_mesh(axes, devices)
+    return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 def _axes(axes: Mapping[str, int]) -> str:
@@ -147,6 +159,7 @@ class StepPlan:
       fits: whether that is no more than the chip has; `None` where it is not known what it has.
       compiler_flops: the compiler's own count for a chip, the body of a scan once.
       compiler_seconds: the compiler's own estimate of the time, the body of a scan once.
+      step_seconds: the same over all layers, from its cycles for each operation, without what moves between chips.
       collectives: `{kind: Collective}`, over all layers; `None` where nothing was compiled.
       unknown_loops: how many loops with collectives have an unknown number of iterations; they count as one.
       error: what the compiler says where the step does not fit.
@@ -163,6 +176,7 @@ class StepPlan:
     fits: bool | None
     compiler_flops: float | None = None
     compiler_seconds: float | None = None
+    step_seconds: float | None = None
     collectives: Mapping[str, Collective] | None = None
     unknown_loops: int = 0
     error: str | None = None
@@ -211,10 +225,34 @@ def make(request: Request, progress: Callable[[str], None] = lambda text: None) 
       InputError: the model can't be read, a target is not there, a mesh axis does not divide a parameter, or the TPU compiler
         does not know the topology.
     """
+    return make_for(request, request.step, read_sizes(request.model), progress=progress)
+
+
+def make_for(
+    request: Request,
+    step: Callable[[Any], DecoderStep],
+    config: LlamaConfig,
+    tx: optax.GradientTransformation = train_steps.OPTIMIZER,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """The same for a step that is more than a request says: with other adapters, or another optimiser.
+
+    Args:
+      request: what the plan is called.
+      step: makes the step on a mesh, or on none.
+      config: the model's sizes.
+      tx: the optimiser of the adapters.
+      progress: called with what is being done.
+
+    Raises:
+      InputError: as for `make`.
+    """
     target = topology.read(request.topology)
-    config = _config(request.model)
     sources = list(_sources(target))  # before JAX starts: it may need more CPU devices than it has
-    setups = {source: _setup(request, config, devices) for source, devices in sources}
+    setups = {}
+    for source, devices in sources:
+        own = step(request.make_mesh(devices))
+        setups[source] = train_steps.prepare(own, config, tx, None if devices is None or own.mesh is not None else devices[0])
     plans = []
     for name in ("lora", *request.compare):
         for source, setup in setups.items():
@@ -243,21 +281,22 @@ _NOTES = {
 
 def _sources(target: topology.Topology) -> Iterator[tuple[str, Sequence[Any] | None]]:
     """Where figures come from, and the devices to compile for."""
+    if target.is_here:
+        yield COMPILER, topology.devices(target)
+        return
     if target.platform == "gpu" or (target.platform == "tpu" and not topology.has_libtpu()):
         yield ESTIMATE, None
     if target.platform != "tpu" or topology.has_libtpu():
         yield CPU_COMPILER if target.platform == "gpu" else COMPILER, topology.devices(target)
 
 
-def _setup(request: Request, config: LlamaConfig, devices: Sequence[Any] | None) -> train_steps.Setup:
-    step = request.step(devices)
-    return train_steps.prepare(step, config, device=None if devices is None or step.mesh is not None else devices[0])
-
-
-def _config(model: str) -> LlamaConfig:
+def read_sizes(model: str) -> LlamaConfig:
+    """The sizes of a model by its name, its `config.json`, or the directory or `.gguf` file that it is in."""
     if model in presets.NAMES:
         return presets.named(model)
     path = pathlib.Path(model)
+    if path.suffix == ".gguf":
+        return llama.sizes(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise MissingError(f"model: {model} is neither a config.json nor one of {', '.join(presets.NAMES)}")
@@ -290,6 +329,7 @@ def _step_plan(name: str, setup: train_steps.Setup, source: str, target: topolog
         fits=False if found.error else None if hbm is None or peak is None else peak <= hbm,
         compiler_flops=found.compiler_flops,
         compiler_seconds=found.compiler_seconds,
+        step_seconds=found.step_seconds,
         collectives=None if found.traffic is None else found.traffic.kinds,
         unknown_loops=0 if found.traffic is None else found.traffic.unknown_loops,
         error=found.error,

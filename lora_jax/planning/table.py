@@ -12,11 +12,12 @@ def table(plan: Plan) -> str:
     base = request.dtype
     if request.quantization is not None:
         base = f"{request.quantize} (embedding and head {base})"
+    targets = request.targets if isinstance(request.targets, str) else ", ".join(request.targets)
     hbm = "" if plan.hbm_bytes_per_chip is None else f" with {_gib(plan.hbm_bytes_per_chip)} each"
     mesh = ", ".join(f"{name}={size}" for name, size in plan.mesh.items())
     lines = [
         f"{request.model}: {plan.parameters:,} parameters, {base}",
-        f"rank {request.rank} on {', '.join(request.targets)}; {plan.batch} x {request.sequence} tokens",
+        f"rank {request.rank} on {targets}; {plan.batch} x {request.sequence} tokens",
         _computed(request),
         f"{request.topology}: {plan.chips} x {plan.chip}{hbm}" + (f"; mesh {mesh}" if plan.chips > 1 else ""),
         "",
@@ -55,6 +56,10 @@ def _tera(count: float | None) -> str:
     return f"{count / 1e12:.2f} TFLOP" if count >= 1e10 else f"{count / 1e9:.3f} GFLOP"
 
 
+def _seconds(count: float | None) -> str:
+    return "-" if count is None else f"{count:.4f}"
+
+
 def _moved(kind: str) -> Callable[[StepPlan], str]:
     def show(step: StepPlan) -> str:
         moved = None if step.collectives is None else step.collectives.get(kind)
@@ -77,5 +82,6 @@ _ROWS: dict[str, Callable[[StepPlan], str]] = {
     "fits": lambda step: "-" if step.fits is None else "yes" if step.fits else "NO",
     "FLOPs, all layers and chips": lambda step: _tera(step.flops),
     "compiler's FLOPs, layers once": lambda step: _tera(step.compiler_flops),
-    "compiler's seconds, layers once": lambda step: "-" if step.compiler_seconds is None else f"{step.compiler_seconds:.4f}",
+    "compiler's seconds, layers once": lambda step: _seconds(step.compiler_seconds),
+    "the same, all layers": lambda step: _seconds(step.step_seconds),
 }

@@ -12,7 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from lora_jax.core.errors import InputError
-from lora_jax.planning import collectives
+from lora_jax.planning import collectives, cycles
 
 # The compiler needs no TPU, but asks where it is; as it holds none, several processes may use it at once.
 _SETTINGS = {
@@ -21,25 +21,44 @@ _SETTINGS = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What a chip does in a second, as its maker states it.
+
+    Args:
+      flops: of bfloat16 products.
+      memory: bytes to and from its memory.
+      network: bytes to and from its neighbours.
+      cycles: of its matrix unit; `None` where its compiler counts none.
+    """
+
+    flops: float
+    memory: float
+    network: float
+    cycles: float | None = None
+
+
 # What JAX calls them, the axes of the largest, and the usable bytes of memory, as the TPU compiler states them where a program
 # is too large.
 _TPUS = {
-    "v4": ("TPU v4", (16, 16, 16), 30.75 * 2**30),
-    "v5e": ("TPU v5 lite", (16, 16), 15.75 * 2**30),
-    "v5p": ("TPU v5", (16, 20, 28), 95.73 * 2**30),
-    "v6e": ("TPU v6 lite", (16, 16), 31.24 * 2**30),
+    "v4": ("TPU v4", (16, 16, 16), 30.75 * 2**30, Speed(275e12, 1228e9, 300e9, 1.05e9)),
+    "v5e": ("TPU v5 lite", (16, 16), 15.75 * 2**30, Speed(197e12, 819e9, 200e9, 1.5e9)),
+    "v5p": ("TPU v5", (16, 20, 28), 95.73 * 2**30, Speed(459e12, 2765e9, 600e9, 1.75e9)),
+    "v6e": ("TPU v6 lite", (16, 16), 31.24 * 2**30, Speed(918e12, 1640e9, 448e9, 1.75e9)),
 }
 # The memory on their makers' data sheets, a GB as 10^9 bytes.
 _GPUS = {
-    "h200": ("NVIDIA H200", 141e9),
-    "h100": ("NVIDIA H100", 80e9),
-    "a100-80": ("NVIDIA A100 80GB", 80e9),
-    "a100-40": ("NVIDIA A100 40GB", 40e9),
-    "l4": ("NVIDIA L4", 24e9),
-    "rtx4090": ("NVIDIA RTX 4090", 24e9),
+    "h200": ("NVIDIA H200", 141e9, Speed(989e12, 4800e9, 450e9)),
+    "h100": ("NVIDIA H100", 80e9, Speed(989e12, 3350e9, 450e9)),
+    "a100-80": ("NVIDIA A100 80GB", 80e9, Speed(312e12, 2039e9, 300e9)),
+    "a100-40": ("NVIDIA A100 40GB", 40e9, Speed(312e12, 1555e9, 300e9)),
+    "l4": ("NVIDIA L4", 24e9, Speed(121e12, 300e9, 32e9)),
+    "rtx4090": ("NVIDIA RTX 4090", 24e9, Speed(165e12, 1008e9, 32e9)),
 }
 _TPU = re.compile(rf"({'|'.join(_TPUS)}):([1-9]\d*x[1-9]\d*(?:x[1-9]\d*)?)")
-_OTHER = re.compile(rf"({'|'.join(_GPUS)}|cpu)(?::([1-9]\d*))?")
+_OTHER = re.compile(rf"({'|'.join(_GPUS)}|cpu|here)(?::([1-9]\d*))?")
 _TOO_LARGE = re.compile(r"\(?([\d.]+)([KMGT])\)? exceeds available HBM|Used ([\d.]+)([KMGT]) of")
 
 
@@ -53,6 +72,7 @@ class Topology:
       chip: what one is called.
       count: how many there are.
       hbm_bytes: of memory that a program can use on each; `None` where it is not known.
+      speed: what each does in a second; `None` where it is not known.
     """
 
     name: str
@@ -60,6 +80,12 @@ class Topology:
     chip: str
     count: int
     hbm_bytes: int | None
+    speed: Speed | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether they are the devices of this machine."""
+        return self.name.partition(":")[0] == "here"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +98,7 @@ class Compiled:
       peak_bytes: the most that is held at once.
       compiler_flops: as the compiler counts them: the body of a scan once, not once for each layer.
       compiler_seconds: how long a TPU's compiler expects it to take, with the body of a scan once.
+      step_seconds: the same with all iterations, from the cycles that it estimates for each operation; see `cycles`.
       traffic: what it moves between the chips.
       error: why there are no figures: it does not fit.
     """
@@ -81,6 +108,7 @@ class Compiled:
     peak_bytes: int | None = None
     compiler_flops: float | None = None
     compiler_seconds: float | None = None
+    step_seconds: float | None = None
     traffic: collectives.Traffic | None = None
     error: str | None = None
 
@@ -91,7 +119,7 @@ def has_libtpu() -> bool:
 
 
 def read(name: str) -> Topology:
-    """The topology of a name: a TPU and its shape, or a GPU or `cpu` and how many.
+    """The topology of a name: a TPU and its shape, or a GPU, `cpu` or `here` (this machine's devices) and how many.
 
     Raises:
       InputError: it is no such name.
@@ -100,30 +128,45 @@ def read(name: str) -> Topology:
     (8, 'NVIDIA H100', 1)
     """
     if found := _TPU.fullmatch(name):
-        (chip, largest, hbm), shape = _TPUS[found[1]], [int(size) for size in found[2].split("x")]
+        (chip, largest, hbm, speed), shape = _TPUS[found[1]], [int(size) for size in found[2].split("x")]
         if len(shape) != len(largest) or any(size > most for size, most in zip(sorted(shape), largest)):
             raise InputError(
                 f"topology: {name} is not within {found[1]}:{'x'.join(map(str, largest))}, the largest of its kind"
             )
-        return Topology(name, "tpu", chip, math.prod(shape), int(hbm))
+        return Topology(name, "tpu", chip, math.prod(shape), int(hbm), speed)
     if found := _OTHER.fullmatch(name):
         count = int(found[2] or 1)
+        if found[1] == "here":
+            return _here(name, count)
         if found[1] == "cpu":
             return Topology(name, "cpu", "cpu", count, None)
-        chip, hbm = _GPUS[found[1]]
-        return Topology(name, "gpu", chip, count, int(hbm))
+        chip, hbm, speed = _GPUS[found[1]]
+        return Topology(name, "gpu", chip, count, int(hbm), speed)
     raise InputError(
         f"topology must be a TPU and its shape, such as v5e:2x2, v5p:1x1x1 or v6e:4x4 (of {', '.join(_TPUS)}), or one of "
-        f"{', '.join(_GPUS)}, cpu, with a number of chips such as h100:8, not {name!r}"
+        f"{', '.join(_GPUS)}, cpu, here (this machine's devices), with a number of chips such as h100:8, not {name!r}"
     )
 
 
+def _here(name: str, count: int) -> Topology:
+    """The first of the devices that JAX has."""
+    found, first = jax.devices(), jax.local_devices()[0]
+    if count > len(found):
+        raise InputError(f"topology: {name} asks for {count} devices, and there are {len(found)}")
+    platform: Any = first.platform if first.platform in ("cpu", "tpu") else "gpu"
+    known = {chip: speed for chip, *_, speed in (*_TPUS.values(), *_GPUS.values())}
+    hbm = (first.memory_stats() or {}).get("bytes_limit")
+    return Topology(name, platform, first.device_kind, count, hbm, known.get(first.device_kind))
+
+
 def devices(topology: Topology) -> list[Any]:
-    """The devices to compile for: those of a TPU, or as many CPUs as there are chips.
+    """The devices to compile for: those of this machine, of a TPU, or as many CPUs as there are chips.
 
     Raises:
       InputError: the TPU compiler knows no such topology, or JAX was started with fewer CPU devices.
     """
+    if topology.is_here:
+        return jax.devices()[: topology.count]
     if topology.platform != "tpu":
         return _cpus(topology.count)
     for variable, value in _SETTINGS.items():
@@ -169,13 +212,17 @@ def compile_for(topology: Topology, traced: Any) -> Compiled:
     # The peak that a CPU's compiler states is without temporaries.
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     held += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    text = compiled.as_text()
+    clock = None if topology.speed is None else topology.speed.cycles
+    count = None if clock is None else cycles.read(text)
     return Compiled(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.peak_memory_in_bytes if on_tpu else held,
         cost["flops"],
         seconds if on_tpu and seconds > 0 else None,  # it may be negative for integers
-        collectives.read(compiled.as_text()),
+        None if count is None or clock is None else count / clock,
+        collectives.read(text),
     )
 
 

@@ -11,7 +11,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.core.fields import table
 
 CONFIG = """{
- "format_version": 5,
+ "format_version": 6,
  "task": "lm",
  "model": null,
  "data": "/texts.txt",
@@ -25,6 +25,10 @@ CONFIG = """{
  "untie": false,
  "quantize": "nf4",
  "block": 32,
+ "scan_layers": true,
+ "remat": "products",
+ "attention_block": 64,
+ "accumulate": 2,
  "rank": 4,
  "alpha": 16.0,
  "targets": [
@@ -54,7 +58,18 @@ CONFIG = """{
 }
 """
 LINE = ["--task", "lm", "--data", "/texts.txt", "--quantize", "nf4", "--block", "32", "--rank", "4", "--dora"]
-LINE += ["--targets", "q_proj", "mlp/up_proj"]
+LINE += [
+    "--targets",
+    "q_proj",
+    "mlp/up_proj",
+    "--scan-layers",
+    "--remat",
+    "products",
+    "--attention-block",
+    "64",
+    "--accumulate",
+    "2",
+]
 
 
 def test_a_command_line_as_json():

@@ -51,7 +51,8 @@ def jaxpr_of_plan(home, mesh, **given):
         **given,
     )
     devices = jax.devices()[: 1 if mesh is None else mesh.size]
-    step = train_steps.low_rank(plan._setup(request, plan._config(request.model), devices))
+    step = request.step(request.make_mesh(devices))
+    step = train_steps.low_rank(train_steps.prepare(step, plan.read_sizes(request.model), device=devices[0]))
     return step.jitted.trace(*step.args).jaxpr
 
 

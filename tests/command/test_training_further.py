@@ -113,7 +113,7 @@ def test_a_run_of_before_begins_once_more_with_its_first_step():
 def test_a_run_of_before_records_what_ends_its_texts(home, tmp_path):
     out = shutil.copytree(home / "run", tmp_path / "run")
     now = json.loads((out / "config.json").read_text())
-    new = [name for name, row in table(RunConfig).items() if row.more.get("since") == now["format_version"]]
+    new = [name for name, row in table(RunConfig).items() if row.more.get("since", 1) > 4]
     before = {name: value for name, value in now.items() if name not in new} | {"format_version": 4}
     (out / "config.json").write_text(json.dumps(before))
     assert cli.main(["finetune", "--resume", str(out)]) == 0

@@ -31,6 +31,11 @@ def request(config, **changes):
     return plan.Request(**{"model": config, "rank": 4, "batch": 2, "sequence": 24, "topology": "cpu", **changes})
 
 
+def setup(asked, sizes):
+    """The step's shapes, for no devices."""
+    return train_steps.prepare(asked.step(asked.make_mesh(None)), sizes)
+
+
 @pytest.mark.parametrize(
     ("name", "billions"),
     [("llama-3-8b", 8.030), ("llama-3-70b", 70.554), ("qwen2.5-7b", 7.616), ("mistral-7b", 7.242), ("smollm2-135m", 0.1345)],
@@ -84,8 +89,8 @@ def test_an_estimate_for_llama_8b(monkeypatch):
 def test_arguments_on_a_mesh(config):
     """What is counted without a compiler is what the compiler says; a chip holds less than half of a step on one chip."""
     asked = request(config, topology="cpu:8", mesh={"fsdp": 4, "model": 2}, batch=4, compare=("full",))
-    sizes = plan._config(config)
-    count = lambda asked, name: train_steps.chip_bytes(train_steps.STEPS[name](plan._setup(asked, sizes, None)).args)
+    sizes = plan.read_sizes(config)
+    count = lambda asked, name: train_steps.chip_bytes(train_steps.STEPS[name](setup(asked, sizes)).args)
     for step in plan.make(asked).steps:
         assert step.argument_bytes == pytest.approx(count(asked, step.step), abs=64)  # a compiler may align
         assert step.argument_bytes < count(request(config, batch=4), step.step) / 2
@@ -116,7 +121,7 @@ def test_gpus(config):
 def test_estimates_on_a_mesh():
     """Along data each chip holds all of the base, along the others a part."""
     config = presets.named("llama-3-8b")
-    make = lambda **axes: plan._setup(plan.Request(model="llama-3-8b", topology="h100:4", mesh=axes), config, None)
+    make = lambda **axes: setup(plan.Request(model="llama-3-8b", topology="h100:4", mesh=axes), config)
     count = lambda setup: train_steps.chip_bytes(setup.model.variables) / 2**30
     assert count(make(data=4)) == pytest.approx(14.96, abs=0.01)
     assert count(make(fsdp=4)) == pytest.approx(14.96 / 4, abs=0.01)

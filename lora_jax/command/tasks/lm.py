@@ -23,6 +23,7 @@ from lora_jax.core.transform import lora
 from lora_jax.data import fetch, labelled, language, packing
 from lora_jax.data import tokenizer as text_tokenizer
 from lora_jax.data.tokenizer import TextTokenizer
+from lora_jax.huggingface.names import HFName
 from lora_jax.models import llama
 from lora_jax.planning.decoder_step import DecoderStep, ModelOptions, token_losses
 
@@ -53,6 +54,27 @@ def base_directory(config: RunConfig) -> pathlib.Path:
     """
     check_there(config, "model")
     return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
+
+
+def sizes(config: RunConfig) -> llama.LlamaConfig:
+    """The sizes of the run's base, without its weights.
+
+    Raises:
+      InputError: it could not be fetched, or can't be read.
+    """
+    found = llama.sizes(base_directory(config))
+    return dataclasses.replace(found, tie_word_embeddings=found.tie_word_embeddings and not config.untie)
+
+
+def check_length(config: RunConfig, found: llama.LlamaConfig) -> None:
+    """Raise an InputError where a row is longer than the base's positions."""
+    if config.max_length > found.max_position_embeddings:
+        raise InputError(f"max_length {config.max_length} is above the {found.max_position_embeddings} positions of the model")
+
+
+def names(config: RunConfig) -> dict[str, HFName]:
+    """What Hugging Face calls the parameters of the run's base, by path."""
+    return {path: name for path, (_, name) in llama.parameters(sizes(config), config.scan_layers).items()}
 
 
 def model_options(config: RunConfig) -> ModelOptions:
@@ -134,9 +156,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     date = config.date or datetime.date.today().isoformat()
     base = load_base(base_directory(config), config, mesh)
     config = dataclasses.replace(config, data_sha256=corpus.digest(), model_sha256=base.sha256, date=date)
-    positions = base.model.config.max_position_embeddings
-    if config.max_length > positions:
-        raise InputError(f"max_length {config.max_length} is above the {positions} positions of the model")
+    check_length(config, base.model.config)
     documents, counts, ends = _encode(corpus, base.tokenizer, config)
     learnt = [array for own in documents for document in own for array in (document.tokens, document.targets)]
     config = check_tokens(dataclasses.replace(config, ends=ends), learnt)

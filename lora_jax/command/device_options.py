@@ -1,0 +1,81 @@
+"""What the device that a run is on decides where the command line leaves it open."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import rich.console
+
+from lora_jax.command.options import RunConfig
+from lora_jax.command.tasks import lm
+from lora_jax.planning import memory_estimate, plan, topology, train_steps
+from lora_jax.planning.topology import Topology
+
+_ACCELERATED = {"dtype": "bfloat16", "scan_layers": True}
+# What a step keeps, from the fastest to the smallest.
+_MEMORY: tuple[dict[str, Any], ...] = (
+    {"remat": "none"},
+    {"remat": "products", "attention_block": 256},
+    {"remat": "full", "attention_block": 256},
+)
+DECIDED = (*_ACCELERATED, *_MEMORY[-1])
+_SHARE = 0.9  # of the memory, which an estimate may fill
+
+
+def here(
+    config: RunConfig, given: Collection[str], axes: Mapping[str, int], console: rich.console.Console, members: int = 1
+) -> RunConfig:
+    """The options of a run on this machine's devices; says what it decided.
+
+    Args:
+      config: the options, defaults included.
+      given: those that the command line says.
+      axes: of the mesh.
+      console: where to say it.
+      members: how many runs there are in one program.
+    """
+    target = topology.read(f"here:{math.prod(axes.values())}")
+    together = dataclasses.replace(config, batch_size=members * config.batch_size)
+    found = dataclasses.replace(settled(together, given, axes, target), batch_size=config.batch_size)
+    console.out(described(config, found, target), end="", highlight=False)
+    return found
+
+
+def settled(config: RunConfig, given: Collection[str], axes: Mapping[str, int], target: Topology) -> RunConfig:
+    """The options of a run on a device.
+
+    On TPUs and GPUs a language model is in bfloat16, and its layers are scanned and keep as much for the backward pass as fits,
+    by the estimate of `planning.memory_estimate`. On a CPU nothing changes.
+
+    Args:
+      config: the options, defaults included.
+      given: those that the command line says, which stay.
+      axes: of the mesh; without one, none.
+      target: the devices.
+    """
+    if config.task != "lm" or target.platform == "cpu":
+        return config
+    found = config
+    for memory in _MEMORY:
+        free = {name: value for name, value in {**_ACCELERATED, **memory}.items() if name not in given}
+        found = dataclasses.replace(config, **free)
+        if target.hbm_bytes is not None and _bytes(found, axes) <= _SHARE * target.hbm_bytes:
+            break
+    return found
+
+
+def _bytes(config: RunConfig, axes: Mapping[str, int]) -> int:
+    """About what the run's step holds on a chip."""
+    if not config.targets:  # those of --adapter, which are not read yet
+        config = dataclasses.replace(config, targets="all-linear")
+    step = lm.train_step(config, plan.mesh_of(axes, None) if axes else None)
+    setup = train_steps.prepare(step, lm.sizes(config))
+    return train_steps.chip_bytes(train_steps.low_rank(setup).args) + memory_estimate.temporary_bytes("lora", setup)
+
+
+def described(before: RunConfig, after: RunConfig, target: Topology) -> str:
+    """What was decided, in words; nothing where nothing was."""
+    ours, theirs = dataclasses.asdict(before), dataclasses.asdict(after)
+    chosen = [f"{name} {value}" for name, value in theirs.items() if value != ours[name]]
+    return f"for a {target.chip}: {', '.join(chosen)}\n" if chosen else ""
