@@ -110,6 +110,11 @@ def _plan(commands: Any) -> None:
 
     made = _command(commands, "plan", "plan", "say whether a train step fits on TPUs or GPUs, without any")
     options.add_options(made, Request)
+    searched = (
+        "search for the fastest step that fits the topology, or without one for the smallest TPU that a step fits: over "
+        "quantize, remat, attention-block, accumulate and mesh where they are not given, for a batch of 8 rows or more"
+    )
+    made.add_argument("--fit", action="store_true", help=searched)
     made.add_argument("--json", action="store_true", help="print JSON, with peak_bytes_per_chip")
     made.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="also: a picture of the memory")
 

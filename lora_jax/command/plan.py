@@ -2,12 +2,15 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from lora_jax.command import options
 from lora_jax.core import files
-from lora_jax.planning import plan, table
+from lora_jax.core.errors import InputError
+from lora_jax.planning import fit, plan, table
 from lora_jax.sharding import read_axes
 
 
@@ -19,6 +22,8 @@ def plan_command(line: argparse.Namespace) -> int:
     if "mesh" in given:
         given["mesh"] = read_axes(given["mesh"])
     request = plan.Request(**given)
+    if line.fit:
+        return _fit(request, given, line)
     if line.plot is not None:
         from lora_jax.planning import plot  # which needs matplotlib
 
@@ -28,6 +33,15 @@ def plan_command(line: argparse.Namespace) -> int:
     if line.plot is not None:
         files.write(line.plot, plot.draw(found))
     return 0
+
+
+def _fit(request: plan.Request, given: Mapping[str, Any], line: argparse.Namespace) -> int:
+    """Print what a search finds; returns the exit code, 2 where nothing fits."""
+    if line.json or line.plot is not None or request.compare:
+        raise InputError("--fit prints a table of its own: leave --json, --plot and --compare out")
+    found = fit.search(request, given, _say)
+    print(table.fit_table(found))
+    return 0 if found.best is not None else 2
 
 
 def _say(text: str) -> None:

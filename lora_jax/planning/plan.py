@@ -80,8 +80,8 @@ class Request:
         chips, axes = topology.read(self.topology).count, self.axes()
         if math.prod(axes.values()) != chips:
             raise InputError(
-                f"mesh: {_axes(axes)} has {math.prod(axes.values())} places, but {self.topology} has {chips} chips, and all "
-                "are used"
+                f"mesh: {axes_text(axes)} has {math.prod(axes.values())} places, but {self.topology} has {chips} chips, and "
+                "all are used"
             )
         if self.rows() % self._parts():
             raise InputError(
@@ -139,7 +139,12 @@ def mesh_of(axes: Mapping[str, int], devices: Sequence[Any] | None) -> Any:
     return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def _axes(axes: Mapping[str, int]) -> str:
+def axes_text(axes: Mapping[str, int]) -> str:
+    """The axes of a mesh as the command line takes them.
+
+    >>> axes_text({"fsdp": 4, "model": 2})
+    'fsdp=4,model=2'
+    """
     return ",".join(f"{name}={size}" for name, size in axes.items())
 
 
@@ -248,16 +253,13 @@ def make_for(
       InputError: as for `make`.
     """
     target = topology.read(request.topology)
-    sources = list(_sources(target))  # before JAX starts: it may need more CPU devices than it has
-    setups = {}
-    for source, devices in sources:
-        own = step(request.make_mesh(devices))
-        setups[source] = train_steps.prepare(own, config, tx, None if devices is None or own.mesh is not None else devices[0])
+    places = list(sources(target))  # before JAX starts: it may need more CPU devices than it has
+    setups = {source: prepare(step, request, config, devices, tx) for source, devices in places}
     plans = []
     for name in ("lora", *request.compare):
         for source, setup in setups.items():
             progress(f"{'estimating' if source == ESTIMATE else 'compiling'} the step {name} for {target.name}")
-            plans.append(_step_plan(name, setup, source, target))
+            plans.append(step_plan(name, setup, source, target))
     parameters = next(iter(setups.values())).summary.parameters
     notes = " ".join(_NOTES[source] for source in setups)
     return Plan(
@@ -279,7 +281,7 @@ _NOTES = {
 }
 
 
-def _sources(target: topology.Topology) -> Iterator[tuple[str, Sequence[Any] | None]]:
+def sources(target: topology.Topology) -> Iterator[tuple[str, Sequence[Any] | None]]:
     """Where figures come from, and the devices to compile for."""
     if target.is_here:
         yield COMPILER, topology.devices(target)
@@ -288,6 +290,18 @@ def _sources(target: topology.Topology) -> Iterator[tuple[str, Sequence[Any] | N
         yield ESTIMATE, None
     if target.platform != "tpu" or topology.has_libtpu():
         yield CPU_COMPILER if target.platform == "gpu" else COMPILER, topology.devices(target)
+
+
+def prepare(
+    step: Callable[[Any], DecoderStep],
+    request: Request,
+    config: LlamaConfig,
+    devices: Sequence[Any] | None,
+    tx: optax.GradientTransformation = train_steps.OPTIMIZER,
+) -> train_steps.Setup:
+    """The shapes of a step on these devices or, without any, to trace only."""
+    own = step(request.make_mesh(devices))
+    return train_steps.prepare(own, config, tx, None if devices is None or own.mesh is not None else devices[0])
 
 
 def read_sizes(model: str) -> LlamaConfig:
@@ -307,7 +321,14 @@ def read_sizes(model: str) -> LlamaConfig:
         raise InputError(f"model: {file}: {error}") from None
 
 
-def _step_plan(name: str, setup: train_steps.Setup, source: str, target: topology.Topology) -> StepPlan:
+def step_plan(
+    name: str,
+    setup: train_steps.Setup,
+    source: str,
+    target: topology.Topology,
+    compile_for: Callable[[topology.Topology, Any], topology.Compiled] = topology.compile_for,
+) -> StepPlan:
+    """What one of `train_steps.STEPS` needs, estimated or compiled, as the source says."""
     step = train_steps.STEPS[name](setup)
     arguments = train_steps.chip_bytes(step.args)
     traced = step.jitted.trace(*step.args)
@@ -315,7 +336,7 @@ def _step_plan(name: str, setup: train_steps.Setup, source: str, target: topolog
         temporary = memory_estimate.temporary_bytes(name, setup)
         found = topology.Compiled(arguments, temporary, arguments + temporary)
     else:
-        found = topology.compile_for(target, traced)
+        found = compile_for(target, traced)
     peak, hbm = found.peak_bytes, None if source == CPU_COMPILER else target.hbm_bytes
     return StepPlan(
         step=name,

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 from lora_jax.core.text_table import text_table
-from lora_jax.planning.plan import Plan, Request, StepPlan
+from lora_jax.models import presets
+from lora_jax.planning.fit import Candidate, Fit, command
+from lora_jax.planning.plan import Plan, Request, StepPlan, axes_text
 
 
 def table(plan: Plan) -> str:
@@ -29,6 +31,35 @@ def table(plan: Plan) -> str:
     lines += [f"{step.step}: {step.error}" for step in plan.steps if step.error]
     lines += [f"{step.step}: {_unknown(step.unknown_loops)}" for step in plan.steps if step.unknown_loops]
     return "\n".join([*lines, "", plan.note])
+
+
+def fit_table(fit: Fit) -> str:
+    """What a search chose from, the best marked, and the command line of its run."""
+    target, speed = fit.target, fit.target.speed
+    assert speed is not None
+    head = ("", "quantise", "remat", "attention", "microbatches", "mesh", "peak", "seconds", "fits", "figures")
+    rows = [_fit_row(one, one is fit.best, one.seconds(speed)) for one in fit.tried]
+    lines = [f"{target.name}: {target.count} x {target.chip} with {_gib(target.hbm_bytes)} each; {fit.count:,} steps", ""]
+    lines += [text_table([head, *rows], "lllrrlrrll")] if rows else []
+    lines += ["", _FIT_NOTE, ""]
+    if fit.best is None:
+        return "\n".join([*lines, f"None fits {target.name}."])
+    known = fit.best.request.model in presets.NAMES
+    return "\n".join([*lines, command(fit.best.request), *(["(--model: the directory of its checkpoint)"] if known else [])])
+
+
+_FIT_NOTE = (
+    "Seconds are those of the compiler's cycles over all layers and, after them, what a chip gets from others at its network's "
+    "full speed; where figures are estimated, products at half of the peak."
+)
+
+
+def _fit_row(one: Candidate, best: bool, seconds: float) -> tuple[str, ...]:
+    request = one.request
+    mesh = "-" if request.mesh is None else axes_text(request.mesh)
+    block, source = min(request.attention_block, request.sequence), "estimate" if one.step is None else one.step.source
+    chosen = (request.quantize, request.remat, str(block), str(request.accumulate), mesh)
+    return ("*" if best else "", *chosen, _gib(one.bytes), _seconds(seconds), "yes" if one.fits else "NO", source)
 
 
 def _computed(request: Request) -> str:
