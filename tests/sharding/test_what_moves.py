@@ -12,7 +12,7 @@ import lora_jax as lj
 from lora_jax import sharding
 from lora_jax.core import jax_compat
 from lora_jax.models import llama
-from lora_jax.planning import train_steps
+from lora_jax.planning.decoder_step import PROJECTIONS
 from tests.support import tiny_lm
 from tests.support.frontends import normal
 from tests.support.identity import distance
@@ -46,7 +46,7 @@ def test_a_quantised_decoder(kind, options):
     sizes = tiny_lm.sizes(vocab_size=304, hidden_size=64, intermediate_size=96, head_dim=16)
     model = llama.init(sizes, jax.random.key(0), **options)
     mesh = sharding.make_mesh({"fsdp": 4, "model": 2})
-    variables = lj.quantize(model.variables, [f"{name}/kernel" for name in train_steps.PROJECTIONS], kind, block=BLOCK)
+    variables = lj.quantize(model.variables, [f"{name}/kernel" for name in PROJECTIONS], kind, block=BLOCK)
     model = llama.Loaded(model.model, variables, model.names, model.config)
     ids = jax.random.randint(jax.random.key(1), (8, 11), 0, 304)
     adapters = lj.init(jax.random.key(2), lj.LoraConfig(rank=2, targets="all-linear"), model.apply, variables, ids)
