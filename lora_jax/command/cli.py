@@ -1,10 +1,11 @@
 """The `lora-jax` command line; what its commands do is in the modules that their names name."""
 
 import argparse
+import functools
 import importlib
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lora_jax.core.errors import InputError
@@ -28,26 +29,31 @@ class _Parser(argparse.ArgumentParser):
         raise _Refused(f"{message}; see `{self.prog} --help`")
 
 
+class _Command(_Parser):
+    """A command, whose options are added when it is called, since some of them are read off what JAX comes with."""
+
+    def __init__(self, *, add: Callable[[argparse.ArgumentParser], None], **more: Any) -> None:
+        super().__init__(**more)
+        self._add = functools.cache(lambda: add(self))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._add()
+        return super().parse_known_args(args, namespace)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = _Parser(prog="lora-jax", description="Fine-tune classifiers and language models with low-rank adapters.")
-    commands = top.add_subparsers(required=True, metavar="command")
-    for add in (_finetune, _sweep, _predict, _generate, _inspect, _export, _import, _plan):
-        add(commands)
+    commands = top.add_subparsers(required=True, metavar="command", parser_class=_Command)
+    for name, (module, help, add) in _COMMANDS.items():
+        made = commands.add_parser(name, help=help, add=add)
+        made.set_defaults(module=module, function=f"{name}_command")
     return top
 
 
-def _command(commands: Any, name: str, module: str, help: str) -> argparse.ArgumentParser:
-    """A command, which is `NAME_command` of a module that is imported, with all that it needs, when it is called."""
-    made = commands.add_parser(name, help=help)
-    made.set_defaults(module=module, function=f"{name}_command")
-    return made
-
-
-def _finetune(commands: Any) -> None:
+def _finetune(made: argparse.ArgumentParser) -> None:
     from lora_jax.command import options, processes
 
-    made = _command(commands, "finetune", "finetune", "train adapters on texts")
     options.add_options(made, options.RunConfig)
     made.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")
     made.add_argument("--resume", type=pathlib.Path, metavar="RUN", help=_RESUME)
@@ -57,46 +63,40 @@ def _finetune(commands: Any) -> None:
     options.add_options(made, processes.Hosts)
 
 
-def _sweep(commands: Any) -> None:
+def _sweep(made: argparse.ArgumentParser) -> None:
     from lora_jax.command import options
 
-    made = _command(commands, "sweep", "sweep", "train adapters with several options at once, in one program")
     options.add_options(made, options.RunConfig, several=tuple(options.GRID))
     listed = f"instead of a grid: a JSON list of objects with some of {', '.join(options.GRID)}, one for each run"
     made.add_argument("--configs", type=pathlib.Path, metavar="FILE", help=listed)
     made.add_argument("--out", type=pathlib.Path, help="the directory (default: the first free of sweeps/1, sweeps/2)")
 
 
-def _predict(commands: Any) -> None:
-    made = _command(commands, "predict", "inspect", "classify texts with a run")
+def _predict(made: argparse.ArgumentParser) -> None:
     made.add_argument("run", type=pathlib.Path)
     made.add_argument("--text", action="append", required=True, help="a text; may be given more than once")
 
 
-def _generate(commands: Any) -> None:
+def _generate(made: argparse.ArgumentParser) -> None:
     from lora_jax.command import options
 
-    made = _command(commands, "generate", "generate", "go on from a prompt with a run")
     made.add_argument("run", type=pathlib.Path)
     made.add_argument("--prompt", required=True, help="the text to go on from")
     options.add_options(made, options.GenerateOptions)
 
 
-def _inspect(commands: Any) -> None:
-    made = _command(commands, "inspect", "inspect", "show what a run changed, per adapted parameter")
+def _inspect(made: argparse.ArgumentParser) -> None:
     made.add_argument("run", type=pathlib.Path)
 
 
-def _export(commands: Any) -> None:
-    made = _command(commands, "export", "export", "write a run for other tools")
+def _export(made: argparse.ArgumentParser) -> None:
     made.add_argument("run", type=pathlib.Path)
     formats = "peft: the adapters, for Hugging Face PEFT; merged: the whole model, for transformers"
     made.add_argument("--format", required=True, choices=("peft", "merged"), help=formats)
     made.add_argument("--out", type=pathlib.Path, help="the directory (default: RUN/peft or RUN/merged)")
 
 
-def _import(commands: Any) -> None:
-    made = _command(commands, "import", "export", "make a run of a PEFT directory")
+def _import(made: argparse.ArgumentParser) -> None:
     made.add_argument("directory", type=pathlib.Path, help="the PEFT directory")
     made.add_argument("--model", type=pathlib.Path, required=True, help="the base: a Hugging Face directory or .gguf file")
     untie = "give a head that is the embedding (tied) a kernel of its own, as an adapter of one of the two needs"
@@ -104,11 +104,10 @@ def _import(commands: Any) -> None:
     made.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")
 
 
-def _plan(commands: Any) -> None:
+def _plan(made: argparse.ArgumentParser) -> None:
     from lora_jax.command import options
     from lora_jax.planning.plan import Request
 
-    made = _command(commands, "plan", "plan", "say whether a train step fits on TPUs or GPUs, without any")
     options.add_options(made, Request)
     searched = (
         "search for the fastest step that fits the topology, or without one for the smallest TPU that a step fits: over "
@@ -117,6 +116,19 @@ def _plan(commands: Any) -> None:
     made.add_argument("--fit", action="store_true", help=searched)
     made.add_argument("--json", action="store_true", help="print JSON, with peak_bytes_per_chip")
     made.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="also: a picture of the memory")
+
+
+# The commands: the module with `NAME_command`, which is imported with all that it needs when it is called; help; options.
+_COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
+    "finetune": ("finetune", "train adapters on texts", _finetune),
+    "sweep": ("sweep", "train adapters with several options at once, in one program", _sweep),
+    "predict": ("predict", "classify texts with a run", _predict),
+    "generate": ("generate", "go on from a prompt with a run", _generate),
+    "inspect": ("inspect", "show what a run changed, per adapted parameter", _inspect),
+    "export": ("export", "write a run for other tools", _export),
+    "import": ("export", "make a run of a PEFT directory", _import),
+    "plan": ("plan", "say whether a train step fits on TPUs or GPUs, without any", _plan),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,6 @@ import safetensors
 
 from lora_jax import peft
 from lora_jax.command import adapter_files, hf_export, run
-from lora_jax.command.inspect import load_adapters
 from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks import classify, lm
 from lora_jax.command.tasks.registry import task_module
@@ -86,7 +85,7 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
     # The sum of kernel and adapter is made in float32 and rounded once, to the base's own dtype.
     plain = dataclasses.replace(config, dtype="float32", quantize=None, block=None)
     base = task.load_base(source, plain, own=run.own_base(directory))
-    adapters = load_adapters(directory, base.model.variables)
+    adapters = run.load_adapters(directory, base.model.variables)
     if form == "peft":
         _export_peft(config, base, adapters, source, out)
         more = _several(adapters)

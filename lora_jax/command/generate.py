@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.command import options, run
-from lora_jax.command.inspect import load_adapters
 from lora_jax.command.options import GenerateOptions
 from lora_jax.command.tasks import lm
 from lora_jax.command.tasks.registry import check_task
@@ -36,7 +35,7 @@ def generate(directory: pathlib.Path, prompt: str, how: GenerateOptions) -> str:
     base = lm.load_base(lm.base_directory(config), config, own=run.own_base(directory))
     variables: Any = base.model.variables
     if not how.base:
-        variables = attach(variables, load_adapters(directory, variables))
+        variables = attach(variables, run.load_adapters(directory, variables))
     ids = base.tokenizer.prompt(prompt, chat=how.chat)
     positions = base.model.config.max_position_embeddings
     if len(ids) + how.max_new_tokens > positions:

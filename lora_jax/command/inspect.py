@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,25 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters import algebra, initializers, merging
+from lora_jax.adapters import algebra, merging
 from lora_jax.command import run
-from lora_jax.command.tasks import classify
-from lora_jax.command.tasks.registry import check_task, task_module
+from lora_jax.command.tasks.registry import task_module
 from lora_jax.core import paths, quantized
-from lora_jax.core.adapter import Adapter, Layout, LowRank, attach
-from lora_jax.core.errors import InputError
+from lora_jax.core.adapter import Adapter, Layout, LowRank
 from lora_jax.core.text_table import text_table
-from lora_jax.core.transform import lora
-from lora_jax.data import labelled
-from lora_jax.training import checkpoint
-
-
-def predict_command(line: argparse.Namespace) -> int:
-    """`lora-jax predict`; returns the exit code."""
-    for text, found in zip(line.text, predict(line.run, line.text)):
-        best = max(found, key=lambda label: found[label])
-        print(f"{best}\t{found[best]:.3f}\t{text}")
-    return 0
 
 
 def inspect_command(line: argparse.Namespace) -> int:
@@ -37,39 +23,6 @@ def inspect_command(line: argparse.Namespace) -> int:
     titles = ("parameter", "shape", "rank", "scale", "|dW|/|W|", "effective rank")
     print(text_table([titles, *map(_cells, inspect(line.run))], "lrrrrr"))
     return 0
-
-
-def load_adapters(directory: pathlib.Path, variables: Any = None) -> dict[str, Adapter]:
-    """The newest adapters of a run, for its base; those trained on a changed one are converted.
-
-    Raises:
-      InputError: the run has no complete checkpoint, or it does not fit the base.
-    """
-    adapters = checkpoint.load(directory / "adapters", variables=variables)
-    initial = directory / "initial"
-    return initializers.convert(adapters, checkpoint.load(initial)) if initial.exists() else adapters
-
-
-def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, float]]:
-    """The probability of each label for each text, by the base model with the run's adapters.
-
-    Raises:
-      InputError: there is no such run, it has no checkpoint yet, its base model is gone or changed, or a text is empty.
-    """
-    if not all(text.strip() for text in texts):
-        raise InputError("a text is empty: there is nothing to classify")
-    config = run.read_config(directory)
-    check_task(config, "classify")
-    base = classify.load_base(classify.base_directory(config), config, own=run.own_base(directory))
-    model, adapters = base.model, load_adapters(directory, base.model.variables)
-    unknown = labelled.Texts(tuple(texts), ("",) * len(texts))
-    examples = labelled.encode(base.tokenizer, unknown, ("",), config.max_length)
-    for note in classify.cut_texts(examples.cut, config.max_length):
-        print(f"lora-jax: note: {note}", file=sys.stderr)
-    batch = labelled.pad(examples, np.arange(len(texts)), labelled.pad_lengths(examples.lengths), len(texts))
-    params = attach(model.variables, adapters)
-    logits = jax.jit(lora(model.apply))(params, batch["input_ids"], batch["attention_mask"])
-    return [dict(zip(config.labels, map(float, row))) for row in jax.nn.softmax(logits)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +64,13 @@ def inspect(directory: pathlib.Path) -> list[Row]:
     """
     config = run.read_config(directory)
     base = _base_at_hand(directory, config)
-    adapters = load_adapters(directory, base.model.variables if base else None)
+    adapters = run.load_adapters(directory, base.model.variables if base else None)
     weights = paths.flatten(base.model.variables)[0] if base else {}
     whole = ((path, adapter, quantized.dense(weights.get(path))) for path, adapter in adapters.items())
-    return [_row(*one) for each in whole for one in _one_by_one(*each)]
+    matrices = [one for each in whole for one in _one_by_one(*each)]
+    spectra = _spectra(matrices)
+    spreads = jax.jit(lambda values: jax.tree.map(algebra.effective_rank, values))(spectra)
+    return [_row(*one, spectra.get(one[0]), spreads.get(one[0])) for one in matrices]
 
 
 def _base_at_hand(directory: pathlib.Path, config: run.RunConfig) -> Any:
@@ -141,22 +97,26 @@ def _one_by_one(path: str, adapter: Adapter, weight: Any) -> Iterator[tuple[str,
         yield f"{path}[{', '.join(map(str, place))}]", own, None if stack is None else stack[place]
 
 
-def _row(path: str, adapter: Adapter, weight: Any) -> Row:
-    weight = None if weight is None else np.asarray(weight, np.float64)
+def _spectra(matrices: Sequence[tuple[str, Adapter, Any]]) -> dict[str, Any]:
+    """The singular values of each change that is known; those of the pairs by one program."""
+    pairs = {path: a for path, a, _ in matrices if isinstance(a, LowRank) and a.magnitude is None}
+    found: dict[str, Any] = jax.jit(algebra.singular_values)(pairs)
+    for path, adapter, weight in matrices:
+        if path not in found and weight is not None:
+            found[path] = np.asarray(_values(_folded(weight, adapter) - np.asarray(weight, np.float64)), np.float32)
+    return found
+
+
+def _row(path: str, adapter: Adapter, weight: Any, values: Any, spread: Any) -> Row:
     if isinstance(adapter, LowRank):
         sizes = dict(zip(adapter.layout.inputs, adapter.a.shape)) | dict(zip(adapter.layout.outputs, adapter.b.shape[1:]))
         shape, rank, scale = tuple(sizes[axis] for axis in sorted(sizes)), adapter.rank, float(adapter.scale)
     else:
         [value] = jax.tree.leaves(adapter)
         shape, rank, scale = value.shape, None, None
-    if isinstance(adapter, LowRank) and adapter.magnitude is None:
-        values = np.asarray(algebra.singular_values({path: adapter})[path])
-    else:
-        values = None if weight is None else _values(_folded(weight, adapter) - weight)
-    size = 0.0 if weight is None else float(np.linalg.norm(weight))
+    size = 0.0 if weight is None else float(np.linalg.norm(np.asarray(weight, np.float64)))
     change = None if values is None or not size else float(np.linalg.norm(values)) / size
-    spread = None if values is None else float(algebra.effective_rank(jnp.asarray(values, jnp.float32)))
-    return Row(path, shape, rank, scale, change, spread)
+    return Row(path, shape, rank, scale, change, None if spread is None else float(spread))
 
 
 def _folded(weight: np.ndarray, adapter: Adapter) -> np.ndarray:

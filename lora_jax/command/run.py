@@ -16,13 +16,17 @@ A run is there once its `config.json` is. Each file is replaced in one go, and t
 
 import itertools
 import pathlib
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
+from lora_jax.adapters import initializers
 from lora_jax.command.options import RunConfig
 from lora_jax.core import files
+from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError, MissingError, OccupiedError
+from lora_jax.training import checkpoint
 
 EMBEDDINGS = "embeddings.safetensors"
 
@@ -90,3 +94,14 @@ def read_config(directory: pathlib.Path) -> RunConfig:
     with files.reading(file):
         text = file.read_text(encoding="utf-8")
     return RunConfig.from_json(text, file)
+
+
+def load_adapters(directory: pathlib.Path, variables: Any = None) -> dict[str, Adapter]:
+    """The newest adapters of a run, for its base; those trained on a changed one are converted.
+
+    Raises:
+      InputError: the run has no complete checkpoint, or it does not fit the base.
+    """
+    adapters = checkpoint.load(directory / "adapters", variables=variables)
+    initial = directory / "initial"
+    return initializers.convert(adapters, checkpoint.load(initial)) if initial.exists() else adapters

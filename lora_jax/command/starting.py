@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from lora_jax import peft, sharding
 from lora_jax.command import adapter_files, run
-from lora_jax.command.inspect import load_adapters
 from lora_jax.command.options import RunConfig, flag
 from lora_jax.command.tasks import lm
 from lora_jax.command.tasks.base import Session
@@ -67,9 +66,9 @@ def _read(source: pathlib.Path, session: Session) -> dict[str, Adapter]:
     theirs = run.read_config(source)
     _check_run(theirs, source, session.config)
     if theirs.scan_layers == session.config.scan_layers:
-        found = load_adapters(source, variables)
+        found = run.load_adapters(source, variables)
     else:
-        found = sharding.put_beside(variables, _stacked_otherwise(load_adapters(source), theirs, session))
+        found = sharding.put_beside(variables, _stacked_otherwise(run.load_adapters(source), theirs, session))
     shared = [path for path in found if session.names[path].kind == "embedding"]
     if shared and session.config.untie and not theirs.untie:
         raise InputError(f"the adapters of {source} change {shared[0]} as the embedding and the head: leave --untie out")

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 import lora_jax as lj
-from lora_jax.command import cli, inspect, run
+from lora_jax.command import cli, predict, run
 from lora_jax.command.progress import Progress
 from lora_jax.command.tasks import classify, lm
 from lora_jax.core import paths
@@ -120,7 +120,7 @@ def test_a_classifier(tmp_path, capsys):
     params = lj.attach(base.model.variables, lj.checkpoint.load(tmp_path / "run" / "adapters"))
     ids = np.array([base.tokenizer.encode("lovely plot").ids])
     want = jax.nn.softmax(lj.lora(base.model.apply)(params, ids))[0]
-    [found] = inspect.predict(tmp_path / "run", ["lovely plot"])
+    [found] = predict.predict(tmp_path / "run", ["lovely plot"])
     np.testing.assert_allclose([found["bad"], found["good"]], want, rtol=1e-5)
 
 

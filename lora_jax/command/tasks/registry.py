@@ -1,15 +1,14 @@
 """The tasks by name: what a run is prepared with, and the base model of a run."""
 
+import importlib
 from types import ModuleType
 
 from jax.sharding import Mesh
 
 from lora_jax.command.options import RunConfig
-from lora_jax.command.tasks import classify, lm
 from lora_jax.command.tasks.base import Session
 from lora_jax.core.errors import InputError
 
-_TASKS: dict[str, ModuleType] = {"classify": classify, "lm": lm}
 _COMMANDS = {"classify": "predict", "lm": "generate"}
 
 
@@ -19,12 +18,12 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     Raises:
       InputError: any of it can't be used.
     """
-    return _TASKS[config.task].prepare(config, mesh)
+    return task_module(config).prepare(config, mesh)
 
 
 def task_module(config: RunConfig) -> ModuleType:
     """The module of the run's task: `base_directory`, `location`, `load_base` and `with_own` are there for each."""
-    return _TASKS[config.task]
+    return importlib.import_module(f"lora_jax.command.tasks.{config.task}")
 
 
 def check_task(config: RunConfig, task: str) -> None:
