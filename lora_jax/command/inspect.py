@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,7 +65,11 @@ def inspect(directory: pathlib.Path) -> list[Row]:
     config = run.read_config(directory)
     base = _base_at_hand(directory, config)
     adapters = run.load_adapters(directory, base.model.variables if base else None)
-    weights = paths.flatten(base.model.variables)[0] if base else {}
+    return _rows(adapters, paths.flatten(base.model.variables)[0] if base else {})
+
+
+def _rows(adapters: Mapping[str, Adapter], weights: Mapping[str, Any]) -> list[Row]:
+    """What adapters change in their parameters, as far as these are known."""
     whole = ((path, adapter, quantized.dense(weights.get(path))) for path, adapter in adapters.items())
     matrices = [one for each in whole for one in _one_by_one(*each)]
     spectra = _spectra(matrices)

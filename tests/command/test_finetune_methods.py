@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.command import cli, inspect, options, run
+from lora_jax.command import cli, options, run
 from lora_jax.command.tasks import registry
 from tests.support import tiny
 
@@ -71,7 +71,7 @@ def test_a_changed_base(home, plain, pissa, tmp_path, init):
     if init != "pissa":
         train(home, directory, "--init", init)
     found = lj.checkpoint.restore(directory / "adapters")
-    initial, converted = lj.checkpoint.load(directory / "initial"), inspect.load_adapters(directory)
+    initial, converted = lj.checkpoint.load(directory / "initial"), run.load_adapters(directory)
     base = registry.prepare(run.read_config(directory)).task.variables
     pairs = {path: a for path, a in initial.items() if isinstance(a, lj.LowRank)}
     trained = lj.merge(lj.unmerge(base, pairs), found.adapters)

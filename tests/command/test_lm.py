@@ -154,14 +154,14 @@ def test_inspect_with_a_magnitude():
     pair = lj.LowRank(
         jnp.asarray(a), jnp.asarray(b), layout, scale=0.5, magnitude=magnitude, bias=jnp.ones(5), bias_path="bias"
     )
-    row = inspect._row("w", pair, weight)
+    [row] = inspect._rows({"w": pair}, {"w": weight})
     change = 2 * whole - weight
     assert (row.shape, row.rank, row.scale) == ((6, 5), 2, 0.5)
     assert row.change == pytest.approx(np.linalg.norm(change) / np.linalg.norm(weight), rel=1e-5)
     assert row.effective_rank == pytest.approx(
         float(lj.algebra.effective_rank(jnp.linalg.svd(change, compute_uv=False))), rel=1e-5
     )
-    assert inspect._row("w", pair, None).change is None
+    assert inspect._rows({"w": pair}, {})[0].change is None
 
 
 # --- other tools ------------------------------------------------------------------------------------------------------
