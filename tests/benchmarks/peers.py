@@ -63,7 +63,7 @@ def smollm2() -> Model:
 
     def loss(apply: Any, params: Any, batch: Any) -> jax.Array:
         ids = batch["input_ids"]
-        logits = apply(params, ids[:, :-1])
+        logits = apply(params, ids)[:, :-1]  # transformers computes the last position's, too
         return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
 
     return model, batch, loss, llama.hf_config(model.config), "all-linear"
@@ -163,7 +163,10 @@ def _step(process: subprocess.Popen[str]) -> dict[str, float]:
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write("step\n")
     process.stdin.flush()
-    return json.loads(process.stdout.readline())
+    answer = process.stdout.readline()
+    if not answer:
+        raise SystemExit(f"a peer ended with the code {process.wait()}; what it wrote is above: {process.args}")
+    return json.loads(answer)
 
 
 def _check(losses: Mapping[str, Sequence[float]]) -> None:
@@ -204,16 +207,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.worker:
         work(*options.worker)
         return
-    file = RESULTS / "peers.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    found |= {
+    if options.torch is None:
+        print(f"{TORCH}: left out, since there is no --torch")
+    elif jax.default_backend() != "cpu":
+        parser.error(f"{TORCH} runs on the CPU: set JAX_PLATFORMS=cpu, or leave --torch out")
+    found: dict[str, Any] = {
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores", "python": platform.python_version(),
         "date": datetime.date.today().isoformat(), "versions": _versions(options.torch),
     }  # fmt: skip
     for name in options.models:
         found[name] = compare(name, options.torch, options.rounds)
         print(name, json.dumps(found[name], indent=1), flush=True)
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "peers.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, RESULTS / "peers.png")
 
 
