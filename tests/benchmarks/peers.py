@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from matplotlib.patches import Patch
 
 import lora_jax as lj
 from lora_jax.command import hf_export
@@ -37,6 +38,7 @@ from lora_jax.models import bert, llama
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 OURS, FULL, TORCH = "lora_jax", "full fine-tuning, JAX", "PyTorch + PEFT"
+QWIX, BY_HAND = "qwix", "written by hand, JAX"  # the decoder's
 TX = optax.adamw(1e-3)  # its other settings are written out in peers_torch.py
 CHECKED = 4  # steps whose losses must agree, to 1e-3 of them
 Model = tuple[Any, dict[str, jax.Array], Callable[..., jax.Array], dict[str, Any], str]
@@ -152,7 +154,7 @@ def _write(name: str, directory: pathlib.Path) -> None:
     model, batch, _, fields, targets = MODELS[name]()
     hf_export.write(directory, model.variables, {}, model.names, fields, {})
     lj.peft.save(directory / "adapters", _adapters(model, batch, targets), names=model.names)
-    np.savez(directory / "batch.npz", **batch)
+    np.savez(directory / "batch.npz", allow_pickle=False, **batch)
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
@@ -161,6 +163,7 @@ def _start(command: Sequence[str]) -> subprocess.Popen[str]:
 
 def _step(process: subprocess.Popen[str]) -> dict[str, float]:
     assert process.stdin is not None and process.stdout is not None
+    time.sleep(0.03)  # OpenMP's threads spin for some milliseconds after the last peer's step
     process.stdin.write("step\n")
     process.stdin.flush()
     answer = process.stdout.readline()
@@ -178,23 +181,37 @@ def _check(losses: Mapping[str, Sequence[float]]) -> None:
 
 
 def draw(found: Mapping[str, Any], file: pathlib.Path) -> None:
-    """A bar for the step of each peer, in units of full fine-tuning's."""
-    models = [name for name in MODELS if name in found]
-    figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.9 * len(models)), layout="constrained")
-    colours = {OURS: "#2563eb", TORCH: "#f59e0b", FULL: "#9ca3af"}
-    for row, name in enumerate(models):
-        times = found[name]["milliseconds"]
-        for place, peer in enumerate(peer for peer in colours if peer in times):
-            value, at = times[peer] / times[FULL], row + 0.26 * (place - 1)
-            axes.barh(at, value, height=0.24, color=colours[peer], label=None if row else peer)
+    """A bar for the step of each peer, in units of full fine-tuning's; the decoder is the one of `train_step.py`."""
+    steps = {name: found[name]["milliseconds"] for name in MODELS if name in found} | {"decoder, 6 layers": _decoder()}
+    figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.9 * len(steps)), layout="constrained")
+    colours = {OURS: "#2563eb", TORCH: "#f59e0b", QWIX: "#db2777", BY_HAND: "#059669", FULL: "#9ca3af"}
+    for row, times in enumerate(steps.values()):
+        shown = [peer for peer in colours if peer in times]
+        for place, peer in enumerate(shown):
+            value, at = times[peer] / times[FULL], row + 0.2 * (place - (len(shown) - 1) / 2)
+            axes.barh(at, value, height=0.18, color=colours[peer])
             axes.text(value + 0.01, at, f"{times[peer]:,} ms", va="center", fontsize=8)
     axes.set(
-        yticks=range(len(models)), yticklabels=models, xlabel="time of a train step / full fine-tuning of the same kernels"
+        yticks=range(len(steps)), yticklabels=list(steps), xlabel="time of a train step / full fine-tuning of the same kernels"
     )
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    met = [peer for peer in colours if any(peer in times for times in steps.values())]
+    figure.legend(
+        handles=[Patch(color=colours[peer], label=peer) for peer in met],
+        loc="outside upper center",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+    )
     figure.savefig(file, dpi=110)
+
+
+def _decoder() -> dict[str, int]:
+    """The milliseconds that `train_step.py` measured: on the machine and the day that its own file names."""
+    variants = json.loads((RESULTS / "train_step.json").read_text())["unrolled"]["variants"]
+    names = {"ours, train step": OURS, "qwix": QWIX, "by hand": BY_HAND, "full fine-tuning": FULL}
+    return {names[one["name"]]: round(one["step_ms"]) for one in variants if one["name"] in names}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
