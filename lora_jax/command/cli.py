@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 2 for bad input, 3 for a run that diverged, 128 + n after signal n."""
     try:
         line = parser().parse_args(arguments)
-        return getattr(importlib.import_module(f"lora_jax.command.{line.module}"), line.function)(line)
+        return _run(line)
     except (_Refused, InputError) as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -145,6 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in _EXTRAS:
             raise
         return _refuse(f"the package {error.name} is missing: pip install 'lora-jax[{_EXTRAS[error.name]}]'")
+
+
+def _run(line: argparse.Namespace) -> int:
+    from lora_jax.planning import libtpu
+
+    libtpu.quieten()
+    return getattr(importlib.import_module(f"lora_jax.command.{line.module}"), line.function)(line)
 
 
 def _refuse(reason: Any) -> int:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
-import os
 import re
 from typing import Any, Literal
 
@@ -12,15 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from lora_jax.core.errors import InputError
-from lora_jax.planning import collectives, cycles
-
-# The compiler needs no TPU, but asks where it is; as it holds none, several processes may use it at once.
-_SETTINGS = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+from lora_jax.planning import collectives, cycles, libtpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +160,7 @@ def devices(topology: Topology) -> list[Any]:
         return jax.devices()[: topology.count]
     if topology.platform != "tpu":
         return _cpus(topology.count)
-    for variable, value in _SETTINGS.items():
-        os.environ.setdefault(variable, value)
+    libtpu.without_tpu()
     # A chip of a v4 has two cores, which one program uses as if they were one.
     options = {"chip_config_name": "megacore"} if topology.name.startswith("v4") else {}
     try:
