@@ -115,7 +115,9 @@ def make_train_step(
     """
     check_options(accumulate, max_grad_norm)
     step = functools.partial(update, loss_fn, tx, accumulate, max_grad_norm, None)
-    where = None if like is None else (jax.tree.map(lambda leaf: leaf.sharding, like), None)
+    # Off a mesh nothing is said: results that are told their device are not what an untold state is, and compile all again.
+    on_mesh = any(map(sharding.on_mesh, jax.tree.leaves(like)))
+    where = (jax.tree.map(lambda leaf: leaf.sharding, like), None) if on_mesh else None
     return CompiledStep(step, functools.partial(jax.jit, donate_argnums=0, out_shardings=where))
 
 

@@ -93,7 +93,9 @@ def test_the_whole_tree_flow_on_a_quantised_base(dtype):
     assert same(variables, base) and [x.dtype for x in jax.tree.leaves(variables)] == [x.dtype for x in jax.tree.leaves(base)]
 
 
-def test_one_trace_and_one_compilation_over_ten_steps():
+@pytest.mark.parametrize("is_like", [False, True])
+def test_one_trace_and_one_compilation_over_ten_steps(is_like):
+    """Of the step, and of a test between the steps."""
     traces = []
 
     def counted(p, x):
@@ -101,10 +103,13 @@ def test_one_trace_and_one_compilation_over_ten_steps():
         return model(p, x)
 
     _, state = start()
-    step = lj.train.make_train_step(lambda p, batch, key: lj.lora(counted)(p, batch).mean(), ADAM)
+    loss = lambda p, batch, key: lj.lora(counted)(p, batch).mean()
+    step = lj.train.make_train_step(loss, ADAM, like=state if is_like else None)
+    evaluate = lj.train.make_eval_step(lambda p, batch: lj.lora(model)(p, batch).mean())
     for _ in range(10):
+        evaluate(state.adapters, VARIABLES, X)
         state, _ = step(state, VARIABLES, X)
-    assert len(traces) == 1 and step._cache_size() == 1
+    assert len(traces) == 1 and step._cache_size() == evaluate._cache_size() == 1
 
 
 def test_only_the_state_is_donated():
