@@ -31,7 +31,7 @@ def test_an_unknown_name():
         lj.lroa  # noqa: B018
 
 
-@pytest.mark.parametrize("words", [["--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["inspect", "--help"], ["finetune", "--help"], ["generate", "--help"]])
 def test_help_does_not_start_jax(words):
     """Which takes most of a second."""
     code = (

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from lora_jax.adapters.words import WORDS as WORDS
 from lora_jax.core import paths
 from lora_jax.core.adapter import Layout
 from lora_jax.core.errors import InputError
@@ -18,7 +19,6 @@ SINCE: dict[int, tuple[str, ...]] = {  # which fields a version was the first to
     2: ("method", "dora", "lora_bias", "d_initial", "trainable_token_indices", "alora_invocation_tokens"),
     3: ("layouts", "branch_dtype"),
 }
-WORDS = ("all-linear", "attention")
 Pattern = Any  # a string or a compiled regular expression; a string once the configuration is made
 
 

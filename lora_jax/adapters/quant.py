@@ -15,13 +15,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
+from lora_jax.adapters.words import DTYPES as DTYPES
 from lora_jax.core import paths
 from lora_jax.core.errors import InputError
 from lora_jax.core.quantized import by_blocks, nf4_codes, qwix
 from lora_jax.core.quantized import dense as dense
 from lora_jax.core.quantized import dense_shape as dense_shape
-
-DTYPES = {"nf4": "nf4", "int4": "int4", "int8": "int8", "fp8": "float8_e4m3fn"}
 
 
 def quantize(variables: Any, targets: Sequence[Any], dtype: str = "nf4", *, block: int | None = 64) -> Any:

@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _finetune(made: argparse.ArgumentParser) -> None:
-    from lora_jax.command import options, processes
+    from lora_jax.command import hosts, options
 
     options.add_options(made, options.RunConfig)
     made.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")
@@ -60,7 +60,7 @@ def _finetune(made: argparse.ArgumentParser) -> None:
     made.add_argument("--plan", action="store_true", help="say what the run needs, by the compiler, and end")
     chips = "with --plan: the chips, as for `lora-jax plan` (default: the devices that the run would be on)"
     made.add_argument("--topology", metavar="NAME", help=chips)
-    options.add_options(made, processes.Hosts)
+    options.add_options(made, hosts.Hosts)
 
 
 def _sweep(made: argparse.ArgumentParser) -> None:

@@ -7,13 +7,15 @@ import json
 import pathlib
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from lora_jax.adapters import quant
-from lora_jax.adapters.config import WORDS, LoraConfig
+from lora_jax.adapters.words import DTYPES, WORDS
 from lora_jax.core import files
 from lora_jax.core.errors import InputError
 from lora_jax.core.fields import LARGEST, Option, check, option, table
+
+if TYPE_CHECKING:
+    from lora_jax.adapters.config import LoraConfig
 
 FORMAT_VERSION = 6
 CHANGE_THE_BASE = ("pissa", "olora", "milora")  # starts of `lora_jax.initializers`
@@ -69,7 +71,7 @@ class RunConfig:
         ),
     ] = False
     quantize: Annotated[
-        str | None, option(f"quantise the kernels of the base's layers in memory: {', '.join(quant.DTYPES)}", since=4)
+        str | None, option(f"quantise the kernels of the base's layers in memory: {', '.join(DTYPES)}", since=4)
     ] = None
     block: Annotated[int | None, option("how many quantised values share a scale, 64 if left out", since=4)] = None
     scan_layers: Annotated[
@@ -150,7 +152,10 @@ class RunConfig:
             raise InputError(f"lora_plus is for method='lora', which trains A and B, not for {self.method!r}")
         if self.adapter is not None and self.init in CHANGE_THE_BASE:
             raise InputError(f"init={self.init!r} changes the base, to which the pairs of --adapter belong: leave one out")
-        quant.check_optional(self.quantize, self.block)
+        if (self.quantize, self.block) != (None, None):
+            from lora_jax.adapters import quant  # which needs JAX
+
+            quant.check_optional(self.quantize, self.block)
         if self.quantize is not None and self.init in CHANGE_THE_BASE:
             raise InputError(
                 f"init={self.init!r} takes a part off the base's kernels, which quantize={self.quantize!r} has rounded: leave "
@@ -160,12 +165,14 @@ class RunConfig:
             object.__setattr__(self, "targets", self.targets[0])
 
     @property
-    def lora(self) -> LoraConfig:
+    def lora(self) -> "LoraConfig":
         """What is adapted: the targets and, in a classifier, the head, which is trained whole.
 
         Raises:
           InputError: an option is out of range.
         """
+        from lora_jax.adapters.config import LoraConfig  # which needs JAX
+
         train = ["classifier"] if self.task == "classify" else []
         method: Any = {"method": self.method, "scaling": self.scaling, "dora": self.dora}
         method["init"] = "kaiming" if self.init in CHANGE_THE_BASE else self.init

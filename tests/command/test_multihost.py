@@ -26,8 +26,8 @@ STEPS = 16
 OPTIONS = {"batch_size": 8, "steps": STEPS, "max_length": 24, "targets": "q_proj"}
 # The command, where a process that is silent for 10 seconds counts as dead, not for 30.
 START = (
-    "import sys; from lora_jax.command import cli, processes; assert processes._HEARTBEAT > 10; "
-    "processes._HEARTBEAT = 10; sys.exit(cli.main())"
+    "import sys; from lora_jax.command import cli, hosts; assert hosts._HEARTBEAT > 10; "
+    "hosts._HEARTBEAT = 10; sys.exit(cli.main())"
 )
 LONG = 180  # seconds: far more than a process takes, so that one that hangs fails the test
 
