@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import safetensors.numpy
 from matplotlib.patches import Patch
 
 import lora_jax as lj
@@ -86,23 +87,19 @@ def work(name: str, peer: str) -> None:
         step: Any = lj.train.make_train_step(lambda params, batch, key: loss(lj.lora(model.apply), params, batch), TX)
         advance = lambda state: step(state, model.variables, batch)
     else:
-        leaves, tree = paths.flatten(model.variables)
-        kernels = {path: jnp.copy(leaves[path]) for path in adapters}
+        frozen, tree = paths.flatten(model.variables)
+        kernels = {path: jnp.copy(frozen[path]) for path in adapters}
 
-        def full(kernels: Any) -> jax.Array:
-            return loss(
-                model.apply, jax.tree.unflatten(tree, [kernels.get(path, leaf) for path, leaf in leaves.items()]), batch
-            )
-
-        def train(kernels: Any, opt_state: Any) -> Any:
-            value, grads = jax.value_and_grad(full)(kernels)
+        def train(kernels: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:
+            whole = lambda kernels: jax.tree.unflatten(tree, [kernels.get(path, leaf) for path, leaf in frozen.items()])
+            value, grads = jax.value_and_grad(lambda kernels: loss(model.apply, whole(kernels), batch))(kernels)
             updates, opt_state = TX.update(grads, opt_state, kernels)
             return optax.apply_updates(kernels, updates), opt_state, value
 
         state, jitted = (kernels, TX.init(kernels)), jax.jit(train, donate_argnums=(0, 1))
 
         def advance(state: Any) -> Any:
-            *state, value = jitted(*state)
+            *state, value = jitted(*state, frozen, batch)
             return state, {"loss": value}
 
     for _ in sys.stdin:
@@ -154,7 +151,7 @@ def _write(name: str, directory: pathlib.Path) -> None:
     model, batch, _, fields, targets = MODELS[name]()
     hf_export.write(directory, model.variables, {}, model.names, fields, {})
     lj.peft.save(directory / "adapters", _adapters(model, batch, targets), names=model.names)
-    np.savez(directory / "batch.npz", allow_pickle=False, **batch)
+    safetensors.numpy.save_file({key: np.asarray(value) for key, value in batch.items()}, directory / "batch.safetensors")
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:

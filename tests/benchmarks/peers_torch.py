@@ -8,7 +8,6 @@ import pathlib
 import sys
 import time
 
-import numpy as np
 import peft
 import safetensors.torch
 import torch
@@ -46,7 +45,7 @@ def build(directory):
 
 
 def main(directory):
-    batch = {name: torch.from_numpy(array).long() for name, array in np.load(directory / "batch.npz").items()}
+    batch = {name: array.long() for name, array in safetensors.torch.load_file(directory / "batch.safetensors").items()}
     model, loss = build(directory)
     model.train()
     # optax.adamw's settings; PyTorch's own decay would be 0.01.
