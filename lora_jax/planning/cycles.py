@@ -5,7 +5,7 @@ import re
 
 from lora_jax.planning.collectives import Computation, Instruction, called_by, parse, trips
 
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d{1,15})"')  # more digits, the largest integer's, stand for what is not known
 
 
 def read(hlo: str) -> int | None:
