@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from lora_jax.core.errors import InputError
 from lora_jax.models.decoder_config import LlamaConfig
+from lora_jax.sharding import batch_sharding
 
 # The kernels that a mesh axis `model` cuts, before a non-linearity by columns and after it by rows.
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), ("o_proj", "down_proj", "embed_tokens")
@@ -87,6 +88,18 @@ def _along_model(name: str, mesh: Any) -> jax.P:
     return jax.P(None, "model") if name in COLUMNS else jax.P("model")
 
 
+def _keep_rows(x: jax.Array, mesh: Any) -> jax.Array:
+    """x, and in the backward pass its cotangent, with its rows where a batch has them and all else as the compiler likes.
+
+    Or it cuts some of a layer's backward pass as fsdp cuts the kernels and moves activations, which are larger than the codes.
+    """
+    if mesh is None:
+        return x
+    rows = (*batch_sharding(mesh).spec, None)[0]
+    free = [jax.P.UNCONSTRAINED] * (x.ndim - 1)
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, jax.P(rows, *free)))
+
+
 def _whole_product(sharding: NamedSharding, x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
     return lax.dot_general(x, lax.with_sharding_constraint(kernel, sharding), *args, **options)
 
@@ -101,12 +114,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, angles, mask, cache, start):
-        config = self.config
+        config, keep = self.config, functools.partial(_keep_rows, mesh=self.gather)
 
         def heads(name, count):
             dense = _dense(name, count * config.head_dim, config.qkv_bias, self.param_dtype, self.gather)
             # Or a TPU's compiler lays out the kernels of all layers anew, for what the rotation below does with the heads.
-            return lax.optimization_barrier(dense(x)).reshape(*x.shape[:-1], count, config.head_dim)
+            return lax.optimization_barrier(keep(dense(x))).reshape(*x.shape[:-1], count, config.head_dim)
 
         query = _rotate(heads("q_proj", config.num_attention_heads), angles)
         key = _rotate(heads("k_proj", config.num_key_value_heads), angles)
@@ -117,7 +130,7 @@ class Attention(nn.Module):
             )
         mixed = _attend(query, key, value, mask, self.attention_block if cache is None else None)
         out = _dense("o_proj", config.hidden_size, config.output_bias, self.param_dtype, self.gather)
-        return out(mixed.reshape(*x.shape[:-1], -1)), cache
+        return out(keep(mixed.reshape(*x.shape[:-1], -1))), cache
 
 
 class MLP(nn.Module):
@@ -129,11 +142,11 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        config = self.config
+        config, keep = self.config, functools.partial(_keep_rows, mesh=self.gather)
         dense = functools.partial(_dense, use_bias=config.mlp_bias, param_dtype=self.param_dtype, mesh=self.gather)
-        hidden = nn.silu(dense("gate_proj", config.intermediate_size)(x))
-        hidden = hidden * dense("up_proj", config.intermediate_size)(x)
-        return dense("down_proj", config.hidden_size)(hidden)
+        hidden = nn.silu(keep(dense("gate_proj", config.intermediate_size)(x)))
+        hidden = hidden * keep(dense("up_proj", config.intermediate_size)(x))
+        return dense("down_proj", config.hidden_size)(keep(hidden))
 
 
 class Layer(nn.Module):
@@ -176,7 +189,7 @@ class Llama(nn.Module):
     `activations` is where the hidden states stay on a mesh, as `sharding.batch_sharding` says: left to itself the compiler may
     keep all rows on every device and cut their width, as an fsdp axis cuts the embedding, and then adds up each product.
     `gather` is a mesh along all of whose axes but `model` each kernel of the layers is made whole where it is used: quantised
-    ones then move as what they are made of.
+    ones then move as what they are made of, and rows stay where they are.
     """
 
     config: LlamaConfig

@@ -9,13 +9,13 @@ could do in that time.
 """
 
 import datetime
+import importlib.metadata
 import json
 import pathlib
 import sys
 from typing import Any
 
 import jax
-import libtpu
 
 from lora_jax.planning import plan, topology
 
@@ -51,7 +51,7 @@ def figures(request: plan.Request, step: plan.StepPlan) -> dict[str, Any]:
         "compute_seconds": round(step.step_seconds, 4),
         "share_of_peak": round(step.flops / target.count / step.step_seconds / target.speed.flops, 3),
         "moved_gib": {kind: gib(moved.bytes) for kind, moved in (step.collectives or {}).items()},
-        "jax": jax.__version__, "libtpu": libtpu.__version__, "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
 
 

@@ -142,3 +142,19 @@ def test_the_cotangents_of_an_activation_meet_before_the_branches(dora):
     assert cotangent_sums(jaxpr, set(jaxpr.invars[:3])) == 1
     wanted = jax.grad(lambda x: jnp.sum(fn(lj.merge(params, adapters), x)))(normal(4, 4, 8))
     np.testing.assert_allclose(jax.jit(grad)(params, adapters, normal(4, 4, 8)), wanted, atol=1e-5)
+
+
+def test_rows_stay_where_codes_move():
+    """What each product of a layer reads or makes has its rows as the batch has them; compilers for TPUs move them otherwise."""
+    sizes = tiny_lm.sizes(vocab_size=304, hidden_size=64, intermediate_size=96, head_dim=16)
+    model, mesh = llama.init(sizes, jax.random.key(0)), sharding.make_mesh({"fsdp": 8})
+    variables = lj.quantize(model.variables, [f"{name}/kernel" for name in PROJECTIONS], "int8", block=BLOCK)
+    quantised = llama.Loaded(model.model, variables, model.names, model.config)
+
+    def kept(model):
+        jaxpr = jax.make_jaxpr(lj.lora(model.on_mesh(mesh).apply))(model.variables, jnp.zeros((8, 4), jnp.int32))
+        found = [eqn.params for eqn in jaxpr.eqns if eqn.primitive.name == "sharding_constraint"]
+        return [params["sharding"].spec[0] for params in found if params["unconstrained_dims"]]
+
+    assert kept(quantised) == 7 * sizes.num_hidden_layers * ["fsdp"]
+    assert kept(model) == []
