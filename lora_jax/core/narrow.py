@@ -56,11 +56,23 @@ _product.defjvp(_product_jvp, symbolic_zeros=True)
 # --- the part of the derivative that is linear in the factor
 
 
-def _gradient(cotangent: Any, x: Any, factor: Any, *, dimension_numbers: Numbers, **options: Any) -> jax.Array:
-    """The factor's gradient, from the narrower of x and the cotangent times the other one."""
+def _gradient(cotangent: Any, x: Any, factor: Any, **options: Any) -> jax.Array:
+    """The factor's gradient: for CPUs with the narrow operand first, for others as JAX has it.
+
+    TPU compilers transpose nothing wide either way, and estimate JAX's own as equal or up to 0.6% of a step faster.
+    """
+    shape = jax.ShapeDtypeStruct(factor.aval.shape, factor.aval.dtype)
+    product = lambda x, factor: lax.dot_general(x, factor, **options)
+    usual = lambda cotangent, x: jax.linear_transpose(functools.partial(product, x), shape)(cotangent)[0]
+    narrow_first = functools.partial(_narrow_first, factor=shape, **options)
+    return lax.platform_dependent(cotangent, x, cpu=narrow_first, default=usual)
+
+
+def _narrow_first(cotangent: Any, x: Any, *, factor: Any, dimension_numbers: Numbers, **options: Any) -> jax.Array:
+    """From the narrower of x and the cotangent times the other one."""
     (x_summed, summed), (x_batch, batch) = dimension_numbers
     x_free = _rest(x.ndim, x_summed, x_batch)
-    free = _rest(factor.aval.ndim, summed, batch)
+    free = _rest(len(factor.shape), summed, batch)
     own = [summed[list(x_summed).index(axis)] for axis in sorted(x_summed)]  # x's axes in the factor
     rows, stack = range(len(batch), len(batch) + len(x_free)), range(len(batch))
     sides = (x, x_free, x_batch, own), (cotangent, rows, stack, free)
@@ -69,7 +81,7 @@ def _gradient(cotangent: Any, x: Any, factor: Any, *, dimension_numbers: Numbers
     order = [*batch, *left, *right]
     if order != sorted(order):
         result = lax.transpose(lax.optimization_barrier(result), [order.index(axis) for axis in range(len(order))])
-    return result.astype(factor.aval.dtype)
+    return result.astype(factor.dtype)
 
 
 def _rest(ndim: int, *taken: Sequence[int]) -> list[int]:
