@@ -22,6 +22,7 @@ from lora_jax import sharding
 from lora_jax.adapters import initializers, merging
 from lora_jax.adapters.summary import summary
 from lora_jax.command import device_options, metrics, options, processes, run, run_plan, starting
+from lora_jax.command.hosts import Hosts
 from lora_jax.command.options import RunConfig
 from lora_jax.command.signals import Interrupted, Signals
 from lora_jax.command.tasks.base import Session
@@ -38,7 +39,7 @@ Adapters = dict[str, Adapter]
 def finetune_command(line: argparse.Namespace) -> int:
     """`lora-jax finetune`; returns the exit code."""
     given = options.given_run(line)
-    hosts = processes.Hosts(**options.given(line, processes.Hosts))
+    hosts = Hosts(**options.given(line, Hosts))
     _check_plan(line)
     if line.resume is not None:
         more = options.more_steps(given.pop("steps")) if "steps" in given else 0
@@ -64,7 +65,7 @@ def _check_plan(line: argparse.Namespace) -> None:
 def _run(
     config: RunConfig | None,
     directory: pathlib.Path | None,
-    hosts: processes.Hosts,
+    hosts: Hosts,
     more: int = 0,
     given: Collection[str] = (),
 ) -> int:

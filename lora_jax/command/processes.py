@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lora_jax.command.hosts import Hosts as Hosts
 from lora_jax.core.errors import InputError
 
 

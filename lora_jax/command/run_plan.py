@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from lora_jax.command import device_options, options
+from lora_jax.command.hosts import Hosts
 from lora_jax.command.options import RunConfig
-from lora_jax.command.processes import Hosts
 from lora_jax.command.tasks import lm
 from lora_jax.command.trainer import optimizer
 from lora_jax.core.errors import InputError

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from lora_jax.command import cli, device_options, options, run_plan
-from lora_jax.command.processes import Hosts
+from lora_jax.command.hosts import Hosts
 from lora_jax.planning import plan, topology
 from tests.support import tiny_lm
 
