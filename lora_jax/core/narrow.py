@@ -3,7 +3,7 @@
 The gradients of A and B are products over tokens, `x^T dz` and `z^T dy`, of which one operand is narrow. JAX makes each with
 the cotangent first and transposes the result. XLA moves that transpose into the operands, and its compiler for CPUs then makes
 a transposed copy of the wide one; into the copy of dy it puts what makes dy, the derivative of an activation say, where it
-takes many times as long. Here, for CPUs, the narrow operand comes first, and a transpose of the result stays outside of the product.
+takes many times as long. Here, for CPUs, the narrow operand comes first, and a transpose of the result stays outside.
 """
 
 import functools
