@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from lora_jax.adapters.words import WORDS as WORDS
+from lora_jax.adapters.words import WORDS
 from lora_jax.core import paths
 from lora_jax.core.adapter import Layout
 from lora_jax.core.errors import InputError

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from lora_jax.adapters.words import DTYPES as DTYPES
+from lora_jax.adapters.words import check as check
 from lora_jax.core import paths
 from lora_jax.core.errors import InputError
 from lora_jax.core.quantized import by_blocks, nf4_codes, qwix
@@ -54,22 +55,6 @@ def quantize(variables: Any, targets: Sequence[Any], dtype: str = "nf4", *, bloc
     axes = {path: block_axis(path, leaves[path], block) for path in chosen}
     found = {path: rounded(leaves[path], dtype, axis, block) for path, axis in axes.items()}
     return jax.tree.unflatten(treedef, list((leaves | found).values()))
-
-
-def check(option: str, dtype: Any, block: Any) -> None:
-    """Raise an InputError unless there is such a kind and such a block; `option` is what the kind is called."""
-    if dtype not in DTYPES:
-        raise InputError(f"{option} must be one of {', '.join(map(repr, DTYPES))}, not {dtype!r}")
-    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
-        raise InputError(f"block must be None or a whole number of at least 1, not {block!r}")
-
-
-def check_optional(dtype: str | None, block: int | None) -> None:
-    """Raise an InputError unless the options `quantize` and `block` go together; `None`: the base stays dense."""
-    if dtype is not None:
-        check("quantize", dtype, block)
-    elif block is not None:
-        raise InputError("block is for a quantised base: leave it out, or say how to quantise")
 
 
 def block_axis(path: str, leaf: Any, block: int | None) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -56,22 +56,26 @@ def settled(config: RunConfig, given: Collection[str], axes: Mapping[str, int], 
     """
     if config.task != "lm" or target.platform == "cpu":
         return config
-    found = config
-    for memory in _MEMORY:
-        free = {name: value for name, value in {**_ACCELERATED, **memory}.items() if name not in given}
-        found = dataclasses.replace(config, **free)
-        if target.hbm_bytes is not None and _bytes(found, axes) <= _SHARE * target.hbm_bytes:
-            break
-    return found
+    ways = [
+        dataclasses.replace(config, **{name: value for name, value in {**_ACCELERATED, **memory}.items() if name not in given})
+        for memory in _MEMORY
+    ]
+    if target.hbm_bytes is None:
+        return ways[-1]
+    sizes = _sizes(ways, axes)
+    return next((way for way, size in zip(ways, sizes) if size <= _SHARE * target.hbm_bytes), ways[-1])
 
 
-def _bytes(config: RunConfig, axes: Mapping[str, int]) -> int:
-    """About what the run's step holds on a chip."""
-    if not config.targets:  # those of --adapter, which are not read yet
-        config = dataclasses.replace(config, targets="all-linear")
-    step = lm.train_step(config, plan.mesh_of(axes, None) if axes else None)
-    setup = train_steps.prepare(step, lm.sizes(config))
-    return train_steps.chip_bytes(train_steps.low_rank(setup).args) + memory_estimate.temporary_bytes("lora", setup)
+def _sizes(ways: Sequence[RunConfig], axes: Mapping[str, int]) -> Iterator[int]:
+    """About what each run's step holds on a chip; they differ in what they keep, and have the same arguments."""
+    mesh, first = plan.mesh_of(axes, None) if axes else None, ways[0]
+    if not first.targets:  # those of --adapter, which are not read yet
+        ways = [dataclasses.replace(way, targets="all-linear") for way in ways]
+    setup = train_steps.prepare(lm.train_step(ways[0], mesh), lm.sizes(first))
+    arguments = train_steps.chip_bytes(train_steps.low_rank(setup).args)
+    for way in ways:
+        here = dataclasses.replace(setup, step=lm.train_step(way, mesh))
+        yield arguments + memory_estimate.temporary_bytes("lora", here)
 
 
 def described(before: RunConfig, after: RunConfig, target: Topology) -> str:

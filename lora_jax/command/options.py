@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from lora_jax.adapters.words import DTYPES, WORDS
+from lora_jax.adapters import words
 from lora_jax.core import files
 from lora_jax.core.errors import InputError
 from lora_jax.core.fields import LARGEST, Option, check, option, table
@@ -71,7 +71,7 @@ class RunConfig:
         ),
     ] = False
     quantize: Annotated[
-        str | None, option(f"quantise the kernels of the base's layers in memory: {', '.join(DTYPES)}", since=4)
+        str | None, option(f"quantise the kernels of the base's layers in memory: {', '.join(words.DTYPES)}", since=4)
     ] = None
     block: Annotated[int | None, option("how many quantised values share a scale, 64 if left out", since=4)] = None
     scan_layers: Annotated[
@@ -152,17 +152,13 @@ class RunConfig:
             raise InputError(f"lora_plus is for method='lora', which trains A and B, not for {self.method!r}")
         if self.adapter is not None and self.init in CHANGE_THE_BASE:
             raise InputError(f"init={self.init!r} changes the base, to which the pairs of --adapter belong: leave one out")
-        if (self.quantize, self.block) != (None, None):
-            from lora_jax.adapters import quant  # which needs JAX
-
-            quant.check_optional(self.quantize, self.block)
+        words.check_base(self.quantize, self.block)
         if self.quantize is not None and self.init in CHANGE_THE_BASE:
             raise InputError(
                 f"init={self.init!r} takes a part off the base's kernels, which quantize={self.quantize!r} has rounded: leave "
                 "one of the two out"
             )
-        if isinstance(self.targets, list) and len(self.targets) == 1 and self.targets[0] in WORDS:
-            object.__setattr__(self, "targets", self.targets[0])
+        object.__setattr__(self, "targets", words.targets(self.targets))
 
     @property
     def lora(self) -> "LoraConfig":

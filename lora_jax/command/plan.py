@@ -28,7 +28,7 @@ def plan_command(line: argparse.Namespace) -> int:
         from lora_jax.planning import plot  # which needs matplotlib
 
         plot.check(line.plot)
-    found = plan.make(request, _say)
+    found = plan.make(request, say)
     print(found.to_json() if line.json else table.table(found))
     if line.plot is not None:
         files.write(line.plot, plot.draw(found))
@@ -39,10 +39,11 @@ def _fit(request: plan.Request, given: Mapping[str, Any], line: argparse.Namespa
     """Print what a search finds; returns the exit code, 2 where nothing fits."""
     if line.json or line.plot is not None or request.compare:
         raise InputError("--fit prints a table of its own: leave --json, --plot and --compare out")
-    found = fit.search(request, given, _say)
+    found = fit.search(request, given, say)
     print(table.fit_table(found))
     return 0 if found.best is not None else 2
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """What is being done, beside what is printed as the answer."""
     print(f"lora-jax: {text}", file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
 """`lora-jax finetune --plan`: what a run needs, said before it begins."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 from lora_jax.command import device_options, options
 from lora_jax.command.hosts import Hosts
 from lora_jax.command.options import RunConfig
+from lora_jax.command.plan import say
 from lora_jax.command.tasks import lm
 from lora_jax.command.trainer import optimizer
 from lora_jax.core.errors import InputError
@@ -20,7 +20,7 @@ def plan_run(given: Mapping[str, Any], hosts: Hosts, name: str | None) -> int:
     """Print the plan of the run that these options describe; returns the exit code."""
     if name is not None and jax.config.jax_platforms is None:
         jax.config.update("jax_platforms", "cpu")  # to plan for other chips takes none of this machine
-    print(table.table(make(given, hosts, name, _say)))
+    print(table.table(make(given, hosts, name, say)))
     return 0
 
 
@@ -70,7 +70,3 @@ def _request(config: RunConfig, hosts: Hosts, target: topology.Topology) -> plan
     fields |= {"quantize": config.quantize or "none", "attention_block": config.attention_block or config.max_length}
     rows = {"batch": config.batch_size, "sequence": config.max_length}
     return plan.Request(model=str(lm.location(config)), topology=target.name, mesh=hosts.axes or None, **rows, **fields)
-
-
-def _say(text: str) -> None:
-    print(f"lora-jax: {text}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from lora_jax.adapters import quant
+from lora_jax.adapters import quant, words
 from lora_jax.core import paths
 from lora_jax.huggingface.checkpoint_files import Tensors
 from lora_jax.huggingface.names import HFName
@@ -95,7 +95,7 @@ class Reader:
     block: int | None = None
 
     def __post_init__(self):
-        quant.check_optional(self.quantize, self.block)
+        words.check_base(self.quantize, self.block)
 
     def place(self, path: str, shape: tuple[int, ...]) -> Any:
         """Where a parameter goes; `None` for the default device."""

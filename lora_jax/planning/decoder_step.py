@@ -106,6 +106,11 @@ class DecoderStep:
     def __post_init__(self) -> None:
         check_rows(self.rows, self.accumulate, self.mesh)
 
+    @property
+    def queries(self) -> int:
+        """How many queries' attention is computed at a time."""
+        return min(self.model.attention_block or self.length, self.length)
+
     def adapters(self, model: llama.Loaded, seed: int) -> dict[str, Adapter]:
         """The adapters that training begins with; of a model without weights, their shapes."""
         assert self.lora is not None

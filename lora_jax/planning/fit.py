@@ -234,8 +234,7 @@ def _compiled(one: Candidate, target: topology.Topology, config: LlamaConfig, so
 def describe(request: Request) -> str:
     """What was chosen, in words."""
     mesh = "" if request.mesh is None else f", {plan.axes_text(request.mesh)}"
-    block = min(request.attention_block, request.sequence)
-    return f"{request.quantize}, remat {request.remat}, attention of {block}, {request.accumulate} microbatches{mesh}"
+    return f"{request.quantize}, remat {request.remat}, attention of {request.queries}, {request.accumulate} microbatches{mesh}"
 
 
 def command(request: Request) -> str:

@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 
-from lora_jax.core import paths
 from lora_jax.models.decoder_config import LlamaConfig
 from lora_jax.planning import train_steps
 from lora_jax.planning.decoder_step import DecoderStep
@@ -27,11 +26,16 @@ def temporary_bytes(name: str, setup: train_steps.Setup) -> int:
     tokens, width, vocabulary = rows * step.length, config.hidden_size, config.vocab_size // cut
     kept = config.num_hidden_layers * _kept(step, config, rows, size, cut)
     layer = size * tokens * (5 * config.intermediate_size // cut + 4 * width) + 2 * 4 * _scores(step, config, rows) // cut
-    if gathered or (_is_quantized(setup) and name != "full"):
-        tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * width
-        layer += size * (setup.summary.parameters - tables) // cut // config.num_hidden_layers
+    if gathered or (step.model.quantize is not None and name != "full"):
+        layer += size * layers_parameters(setup) // cut // config.num_hidden_layers
     logits = 3 * 4 * min(LOGITS_AT_ONCE // cut, tokens * vocabulary) + gathered * size * width * vocabulary
     return kept + _gradients(name, setup, size) + max(layer, logits)
+
+
+def layers_parameters(setup: train_steps.Setup) -> int:
+    """How many numbers the base has beside its embedding and head."""
+    config = setup.model.config
+    return setup.summary.parameters - (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
 
 
 def _kept(step: DecoderStep, config: LlamaConfig, rows: int, size: int, cut: int) -> int:
@@ -45,21 +49,13 @@ def _kept(step: DecoderStep, config: LlamaConfig, rows: int, size: int, cut: int
         return size * tokens * products
     # Also what norms, rotations and the activation function give; and the attention weights, unless they are made in blocks.
     rest = 3 * width + (2 * queries + 2 * keys + 2 * config.intermediate_size) // cut
-    weights = 0 if _block(step) < step.length else (4 + size) * _scores(step, config, rows) // cut
+    weights = 0 if step.queries < step.length else (4 + size) * _scores(step, config, rows) // cut
     return size * tokens * (products + rest) + weights
 
 
 def _scores(step: DecoderStep, config: LlamaConfig, rows: int) -> int:
     """How many attention scores there are at once."""
-    return rows * config.num_attention_heads * _block(step) * step.length
-
-
-def _block(step: DecoderStep) -> int:
-    return min(step.model.attention_block or step.length, step.length)
-
-
-def _is_quantized(setup: train_steps.Setup) -> bool:
-    return any(map(paths.is_quantized, paths.flatten(setup.model.variables)[0].values()))
+    return rows * config.num_attention_heads * step.queries * step.length
 
 
 def _gradients(name: str, setup: train_steps.Setup, size: int) -> int:

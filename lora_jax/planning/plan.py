@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import optax
 from jax.sharding import AbstractMesh, AxisType
 
-from lora_jax.adapters import quant
-from lora_jax.adapters.config import WORDS, LoraConfig
+from lora_jax.adapters import words
+from lora_jax.adapters.config import LoraConfig
 from lora_jax.core.errors import InputError, MissingError
 from lora_jax.core.fields import check, option
 from lora_jax.core.files import read_json_object
@@ -71,9 +71,8 @@ class Request:
 
     def __post_init__(self) -> None:
         check(self)
-        if isinstance(self.targets, list) and len(self.targets) == 1 and self.targets[0] in WORDS:
-            object.__setattr__(self, "targets", self.targets[0])
-        quant.check_optional(self.quantization, self.block)
+        object.__setattr__(self, "targets", words.targets(self.targets))
+        words.check_base(self.quantization, self.block)
         unknown = [name for name in self.compare if name not in COMPARISONS]
         if unknown:
             raise InputError(f"compare takes {', '.join(COMPARISONS)}, not {', '.join(map(repr, unknown))}")
@@ -94,6 +93,11 @@ class Request:
     def quantization(self) -> str | None:
         """How the layers' kernels are quantised, if they are."""
         return None if self.quantize == "none" else self.quantize
+
+    @property
+    def queries(self) -> int:
+        """How many queries' attention is computed at a time."""
+        return min(self.attention_block, self.sequence)
 
     def axes(self) -> dict[str, int]:
         """The mesh, also where none was asked for."""

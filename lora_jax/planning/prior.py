@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from lora_jax.core import paths
 from lora_jax.models.decoder_config import LlamaConfig
 from lora_jax.planning import memory_estimate, train_steps
 from lora_jax.planning.decoder_step import DecoderStep
@@ -46,22 +45,19 @@ def _seconds(setup: train_steps.Setup, speed: Speed) -> float:
     step, config = setup.step, setup.model.config
     size, tokens = jnp.dtype(step.model.dtype).itemsize, step.rows * step.length
     chips = batch_parts(step.mesh) * setup.cut.get("model", 1)
-    tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    kernels, head = setup.summary.parameters - tables, config.vocab_size * config.hidden_size
+    kernels, head = memory_estimate.layers_parameters(setup), config.vocab_size * config.hidden_size
     passes = 3 if step.model.remat == "full" else 2  # forward, backward, and forward once more
     products = 2 * tokens * (passes * kernels + 3 * head) + _attention_flops(step, config)
-    quantized = any(map(paths.is_quantized, paths.flatten(setup.model.variables)[0].values()))
     # A quantised kernel is made dense, which writes and reads it.
-    read = passes * step.accumulate * size * kernels * (3 if quantized else 1) / setup.cut.get("model", 1)
+    read = passes * step.accumulate * size * kernels * (1 if step.model.quantize is None else 3) / setup.cut.get("model", 1)
     computed = products * size / 2 / chips / speed.flops / _USED
     return computed + read / speed.memory + _sent(setup, passes, size, kernels) / speed.network
 
 
 def _attention_flops(step: DecoderStep, config: LlamaConfig) -> float:
     """Of scores and values: forward and twice backward, and once more where they are computed again."""
-    block = min(step.model.attention_block or step.length, step.length)
-    again = (block < step.length) + (step.model.remat != "none")
-    causal = 1 if block == step.length else (1 + block / step.length) / 2
+    again = (step.queries < step.length) + (step.model.remat != "none")
+    causal = 1 if step.queries == step.length else (1 + step.queries / step.length) / 2
     pairs = step.rows * step.length**2 * config.num_attention_heads * config.head_dim
     return config.num_hidden_layers * 4 * pairs * causal * (3 + again)
 

@@ -57,8 +57,8 @@ _FIT_NOTE = (
 def _fit_row(one: Candidate, best: bool, seconds: float) -> tuple[str, ...]:
     request = one.request
     mesh = "-" if request.mesh is None else axes_text(request.mesh)
-    block, source = min(request.attention_block, request.sequence), "estimate" if one.step is None else one.step.source
-    chosen = (request.quantize, request.remat, str(block), str(request.accumulate), mesh)
+    source = "estimate" if one.step is None else one.step.source
+    chosen = (request.quantize, request.remat, str(request.queries), str(request.accumulate), mesh)
     return ("*" if best else "", *chosen, _gib(one.bytes), _seconds(seconds), "yes" if one.fits else "NO", source)
 
 
@@ -68,7 +68,7 @@ def _computed(request: Request) -> str:
     parts = [
         layers,
         f"remat {request.remat}",
-        f"attention of {min(request.attention_block, request.sequence)} queries at a time",
+        f"attention of {request.queries} queries at a time",
     ]
     if request.accumulate > 1:
         parts.append(f"{request.accumulate} microbatches")

@@ -36,11 +36,12 @@ from lora_jax.command import hf_export
 from lora_jax.core import paths
 from lora_jax.data import fetch
 from lora_jax.models import bert, llama
+from tests.benchmarks import variants
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 OURS, FULL, TORCH = "lora_jax", "full fine-tuning, JAX", "PyTorch + PEFT"
 QWIX, BY_HAND = "qwix", "written by hand, JAX"  # the decoder's
-TX = optax.adamw(1e-3)  # its other settings are written out in peers_torch.py
+TX = variants.TX  # its settings are written out in peers_torch.py
 CHECKED = 4  # steps whose losses must agree, to 1e-3 of them
 Model = tuple[Any, dict[str, jax.Array], Callable[..., jax.Array], dict[str, Any], str]
 
@@ -89,17 +90,12 @@ def work(name: str, peer: str) -> None:
     else:
         frozen, tree = paths.flatten(model.variables)
         kernels = {path: jnp.copy(frozen[path]) for path in adapters}
-
-        def train(kernels: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:
-            whole = lambda kernels: jax.tree.unflatten(tree, [kernels.get(path, leaf) for path, leaf in frozen.items()])
-            value, grads = jax.value_and_grad(lambda kernels: loss(model.apply, whole(kernels), batch))(kernels)
-            updates, opt_state = TX.update(grads, opt_state, kernels)
-            return optax.apply_updates(kernels, updates), opt_state, value
-
-        state, jitted = (kernels, TX.init(kernels)), jax.jit(train, donate_argnums=(0, 1))
+        whole = lambda kernels, frozen: jax.tree.unflatten(tree, [kernels.get(path, leaf) for path, leaf in frozen.items()])
+        full = variants.adapter_step(lambda kernels, frozen, batch: loss(model.apply, whole(kernels, frozen), batch))
+        state = kernels, TX.init(kernels)
 
         def advance(state: Any) -> Any:
-            *state, value = jitted(*state, frozen, batch)
+            *state, value = full(*state, frozen, batch)
             return state, {"loss": value}
 
     for _ in sys.stdin:

@@ -15,11 +15,10 @@ import safetensors.numpy
 import lora_jax as lj
 from lora_jax.command import cli, finetune, hf_export, inspect, metrics, run
 from lora_jax.command.options import RunConfig
-from lora_jax.command.progress import Progress
 from lora_jax.command.tasks import registry
 from lora_jax.data import tokenizer
 from lora_jax.models import llama
-from tests.support import gguf_write, tiny, tiny_lm
+from tests.support import gguf_write, interrupting, tiny, tiny_lm
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
@@ -98,19 +97,12 @@ def test_the_loss_of_a_batch_is_a_sum_of_its_parts(reference):
 
 def test_a_stopped_run_ends_alike(home, reference, tmp_path, capsys, monkeypatch):
     directory, arguments = tmp_path / "run", tiny_lm.options(home, tmp_path / "run")
-    step = Progress.step
     for stop, signum, code in ((8, signal.SIGINT, 130), (21, signal.SIGTERM, 143)):
-
-        def stopping(self, number, loss, stop=stop, signum=signum):
-            step(self, number, loss)
-            if number == stop:
-                signal.raise_signal(signum)
-
-        monkeypatch.setattr(Progress, "step", stopping)
-        assert f"finetune --resume {directory}" in call(arguments, capsys, code=code)
+        with monkeypatch.context() as patch:
+            interrupting.at_step(patch, stop, signum)
+            assert f"finetune --resume {directory}" in call(arguments, capsys, code=code)
         assert lj.checkpoint.restore(directory / "adapters").step == stop
         arguments = ["finetune", "--resume", directory]
-    monkeypatch.setattr(Progress, "step", step)
     printed = call(arguments, capsys)
     assert "held-out perplexity on " in printed and " tokens: " in printed
     same_files(directory, reference)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import sys
 
 import jax
@@ -12,11 +11,10 @@ import safetensors.numpy
 
 import lora_jax as lj
 from lora_jax.command import cli, predict, run
-from lora_jax.command.progress import Progress
 from lora_jax.command.tasks import classify, lm
 from lora_jax.core import paths
 from lora_jax.models import llama
-from tests.support import tiny, tiny_lm
+from tests.support import interrupting, tiny, tiny_lm
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
@@ -47,15 +45,8 @@ def reference(home):
 
 @pytest.mark.slow
 def test_a_stopped_run_ends_alike(home, reference, tmp_path, capsys, monkeypatch):
-    step = Progress.step
-
-    def stopping(self, number, loss):
-        step(self, number, loss)
-        if number == 4:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "step", stopping)
+        interrupting.at_step(patch, 4)
         call(options(home, tmp_path / "run"), capsys, code=130)
     call(["finetune", "--resume", tmp_path / "run"], capsys)
     ours, theirs = (lj.checkpoint.load(directory / "adapters") for directory in (tmp_path / "run", reference))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 
 import jax
 import numpy as np
@@ -11,9 +10,8 @@ import safetensors.numpy
 
 import lora_jax as lj
 from lora_jax.command import cli, run
-from lora_jax.command.progress import Progress
 from lora_jax.models import llama
-from tests.support import tiny_lm
+from tests.support import interrupting, tiny_lm
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 MEMORY = ("--remat", "products", "--attention-block", "16", "--accumulate", "2")
@@ -93,15 +91,8 @@ def test_it_goes_on_where_the_other_would(home, plain, tmp_path, capsys):
 
 
 def test_a_stopped_run_ends_alike(home, scanned, tmp_path, capsys, monkeypatch):
-    step = Progress.step
-
-    def stopping(self, number, loss):
-        step(self, number, loss)
-        if number == 4:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "step", stopping)
+        interrupting.at_step(patch, 4)
         call([*tiny_lm.options(home, tmp_path / "run", steps=6), *SCANNED], capsys, code=130)
     call(["finetune", "--resume", tmp_path / "run"], capsys)
     jax.tree.map(np.testing.assert_array_equal, adapters(tmp_path / "run"), adapters(scanned))
