@@ -63,7 +63,8 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array 
     """Causal attention `(batch, length, heads, head_dim)`, at most `block` queries at a time.
 
     A block reads the keys up to its last query only, and its scores are computed again in the backward pass: that costs a
-    product of them once more, and saves those with the keys after it.
+    product of them once more, and saves those with the keys after it. The blocks are computed one after the other, in the
+    backward pass too, as a compiler that is free to may hold the scores of all of them at once.
     """
     length = query.shape[1]
     if block is None or block >= length:
@@ -72,7 +73,12 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array 
     # Not to be merged with what the layer's own remat computes again, or the scores of all blocks would be kept.
     one = jax.checkpoint(lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask))
     ends = [(start, min(start + block, length)) for start in range(0, length, block)]
-    parts = [one(query[:, i:j], key[:, :j], value[:, :j], mask[:, :, i:j, :j]) for i, j in ends]
+    parts: list[jax.Array] = []
+    for i, j in ends:
+        queries = query[:, i:j]
+        if parts:
+            queries, parts[-1] = lax.optimization_barrier((queries, parts[-1]))
+        parts.append(one(queries, key[:, :j], value[:, :j], mask[:, :, i:j, :j]))
     return jnp.concatenate(parts, axis=1)
 
 

@@ -25,7 +25,7 @@ from lora_jax.data import fetch, labelled
 from lora_jax.data import tokenizer as text_tokenizer
 from lora_jax.models import bert
 
-_HELD_OUT = 3000
+_HELD_OUT = 1000
 _TEST_BATCH = 128
 _TEST_LENGTHS = 6  # more than in training: the programs of a test compile in a fraction of the time of a step's
 
