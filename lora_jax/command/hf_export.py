@@ -19,7 +19,7 @@ from lora_jax.data.tokenizer import TextTokenizer
 from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import gguf_files, llama
-from lora_jax.models.decoder_config import LlamaConfig
+from lora_jax.models.decoder_config import DecoderConfig
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _EMBEDDING = "model.embed_tokens.weight"
@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
 )
 
 
-def llama_fields(source: pathlib.Path, config: LlamaConfig) -> dict[str, Any]:
+def llama_fields(source: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
     """The `config.json` of a decoder: the base's own, or for a `.gguf` file what says the same."""
     if source.is_file():
         return llama.hf_config(config)
@@ -45,7 +45,7 @@ def llama_fields(source: pathlib.Path, config: LlamaConfig) -> dict[str, Any]:
     return checkpoint_files.read_json(source, "config.json") | changed
 
 
-def generation_fields(source: pathlib.Path, config: LlamaConfig, ends: Sequence[int]) -> dict[str, Any]:
+def generation_fields(source: pathlib.Path, config: DecoderConfig, ends: Sequence[int]) -> dict[str, Any]:
     """The `generation_config.json` of a decoder: the base's own, with the ids after which nothing more is generated."""
     file = source / "generation_config.json"
     special = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}

@@ -1,4 +1,4 @@
-"""Decoders of the Llama family as a Linen model, with an explicit key-value cache."""
+"""Decoders as one Linen model of parts that `DecoderConfig` chooses, with an explicit key-value cache."""
 
 import dataclasses
 import functools
@@ -12,11 +12,14 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from lora_jax.core.errors import InputError
-from lora_jax.models.decoder_config import LlamaConfig
+from lora_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
+from lora_jax.models.experts import MixtureOfExperts
+from lora_jax.models.rotary import rotate, turns
 from lora_jax.sharding import batch_sharding
 
 # The kernels that a mesh axis `model` cuts, before a non-linearity by columns and after it by rows.
-COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), ("o_proj", "down_proj", "embed_tokens")
+COLUMNS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head")
+ROWS = ("o_proj", "down_proj", "embed_tokens")
 Remat = Literal["full", "products"]
 # What a layer keeps for its backward pass, where that is not everything; the rest is computed again.
 REMAT: dict[str, Any] = {"full": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -38,29 +41,39 @@ class Cache:
     length: jax.Array
 
 
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps)` in float32, times a scale."""
+# Where a layer's norms stand, by their names: before and after attention, before and after the MLP.
+NORMS: dict[str, tuple[str | None, ...]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
 
-    eps: float
+
+class Norm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps)` in float32, times a scale; LayerNorm takes off the mean first and adds a bias."""
+
+    config: DecoderConfig
     param_dtype: Any
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        wide = x.astype(jnp.float32)
-        normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        kind, shape = self.config.norm, (x.shape[-1],)
+        init = nn.initializers.zeros if kind == "offset" else nn.initializers.ones
+        scale = self.param("scale", init, shape, self.param_dtype)
+        wide, to_last = x.astype(jnp.float32), (1,) * (x.ndim - 1) + (-1,)
+        if kind == "layer":
+            wide = wide - wide.mean(-1, keepdims=True)
+        normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.norm_eps)
+        if kind == "offset":
+            return (normed * (1 + scale.astype(jnp.float32)).reshape(to_last)).astype(x.dtype)
+        scaled = normed.astype(x.dtype) * scale.reshape(to_last)
+        if kind == "rms":
+            return scaled
+        return scaled + self.param("bias", nn.initializers.zeros, shape, self.param_dtype).reshape(to_last)
 
 
-def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turn the pairs (i, i + half) of each head by the angles `(batch, length, half)`."""
-    cos, sin = (f(angles)[:, :, None, :] for f in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, block: int | None) -> jax.Array:
-    """Causal attention `(batch, length, heads, head_dim)`, at most `block` queries at a time.
+def _attend(query, key, value, mask: jax.Array | None, block: int | None, product: Any) -> jax.Array:
+    """Causal attention `(batch, length, heads, head_dim)`, at most `block` queries at a time, each by `product`.
 
     A block reads the keys up to its last query only, and its scores are computed again in the backward pass: that costs a
     product of them once more, and saves those with the keys after it. The blocks are computed one after the other, in the
@@ -68,10 +81,10 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array 
     """
     length = query.shape[1]
     if block is None or block >= length:
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=mask is None)
+        return product(query, key, value, mask)
     mask = jnp.tril(jnp.ones((1, 1, length, length), bool)) if mask is None else mask
     # Not to be merged with what the layer's own remat computes again, or the scores of all blocks would be kept.
-    one = jax.checkpoint(lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask))
+    one = jax.checkpoint(product)
     ends = [(start, min(start + block, length)) for start in range(0, length, block)]
     parts: list[jax.Array] = []
     for i, j in ends:
@@ -80,6 +93,28 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array 
             queries, parts[-1] = lax.optimization_barrier((queries, parts[-1]))
         parts.append(one(queries, key[:, :j], value[:, :j], mask[:, :, i:j, :j]))
     return jnp.concatenate(parts, axis=1)
+
+
+def _plain_attention(scale: float | None, query, key, value, mask) -> jax.Array:
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=mask is None, scale=scale)
+
+
+def _attention(scale: float | None, cap: float | None, sinks: Any, query, key, value, mask) -> jax.Array:
+    """Attention whose scores are capped, or share their softmax with each head's sink `(heads,)`."""
+    batch, queries, heads, size = query.shape
+    keys, groups = key.shape[1:3]
+    grouped = query.reshape(batch, queries, groups, heads // groups, size)
+    scores = jnp.einsum("bqgnd,bkgd->bgnqk", grouped, key, preferred_element_type=jnp.float32)
+    scores = scores * (size**-0.5 if scale is None else scale)
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    mask = jnp.tril(jnp.ones((1, 1, queries, keys), bool)) if mask is None else mask
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(1, groups, -1, 1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :keys].astype(value.dtype)
+    return jnp.einsum("bgnqk,bkgd->bqgnd", weights, value).reshape(query.shape)
 
 
 def _dense(name: str, features: int, use_bias: bool, param_dtype: Any, mesh: Any) -> nn.Dense:
@@ -111,76 +146,127 @@ def _whole_product(sharding: NamedSharding, x: jax.Array, kernel: jax.Array, *ar
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions: `(batch, length, hidden)`."""
+    """Causal grouped-query attention: `(batch, length, hidden)`."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     param_dtype: Any
     attention_block: int | None
     gather: Any
 
     @nn.compact
-    def __call__(self, x, angles, mask, cache, start):
-        config, keep = self.config, functools.partial(_keep_rows, mesh=self.gather)
-
-        def heads(name, count):
-            dense = _dense(name, count * config.head_dim, config.qkv_bias, self.param_dtype, self.gather)
-            # Or a TPU's compiler lays out the kernels of all layers anew, for what the rotation below does with the heads.
-            return lax.optimization_barrier(keep(dense(x))).reshape(*x.shape[:-1], count, config.head_dim)
-
-        query = _rotate(heads("q_proj", config.num_attention_heads), angles)
-        key = _rotate(heads("k_proj", config.num_key_value_heads), angles)
-        value = heads("v_proj", config.num_key_value_heads)
+    def __call__(self, x, rotation, mask, cache, start):
+        config = self.config
+        query, key, value = self._heads(x)
+        if not config.learnt_positions:
+            query, key = (rotate(part, *rotation) for part in (query, key))
         if cache is not None:
             key, value = cache = tuple(
                 lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0)) for old, new in zip(cache, (key, value))
             )
-        mixed = _attend(query, key, value, mask, self.attention_block if cache is None else None)
+        sinks = None
+        if config.sinks:
+            sinks = self.param("sinks", nn.initializers.normal(0.02), (config.num_attention_heads,), self.param_dtype)
+        product = functools.partial(_plain_attention, config.query_scale)
+        if config.sinks or config.attention_cap is not None:
+            product = functools.partial(_attention, config.query_scale, config.attention_cap, sinks)
+        mixed = _attend(query, key, value, mask, self.attention_block if cache is None else None, product)
         out = _dense("o_proj", config.hidden_size, config.output_bias, self.param_dtype, self.gather)
-        return out(keep(mixed.reshape(*x.shape[:-1], -1))), cache
+        return out(_keep_rows(mixed.reshape(*x.shape[:-1], -1), self.gather)), cache
+
+    def _heads(self, x):
+        """The queries, keys and values `(batch, length, heads, head_dim)`, with their norms."""
+        config, size = self.config, self.config.head_dim
+        counts = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+        if config.fused is None:
+            parts = [self._project(name, count * size, x) for name, count in zip(("q_proj", "k_proj", "v_proj"), counts)]
+        else:
+            joined = self._project("qkv_proj", sum(counts) * size, x)
+            if config.fused == "heads":
+                joined = jnp.moveaxis(joined.reshape(*x.shape[:-1], -1, 3, size), -2, -3).reshape(joined.shape)
+            parts = jnp.split(joined, [counts[0] * size, (counts[0] + counts[1]) * size], axis=-1)
+        norms = [] if config.qk_norm is None else [Norm(config, self.param_dtype, name=name) for name in ("q_norm", "k_norm")]
+        for i, norm in enumerate(norms):
+            shape = (*x.shape[:-1], -1, size if config.qk_norm == "heads" else counts[i] * size)
+            parts[i] = norm(parts[i].reshape(shape))
+        return [part.reshape(*x.shape[:-1], -1, size) for part in parts]
+
+    def _project(self, name, features, x):
+        projected = _dense(name, features, self.config.qkv_bias, self.param_dtype, self.gather)(x)
+        # Or a TPU's compiler lays out the kernels of all layers anew, for what the rotation does with the heads.
+        return lax.optimization_barrier(_keep_rows(projected, self.gather))
 
 
 class MLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`: `(batch, length, hidden)`."""
+    """`down(act(gate(x)) * up(x))`, or without a gate `down(act(up(x)))`: `(batch, length, hidden)`."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     param_dtype: Any
     gather: Any
 
     @nn.compact
     def __call__(self, x):
-        config, keep = self.config, functools.partial(_keep_rows, mesh=self.gather)
+        config, act = self.config, ACTIVATIONS[self.config.activation]
         dense = functools.partial(_dense, use_bias=config.mlp_bias, param_dtype=self.param_dtype, mesh=self.gather)
-        hidden = nn.silu(keep(dense("gate_proj", config.intermediate_size)(x)))
-        hidden = hidden * keep(dense("up_proj", config.intermediate_size)(x))
-        return dense("down_proj", config.hidden_size)(keep(hidden))
+        project = lambda name, parts: _keep_rows(dense(name, parts * config.intermediate_size)(x), self.gather)
+        if not config.gated:
+            hidden = act(project("up_proj", 1))
+        elif config.fused is not None:
+            gate, up = jnp.split(project("gate_up_proj", 2), 2, axis=-1)
+            hidden = act(gate) * up
+        else:
+            hidden = act(project("gate_proj", 1))
+            hidden = hidden * project("up_proj", 1)
+        return dense("down_proj", config.hidden_size)(_keep_rows(hidden, self.gather))
 
 
 class Layer(nn.Module):
-    """One decoder layer, `x -> (x, cache)`; `which` picks its mask where the layers have several."""
+    """One decoder layer, `x -> (x, (cache, router's logits))`; `which` picks its view where the layers have several."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     param_dtype: Any
     attention_block: int | None
     activations: Any
     gather: Any
+    has_experts: bool
+    dense_experts: bool
 
     @nn.compact
-    def __call__(self, x, angles, masks, which, cache, start):
-        norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.param_dtype)
-        mask = masks[0] if which is None else jnp.stack(masks)[which]
-        mixed, cache = Attention(self.config, self.param_dtype, self.attention_block, self.gather, name="self_attn")(
-            norm(name="input_layernorm")(x), angles, mask, cache, start
-        )
-        x = x + mixed
-        x = x + MLP(self.config, self.param_dtype, self.gather, name="mlp")(norm(name="post_attention_layernorm")(x))
-        return _constrain(x, self.activations), cache
+    def __call__(self, x, views, which, cache, start):
+        config = self.config
+        rotation, mask = views[0] if which is None else _chosen(views, which)
+        mix = Attention(config, self.param_dtype, self.attention_block, self.gather, name="self_attn")
+        before, after, before_mlp, after_mlp = NORMS[config.norms]
+        mixed, cache = mix(self._norm(before, x), rotation, mask, cache, start)
+        mixed = _scaled(self._norm(after, mixed), config.residual_scale)
+        x, seen = x + mixed, x if config.parallel else x + mixed
+        moved, routed = self._mlp(self._norm(before_mlp, seen))
+        x = x + _scaled(self._norm(after_mlp, moved), config.residual_scale)
+        return _constrain(x, self.activations), (cache, routed)
+
+    def _norm(self, name, x):
+        return x if name is None else Norm(self.config, self.param_dtype, name=name)(x)
+
+    def _mlp(self, x):
+        if not self.has_experts:
+            return MLP(self.config, self.param_dtype, self.gather, name="mlp")(x), None
+        act = ACTIVATIONS[self.config.activation]
+        return MixtureOfExperts(self.config.experts, act, self.param_dtype, self.dense_experts, name="mlp")(x)
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
+def _chosen(views: Sequence[Any], which: jax.Array) -> Any:
+    """One of several views, by a traced index."""
+    return jax.tree.map(lambda *parts: jnp.stack(parts)[which], *views)
 
 
 def _constrain(x: jax.Array, sharding: Any) -> jax.Array:
     return x if sharding is None else lax.with_sharding_constraint(x, sharding)
 
 
-class Llama(nn.Module):
+class Decoder(nn.Module):
     """A decoder with a language-model head: `(batch, length)` token ids -> `(batch, length, vocab)` logits.
 
     Args of a call:
@@ -191,20 +277,23 @@ class Llama(nn.Module):
       cache: a `Cache` to continue; the result is `(logits, cache)` then. Once it is full, the logits are NaN.
       last_only: logits for the last token of each row only, `(batch, 1, vocab)`.
       hidden: in place of the logits, what the head makes them of, `(batch, length, hidden)`.
+      routing: with the result, as a pair, the logits of the routers: `(layers with experts, batch, length, experts)`.
 
     `activations` is where the hidden states stay on a mesh, as `sharding.batch_sharding` says: left to itself the compiler may
     keep all rows on every device and cut their width, as an fsdp axis cuts the embedding, and then adds up each product.
     `gather` is a mesh along all of whose axes but `model` each kernel of the layers is made whole where it is used: quantised
     ones then move as what they are made of, and rows stay where they are.
+    `dense_experts` lets every expert see every token, which pays off where they are few.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
     remat: Remat | None = None
     attention_block: int | None = None
     activations: Any = None
     gather: Any = None
+    dense_experts: bool = False
 
     @nn.compact
     def __call__(
@@ -217,6 +306,7 @@ class Llama(nn.Module):
         cache: Cache | None = None,
         last_only=False,
         hidden=False,
+        routing=False,
     ):
         config = self.config
         for name, array in (("attention_mask", attention_mask), ("segment_ids", segment_ids), ("positions", positions)):
@@ -227,54 +317,70 @@ class Llama(nn.Module):
         real = None if attention_mask is None else jnp.asarray(attention_mask, bool)
         if positions is None:
             positions = _positions(input_ids.shape, real, segment_ids, cache)
-        angles = positions[:, :, None].astype(jnp.float32) * config.frequencies()[None, None, :]
         start = None if cache is None else cache.length
         if cache is not None:
             cache = _extend(cache, input_ids.shape, real)
-        masks = [_mask(input_ids.shape[1], window, real, segment_ids, cache, start) for window in self._distinct()]
+        views = [
+            (turns(rope, config.rotated, positions), _mask(input_ids.shape[1], window, real, segment_ids, cache, start))
+            for rope, window in self._distinct()
+        ]
         embed = nn.Embed(config.vocab_size, config.hidden_size, param_dtype=self.param_dtype, name="embed_tokens")
-        x = _constrain(embed(input_ids), self.activations)
-        x, layers = self._layers(x, angles, masks, None if cache is None else cache.layers, start)
-        x = RMSNorm(config.rms_norm_eps, self.param_dtype, name="norm")(x[:, -1:] if last_only else x)
-        if hidden:
-            logits = x
-        elif config.tie_word_embeddings:
+        x = _scaled(embed(input_ids), config.embedding_scale)
+        if config.learnt_positions:
+            sizes = config.max_position_embeddings, config.hidden_size
+            x = x + nn.Embed(*sizes, param_dtype=self.param_dtype, name="embed_positions")(positions)
+        x = _constrain(x, self.activations)
+        x, (layers, routed) = self._layers(x, views, None if cache is None else cache.layers, start)
+        x = Norm(config, self.param_dtype, name="norm")(x[:, -1:] if last_only else x)
+        logits = x if hidden else self._head(embed, x)
+        if cache is not None:
+            overrun = cache.length > cache.real.shape[1]
+            logits = jnp.where(overrun, jnp.full_like(logits, jnp.nan), logits)
+            return logits, dataclasses.replace(cache, layers=layers)
+        return (logits, jnp.stack(routed)) if routing else logits
+
+    def _head(self, embed, x):
+        config = self.config
+        if config.tie_word_embeddings:
             logits = embed.attend(x)
         else:
             logits = nn.Dense(config.vocab_size, use_bias=False, param_dtype=self.param_dtype, name="lm_head")(x)
-        if cache is None:
-            return logits
-        overrun = cache.length > cache.real.shape[1]
-        return jnp.where(overrun, jnp.full_like(logits, jnp.nan), logits), dataclasses.replace(cache, layers=layers)
+        return shaped_logits(config, logits)
 
-    def _distinct(self) -> list[int | None]:
-        """The windows that occur."""
-        return sorted(set(self.config.windows), key=lambda window: window or 0)
+    def _distinct(self) -> list[Any]:
+        """The (rotation, window) pairs that occur, in the order of the layers."""
+        return list(dict.fromkeys(zip(self.config.ropes, self.config.windows)))
 
-    def _layers(self, x, angles, masks, caches, start):
+    def _layers(self, x, views, caches, start):
         """All layers, one by one or scanned."""
-        which = [self._distinct().index(window) for window in self.config.windows]
-        layer: Any = Layer
-        options = self.config, self.param_dtype, self.attention_block, self.activations, self.gather
+        config, layer = self.config, Layer
+        which = [self._distinct().index(view) for view in zip(config.ropes, config.windows)]
+        options = config, self.param_dtype, self.attention_block, self.activations, self.gather
         if self.remat:
             layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=REMAT[self.remat])
         if self.scan_layers:
-            several = jnp.asarray(which) if len(masks) > 1 else None
-            masks = _explicit(masks, x.shape[1]) if len(masks) > 1 else masks
-            axes: Any = (nn.broadcast, nn.broadcast, 0, 0, nn.broadcast)
-            scanned = nn.scan(
-                layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_hidden_layers,
-                in_axes=axes,
+            several = jnp.asarray(which) if len(views) > 1 else None
+            views = _explicit(views, x.shape[1]) if len(views) > 1 else views
+            scanned: Any = nn.scan(
+                layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.num_hidden_layers,
+                in_axes=(nn.broadcast, 0, 0, nn.broadcast),
             )  # fmt: skip
-            layers = scanned(*options, name="layers")
-            return layers(x, angles, masks, several, caches, start)
-        moved = []
+            layers = scanned(*options, config.has_experts[0], self.dense_experts, name="layers")
+            return layers(x, views, several, caches, start)
+        moved, routed = [], []
         for i, choice in enumerate(which):
             own = None if caches is None else caches[i]
-            made = layer(*options, name=f"layer_{i}")
-            x, own = made(x, angles, [masks[choice]], None, own, start)
+            made: Any = layer(*options, config.has_experts[i], self.dense_experts, name=f"layer_{i}")
+            x, (own, logits) = made(x, [views[choice]], None, own, start)
             moved.append(own)
-        return x, moved
+            routed += [] if logits is None else [logits]
+        return x, (moved, routed)
+
+
+def shaped_logits(config: DecoderConfig, logits: jax.Array) -> jax.Array:
+    """Logits as the family scales and caps them."""
+    logits = _scaled(logits, config.logit_scale)
+    return logits if config.logit_cap is None else config.logit_cap * jnp.tanh(logits / config.logit_cap)
 
 
 def _positions(shape: tuple[int, ...], real: jax.Array | None, segment_ids: jax.Array | None, cache: Cache | None) -> jax.Array:
@@ -322,13 +428,14 @@ def _mask(
     return seen
 
 
-def _explicit(masks: Sequence[jax.Array | None], length: int) -> list[jax.Array]:
-    """The masks of layers that differ, all as arrays of one shape."""
+def _explicit(views: Sequence[Any], length: int) -> list[Any]:
+    """The views of layers that differ, with masks that are all arrays of one shape."""
     plain = jnp.tril(jnp.ones((1, 1, length, length), bool))
-    return [plain if mask is None else mask for mask in masks]
+    masks = jnp.broadcast_arrays(*(plain if mask is None else mask for _, mask in views))
+    return [(rotation, mask) for (rotation, _), mask in zip(views, masks)]
 
 
-def init_cache(model: Llama, batch: int, max_length: int, dtype: Any = None) -> Cache:
+def init_cache(model: Decoder, batch: int, max_length: int, dtype: Any = None) -> Cache:
     """An empty cache for `batch` rows of at most `max_length` tokens, padding included."""
     config = model.config
     shape = batch, max_length, config.num_key_value_heads, config.head_dim

@@ -13,7 +13,7 @@ from lora_jax.core.adapter import is_adapted
 from lora_jax.core.errors import InputError
 from lora_jax.core.methods.alora import active_from
 from lora_jax.core.transform import lora
-from lora_jax.models.decoder import Llama, init_cache
+from lora_jax.models.decoder import Decoder, init_cache
 
 
 class Generated(NamedTuple):
@@ -29,7 +29,7 @@ class Generated(NamedTuple):
 
 
 def generate(
-    model: Llama,
+    model: Decoder,
     variables: Any,
     prompt_ids: jax.Array,
     attention_mask: jax.Array | None = None,
@@ -115,7 +115,7 @@ def _generate(model, variables, prompt_ids, real, key, temperature, *, count, eo
     return Generated(tokens, lengths)
 
 
-def _applies(model: Llama, variables: Any, prompt_ids: jax.Array) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _applies(model: Decoder, variables: Any, prompt_ids: jax.Array) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The model for the prompt, and for one token after it: adapters with an invocation sequence act from it on."""
     nodes = paths.flatten(variables, is_leaf=is_adapted)[0].values()
     adapters: list[Any] = [node.adapter for node in nodes if is_adapted(node)]

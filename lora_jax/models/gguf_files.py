@@ -7,7 +7,8 @@ import numpy as np
 
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface.gguf_reader import GgufFile
-from lora_jax.models.decoder_config import LinearRope, Llama3Rope, LlamaConfig
+from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.rotary import LinearRope, Llama3Rope, plain
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -18,7 +19,7 @@ _BYTE_LEVEL = ("gpt-2", "smollm")
 _CONTROL, _USER_DEFINED = 3, 4
 
 
-def read_config(tensors: GgufFile) -> LlamaConfig:
+def read_config(tensors: GgufFile) -> DecoderConfig:
     """The sizes of a model of the `llama` or `qwen2` architecture.
 
     Raises:
@@ -51,7 +52,7 @@ def read_config(tensors: GgufFile) -> LlamaConfig:
         num_key_value_heads=number("attention.head_count_kv", heads),
         head_dim=head_dim,
         max_position_embeddings=number("context_length"),
-        rms_norm_eps=_shortest(metadata.get(f"{kind}.attention.layer_norm_rms_epsilon", 1e-6)),
+        norm_eps=_shortest(metadata.get(f"{kind}.attention.layer_norm_rms_epsilon", 1e-6)),
         rope_theta=_shortest(metadata.get(f"{kind}.rope.freq_base", 10000.0)),
         rope_scaling=_scaling(tensors, kind),
         qkv_bias=bias or kind == "qwen2",
@@ -64,7 +65,7 @@ def read_config(tensors: GgufFile) -> LlamaConfig:
         pad_token_id=special("padding"),
     )
     try:
-        return LlamaConfig(**fields)
+        return DecoderConfig(**fields)
     except InputError as error:
         raise InputError(f"{tensors.file}: {error}") from None
 
@@ -89,11 +90,11 @@ def _scaling(tensors: GgufFile, kind: str) -> Llama3Rope | LinearRope | None:
 def _llama3_scaling(tensors: GgufFile, kind: str) -> Llama3Rope:
     divisors = tensors.read("rope_freqs.weight").reshape(-1)
     theta = _shortest(tensors.metadata.get(f"{kind}.rope.freq_base", 10000.0))
-    plain = 1 / np.float32(theta) ** (np.arange(divisors.size, dtype=np.float32) / np.float32(divisors.size))
+    frequencies = plain(theta, 2 * divisors.size)
     rope = Llama3Rope(
         factor=_shortest(divisors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     )
-    if not np.allclose(plain / rope.scale(plain), divisors, rtol=1e-4):
+    if not np.allclose(frequencies / rope.scale(frequencies), divisors, rtol=1e-4):
         raise InputError(f"{tensors.file}: the divisors in rope_freqs.weight are not those of Llama 3, so they can't be read")
     return rope
 

@@ -1,4 +1,4 @@
-"""Decoders of the Llama family (Llama, Mistral, Qwen2, SmolLM2): Linen models from Hugging Face directories and GGUF files."""
+"""Decoders (Llama, Mistral, Qwen, Gemma, Phi, OLMo, GPT-2, mixtures of experts, ...) from Hugging Face directories and GGUF files."""
 
 import dataclasses
 import functools
@@ -16,17 +16,24 @@ from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.gguf_reader import GgufFile
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import gguf_files
-from lora_jax.models.decoder import COLUMNS, REMAT, ROWS, Remat, init_cache
+from lora_jax.models.decoder import COLUMNS, REMAT, ROWS, Remat, init_cache, shaped_logits
 from lora_jax.models.decoder import Cache as Cache
-from lora_jax.models.decoder import Llama as Llama
-from lora_jax.models.decoder_config import LlamaConfig as LlamaConfig
-from lora_jax.models.decoder_config import hf_config as hf_config
-from lora_jax.models.decoder_config import read_config, token_ids
+from lora_jax.models.decoder import Decoder as Decoder
+from lora_jax.models.decoder_config import DecoderConfig as DecoderConfig
+from lora_jax.models.decoder_parameters import parameters as parameters
+from lora_jax.models.decoder_parameters import stored
+from lora_jax.models.experts import balance_loss
+from lora_jax.models.families import FAMILY as FAMILY
+from lora_jax.models.families import hf_config as hf_config
+from lora_jax.models.families import read_config, token_ids
 from lora_jax.models.generation import Generated as Generated
 from lora_jax.models.generation import generate as generate
 from lora_jax.models.weights import Reader, Sharding, parts
 from lora_jax.sharding import batch_sharding, model_shardings
 from lora_jax.training.losses import token_cross_entropy
+
+
+_NO_LAYERS: dict[str, Any] = {"sliding_layers": (), "unrotated_layers": ()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, so that `jax.jit(loaded.apply)` works
@@ -40,10 +47,10 @@ class Loaded:
       config: its sizes.
     """
 
-    model: Llama
+    model: Decoder
     variables: Any
     names: dict[str, HFName]
-    config: LlamaConfig
+    config: DecoderConfig
 
     def apply(
         self,
@@ -73,9 +80,9 @@ class Loaded:
     def head(self, variables: Any, hidden: jax.Array) -> jax.Array:
         """The logits `(*batch, vocab)` of `apply(..., hidden=True)`: `(*batch, hidden)`."""
         params = variables["params"]
-        if self.config.tie_word_embeddings:
-            return hidden @ params["embed_tokens"]["embedding"].T
-        return hidden @ params["lm_head"]["kernel"]
+        tied = self.config.tie_word_embeddings
+        kernel = params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"]
+        return shaped_logits(self.config, hidden @ kernel)
 
     def losses(self, variables: Any, input_ids: Any, labels: Any, **options: Any) -> jax.Array:
         """The cross-entropy of each label `(batch, length)`, never with the logits of all tokens at once.
@@ -158,49 +165,6 @@ class Loaded:
         return init_cache(self.model, batch, max_length)
 
 
-def parameters(config: LlamaConfig, scan_layers: bool = False) -> dict[str, tuple[tuple[int, ...], HFName]]:
-    """The shape and the Hugging Face name of each parameter, by path.
-
-    >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=3, max_position_embeddings=8)
-    >>> config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=2, **sizes)
-    >>> shape, name = parameters(config, scan_layers=True)["params/layers/self_attn/k_proj/kernel"]
-    >>> shape, name.name, name.axes
-    ((3, 4, 2), 'model.layers.{l}.self_attn.k_proj.weight', 'l i o -> o i')
-    """
-    width, inner = config.hidden_size, config.intermediate_size
-    tied = "lm_head.weight" if config.tie_word_embeddings else ""
-    table = {
-        "embed_tokens/embedding": (
-            (config.vocab_size, width),
-            HFName("model.embed_tokens.weight", kind="embedding", tied=tied),
-        ),
-        "norm/scale": ((width,), HFName("model.norm.weight")),
-    }
-    if not tied:
-        table["lm_head/kernel"] = ((width, config.vocab_size), HFName("lm_head.weight", "i o -> o i"))
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    dense = {
-        **{f"self_attn/{name}_proj": (width, n, config.qkv_bias) for name, n in (("q", queries), ("k", keys), ("v", keys))},
-        "self_attn/o_proj": (queries, width, config.output_bias),
-        "mlp/gate_proj": (width, inner, config.mlp_bias),
-        "mlp/up_proj": (width, inner, config.mlp_bias),
-        "mlp/down_proj": (inner, width, config.mlp_bias),
-    }
-    count = config.num_hidden_layers
-    stack, mark = ((count,), "l ") if scan_layers else ((), "")
-    places = [("layers", "{l}")] if scan_layers else [(f"layer_{i}", str(i)) for i in range(count)]
-    for ours, theirs in places:
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            name = HFName(f"model.layers.{theirs}.{norm}.weight", f"{mark}o -> o")
-            table[f"{ours}/{norm}/scale"] = ((*stack, width), name)
-        for module, (into, out, has_bias) in dense.items():
-            full = f"model.layers.{theirs}.{module.replace('/', '.')}"
-            table[f"{ours}/{module}/kernel"] = ((*stack, into, out), HFName(f"{full}.weight", f"{mark}i o -> o i"))
-            if has_bias:
-                table[f"{ours}/{module}/bias"] = ((*stack, out), HFName(f"{full}.bias", f"{mark}o -> o"))
-    return {f"params/{path}": entry for path, entry in table.items()}
-
-
 def shardings(mesh: jax.sharding.Mesh, variables: Any) -> Any:
     """Where each parameter goes on a mesh with some of the axes `data`, `fsdp` and `model`; see `sharding.model_shardings`.
 
@@ -209,7 +173,7 @@ def shardings(mesh: jax.sharding.Mesh, variables: Any) -> Any:
     return model_shardings(mesh, variables, columns=COLUMNS, rows=ROWS)
 
 
-def sizes(source: str | pathlib.Path) -> LlamaConfig:
+def sizes(source: str | pathlib.Path) -> DecoderConfig:
     """The sizes of a Hugging Face directory's or GGUF file's model, without its weights.
 
     Raises:
@@ -268,21 +232,24 @@ def load(
     tensors: Any = GgufFile(source) if source.suffix == ".gguf" else checkpoint_files.SafeTensors(source)
     _check_layers(tensors, config)
     tied = config.tie_word_embeddings
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    embedding, head = (parameters(untied)[f"params/{path}"][1] for path in ("embed_tokens/embedding", "lm_head/kernel"))
     if tied or tie:
-        _check_tied(tensors, tied)
+        _check_tied(tensors, tied, head.name, embedding.name)
     config = dataclasses.replace(config, tie_word_embeddings=tied if tie is None else tie)
     table = parameters(config, scan_layers)
-    stored = {path: name for path, (_, name) in table.items()}
+    names = {path: name for path, (_, name) in table.items()} | stored(config, scan_layers)
     if tied and not config.tie_word_embeddings:
-        stored["params/lm_head/kernel"] = HFName("model.embed_tokens.weight", "i o -> o i")
-    checkpoint_files.check(tensors, {stored[path]: shape for path, (shape, _) in table.items()}, _is_spare)
+        names["params/lm_head/kernel"] = HFName(embedding.name, head.axes)
+    wanted = {names[path]: shape for path, (shape, _) in table.items()}
+    checkpoint_files.check(tensors, wanted, functools.partial(_is_spare, head.name))
     reader = Reader(tensors, jnp.dtype(dtype), sharding, quantize, block)
-    leaves = {path: reader.read(path, stored[path], shape) for path, (shape, _) in table.items()}
+    leaves = {path: reader.read(path, names[path], shape) for path, (shape, _) in table.items()}
     return _loaded(config, dtype, scan_layers, remat, attention_block, leaves)
 
 
 def init(
-    config: LlamaConfig,
+    config: DecoderConfig,
     key: jax.Array,
     *,
     dtype: Any = jnp.float32,
@@ -293,7 +260,7 @@ def init(
     """A model with random weights: kernels and embeddings from a normal distribution of deviation 0.02.
 
     >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=3, max_position_embeddings=8)
-    >>> config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=2, **sizes)
+    >>> config = DecoderConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=2, **sizes)
     >>> tiny = init(config, jax.random.key(0))
     >>> tiny.apply(tiny.variables, jnp.ones((2, 5), jnp.int32)).shape
     (2, 5, 8)
@@ -313,7 +280,7 @@ def init(
 
 
 def abstract(
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     dtype: Any = jnp.float32,
     scan_layers: bool = False,
@@ -332,7 +299,7 @@ def _check_remat(remat: Any) -> None:
 
 
 def _loaded(
-    config: LlamaConfig, dtype: Any, scan_layers: bool, remat: Remat | None, attention_block: int | None, leaves: dict[str, Any]
+    config: DecoderConfig, dtype: Any, scan_layers: bool, remat: Remat | None, attention_block: int | None, leaves: dict[str, Any]
 ) -> Loaded:
     variables: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -342,10 +309,10 @@ def _loaded(
             node = node.setdefault(parent, {})
         node[last] = leaf
     names = {path: name for path, (_, name) in parameters(config, scan_layers).items()}
-    return Loaded(Llama(config, jnp.dtype(dtype), scan_layers, remat, attention_block), variables, names, config)
+    return Loaded(Decoder(config, jnp.dtype(dtype), scan_layers, remat, attention_block), variables, names, config)
 
 
-def _read_directory(directory: pathlib.Path) -> LlamaConfig:
+def _read_directory(directory: pathlib.Path) -> DecoderConfig:
     config, generation = _parsed(directory / "config.json", read_config), directory / "generation_config.json"
     ends = _parsed(generation, lambda fields: token_ids(fields, "eos_token_id")) if generation.is_file() else ()
     return dataclasses.replace(config, eos_token_ids=ends or config.eos_token_ids)
@@ -359,30 +326,34 @@ def _parsed(file: pathlib.Path, parse: Callable[[Mapping[str, Any]], Any]) -> An
         raise InputError(f"{file}: {error}") from None
 
 
-def _check_layers(tensors: Any, config: LlamaConfig) -> None:
+def _check_layers(tensors: Any, config: DecoderConfig) -> None:
     """As many layers as the configuration says, before anything is made for each."""
-    suffix = ".input_layernorm.weight"
-    count = sum(name.startswith("model.layers.") and name.endswith(suffix) for name in tensors.shapes)
+    one = parameters(dataclasses.replace(config, num_hidden_layers=1, **_NO_LAYERS))
+    template = one["params/layer_0/self_attn/o_proj/kernel"][1].name
+    before, after = template.split(".0.", 1)
+    count = sum(name.startswith(f"{before}.") and name.endswith(f".{after}") for name in tensors.shapes)
     if count != config.num_hidden_layers:
-        headless = "embed_tokens.weight" in tensors.shapes
-        reason = ": it holds the decoder alone (no `model.` in its names); save the model with its head" if headless else ""
-        raise InputError(f"{tensors.file} has {count} layers; the configuration asks for {config.num_hidden_layers}{reason}")
+        bare = one["params/embed_tokens/embedding"][1].name.partition(".")
+        reason = f": it holds the decoder alone (no `{bare[0]}.` in its names); save the model with its head"
+        headless = bare[2] in tensors.shapes
+        raise InputError(
+            f"{tensors.file} has {count} layers; the configuration asks for {config.num_hidden_layers}{reason if headless else ''}"
+        )
 
 
-def _check_tied(tensors: Any, tied: bool) -> None:
+def _check_tied(tensors: Any, tied: bool, head: str, embedding: str) -> None:
     """A head that is stored although it is tied, or is to be tied, must be the embedding."""
-    if "lm_head.weight" not in tensors.shapes or "model.embed_tokens.weight" not in tensors.shapes:
+    if head not in tensors.shapes or embedding not in tensors.shapes:
         return
-    names = ("lm_head.weight", "model.embed_tokens.weight")
-    head, table = (parts(tensors, name) for name in names)
-    same = tensors.shapes[names[0]] == tensors.shapes[names[1]]
-    if same and all(np.array_equal(a, b) for (_, a), (_, b) in zip(head, table)):
+    same = tensors.shapes[head] == tensors.shapes[embedding]
+    if same and all(np.array_equal(a, b) for (_, a), (_, b) in zip(parts(tensors, head), parts(tensors, embedding))):
         return
     reason = "tie_word_embeddings is true" if tied else "tie=True asks for one matrix"
     advice = "correct the configuration" if tied else "leave tie out"
-    raise InputError(f"{tensors.file}: {reason}, but lm_head.weight differs from model.embed_tokens.weight: {advice}")
+    raise InputError(f"{tensors.file}: {reason}, but {head} differs from {embedding}: {advice}")
 
 
-def _is_spare(name: str) -> bool:
+def _is_spare(head: str, name: str) -> bool:
     """Buffers of old checkpoints, a head beside tied embeddings, and llama.cpp's form of the rope scaling."""
-    return name.endswith("rotary_emb.inv_freq") or name in ("lm_head.weight", "rope_freqs.weight")
+    buffers = "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"
+    return name.endswith(buffers) or name in (head, "rope_freqs.weight")

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lora_jax.models.decoder_config import LlamaConfig, read_config
+from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.families import read_config
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "llama-3-8b": dict(
@@ -31,7 +32,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
 NAMES = tuple(_FIELDS)
 
 
-def named(name: str) -> LlamaConfig:
+def named(name: str) -> DecoderConfig:
     """The sizes of one of `NAMES`.
 
     >>> named("llama-3-8b").head_dim

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_jax.core.errors import InputError
-from lora_jax.models.decoder_config import LlamaConfig
+from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.planning import compile_cache, plan, prior, topology, train_steps
 from lora_jax.planning.plan import Request, StepPlan
 
@@ -131,7 +131,7 @@ def _known(target: topology.Topology) -> topology.Topology:
 # --- candidates -------------------------------------------------------------------------------------------------------
 
 
-def _candidates(bare: Request, request: Request, given: Collection[str], config: LlamaConfig) -> list[Candidate]:
+def _candidates(bare: Request, request: Request, given: Collection[str], config: DecoderConfig) -> list[Candidate]:
     """All steps of these chips that can be cut as they say, the fastest first by the estimate."""
     target = topology.read(bare.topology)
     assert target.speed is not None
@@ -187,7 +187,7 @@ def _meshes(count: int) -> Iterator[Mapping[str, int] | None]:
 
 def _fastest(
     target: topology.Topology,
-    config: LlamaConfig,
+    config: DecoderConfig,
     candidates: Sequence[Candidate],
     progress: Callable[[str], None],
     most: int,
@@ -222,7 +222,7 @@ def _is_hopeless(one: Candidate, other: Candidate) -> bool:
     return alike and one.guess.bytes >= other.guess.bytes
 
 
-def _compiled(one: Candidate, target: topology.Topology, config: LlamaConfig, source: str, devices: Any) -> Candidate:
+def _compiled(one: Candidate, target: topology.Topology, config: DecoderConfig, source: str, devices: Any) -> Candidate:
     setup = plan.prepare(one.request.step, one.request, config, devices)
     step = plan.step_plan("lora", setup, source, target, compile_cache.compile_for)
     return dataclasses.replace(one, step=step, fits=step.fits)

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from lora_jax.models.decoder_config import LlamaConfig
+from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.planning import train_steps
 from lora_jax.planning.decoder_step import DecoderStep
 from lora_jax.sharding import batch_parts
@@ -38,7 +38,7 @@ def layers_parameters(setup: train_steps.Setup) -> int:
     return setup.summary.parameters - (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
 
 
-def _kept(step: DecoderStep, config: LlamaConfig, rows: int, size: int, cut: int) -> int:
+def _kept(step: DecoderStep, config: DecoderConfig, rows: int, size: int, cut: int) -> int:
     """The bytes that one layer keeps for its backward pass."""
     tokens, width = rows * step.length, config.hidden_size
     if step.model.remat == "full":
@@ -53,7 +53,7 @@ def _kept(step: DecoderStep, config: LlamaConfig, rows: int, size: int, cut: int
     return size * tokens * (products + rest) + weights
 
 
-def _scores(step: DecoderStep, config: LlamaConfig, rows: int) -> int:
+def _scores(step: DecoderStep, config: DecoderConfig, rows: int) -> int:
     """How many attention scores there are at once."""
     return rows * config.num_attention_heads * step.queries * step.length
 

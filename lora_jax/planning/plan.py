@@ -16,7 +16,8 @@ from lora_jax.core.errors import InputError, MissingError
 from lora_jax.core.fields import check, option
 from lora_jax.core.files import read_json_object
 from lora_jax.models import llama, presets
-from lora_jax.models.decoder_config import LlamaConfig, read_config
+from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.families import read_config
 from lora_jax.planning import memory_estimate, topology, train_steps
 from lora_jax.planning.collectives import Collective
 from lora_jax.planning.decoder_step import PROJECTIONS, DecoderStep, ModelOptions, Remat
@@ -240,7 +241,7 @@ def make(request: Request, progress: Callable[[str], None] = lambda text: None) 
 def make_for(
     request: Request,
     step: Callable[[Any], DecoderStep],
-    config: LlamaConfig,
+    config: DecoderConfig,
     tx: optax.GradientTransformation = train_steps.OPTIMIZER,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
@@ -299,7 +300,7 @@ def sources(target: topology.Topology) -> Iterator[tuple[str, Sequence[Any] | No
 def prepare(
     step: Callable[[Any], DecoderStep],
     request: Request,
-    config: LlamaConfig,
+    config: DecoderConfig,
     devices: Sequence[Any] | None,
     tx: optax.GradientTransformation = train_steps.OPTIMIZER,
 ) -> train_steps.Setup:
@@ -308,7 +309,7 @@ def prepare(
     return train_steps.prepare(own, config, tx, None if devices is None or own.mesh is not None else devices[0])
 
 
-def read_sizes(model: str) -> LlamaConfig:
+def read_sizes(model: str) -> DecoderConfig:
     """The sizes of a model by its name, its `config.json`, or the directory or `.gguf` file that it is in."""
     if model in presets.NAMES:
         return presets.named(model)

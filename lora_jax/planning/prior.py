@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from lora_jax.models.decoder_config import LlamaConfig
+from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.planning import memory_estimate, train_steps
 from lora_jax.planning.decoder_step import DecoderStep
 from lora_jax.planning.topology import Speed
@@ -54,7 +54,7 @@ def _seconds(setup: train_steps.Setup, speed: Speed) -> float:
     return computed + read / speed.memory + _sent(setup, passes, size, kernels) / speed.network
 
 
-def _attention_flops(step: DecoderStep, config: LlamaConfig) -> float:
+def _attention_flops(step: DecoderStep, config: DecoderConfig) -> float:
     """Of scores and values: forward and twice backward, and once more where they are computed again."""
     again = (step.queries < step.length) + (step.model.remat != "none")
     causal = 1 if step.queries == step.length else (1 + step.queries / step.length) / 2

@@ -56,7 +56,7 @@ def base_directory(config: RunConfig) -> pathlib.Path:
     return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
 
 
-def sizes(config: RunConfig) -> llama.LlamaConfig:
+def sizes(config: RunConfig) -> llama.DecoderConfig:
     """The sizes of the run's base, without its weights.
 
     Raises:
@@ -66,7 +66,7 @@ def sizes(config: RunConfig) -> llama.LlamaConfig:
     return dataclasses.replace(found, tie_word_embeddings=found.tie_word_embeddings and not config.untie)
 
 
-def check_length(config: RunConfig, found: llama.LlamaConfig) -> None:
+def check_length(config: RunConfig, found: llama.DecoderConfig) -> None:
     """Raise an InputError where a row is longer than the base's positions."""
     if config.max_length > found.max_position_embeddings:
         raise InputError(f"max_length {config.max_length} is above the {found.max_position_embeddings} positions of the model")
