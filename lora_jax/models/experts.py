@@ -100,7 +100,7 @@ class MixtureOfExperts(nn.Module):
 
         every = jnp.broadcast_to(x, (self.experts.count, *x.shape))
         out = product(self._gated(product(every, *kernels["gate_up_proj"])), *kernels["down_proj"])
-        chosen = indices[:, :, None] == jnp.arange(self.experts.count)
+        chosen = indices[:, :, None] == jnp.arange(self.experts.count)[None, None]
         share = jnp.where(chosen, weights[:, :, None], 0).sum(1).astype(x.dtype)
         return jnp.einsum("te,eth->th", share, out)
 

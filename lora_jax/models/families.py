@@ -42,6 +42,7 @@ class Family:
       defaults: what fields of `config.json` are where it lacks them.
       ignored: fields of `config.json` that change nothing that is computed here.
       names: what the tensors of our modules are called, without `.weight`, where it is not as in Llama.
+      partial: whether a part of each head may be rotated alone.
       conv1d: whether the kernels are stored as they are here, `(in, out)`.
       stored: the names and axes in files of the joined kernels of experts, where they are not as in memory.
     """
@@ -52,6 +53,7 @@ class Family:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    partial: bool = False
     conv1d: bool = False
     stored: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
@@ -302,6 +304,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         architecture="Phi3ForCausalLM",
         parts=_phi3,
+        partial=True,
         ignored=("embd_pdrop", "resid_pdrop", "original_max_position_embeddings"),
     ),
     "olmo2": Family(architecture="Olmo2ForCausalLM", parts=_olmo2, defaults={"rms_norm_eps": 1e-5}),
@@ -323,6 +326,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         architecture="GPTNeoXForCausalLM",
         parts=_gpt_neox,
+        partial=True,
         fields={"norm_eps": "layer_norm_eps"},
         defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
         ignored=("hidden_dropout", "classifier_dropout"),
@@ -407,7 +411,7 @@ def read_config(fields: Mapping[str, Any]) -> DecoderConfig:
         "pad_token_id": next(iter(token_ids(fields, "pad_token_id")), None),
     }
     if not parts.get("learnt_positions") and "rope_theta" not in parts:
-        parts = read_rope(read, sizes["head_dim"]) | parts
+        parts = read_rope(read, sizes["head_dim"], family.partial) | parts
     read.ignore(*family.ignored)
     read.refuse_others()
     return DecoderConfig(model_type=model_type, source=json.dumps(dict(fields)), **sizes | parts)
@@ -445,6 +449,8 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
 
 def _llama_fields(config: DecoderConfig) -> dict[str, Any]:
     """The fields of a model of the Llama family that was not read from a `config.json`."""
+    if config.model_type not in ("llama", "mistral", "qwen2"):
+        raise InputError(f"a {config.model_type!r} that was not read from a config.json can't be written as one")
     rope: dict[str, Any] = {"rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         kind = "linear" if isinstance(config.rope_scaling, LinearRope) else "llama3"

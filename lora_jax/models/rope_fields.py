@@ -21,8 +21,13 @@ _KINDS: dict[str, type[Scaling] | None] = {
 _OF_ALL = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
-def read_rope(fields: Fields, head_dim: int) -> dict[str, Any]:
+def read_rope(fields: Fields, head_dim: int, partial: bool) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling` and `rotary_dim` of a decoder whose layers all rotate alike.
+
+    Args:
+      fields: those of the file.
+      head_dim: the size of a head.
+      partial: whether a part of it may be rotated alone.
 
     Raises:
       InputError: settings that are out of range or not known.
@@ -33,6 +38,8 @@ def read_rope(fields: Fields, head_dim: int) -> dict[str, Any]:
     rope = _rope(settings, fields, _theta(fields))
     part = settings.get("partial_rotary_factor", _partial(fields))
     check_number("partial_rotary_factor", part, float)
+    if part != 1 and not partial:
+        raise InputError(f"partial_rotary_factor is {part}; this family rotates whole heads")
     rotated = int(head_dim * part)
     return {"rope_theta": rope.theta, "rope_scaling": rope.scaling, "rotary_dim": None if part == 1 else rotated}
 

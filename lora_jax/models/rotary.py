@@ -159,7 +159,7 @@ def turns(rope: Rope | None, dim: int, positions: jax.Array) -> tuple[jax.Array,
     if rope is None:
         still = jnp.zeros((*positions.shape, 1, dim // 2), jnp.float32)
         return still + 1, still
-    angles = positions[:, :, None, None].astype(jnp.float32) * rope.frequencies(dim, positions.max() + 1)
+    angles = positions[:, :, None, None].astype(jnp.float32) * rope.frequencies(dim, positions.max() + 1)[None, None, None]
     factor = 1.0 if rope.scaling is None else rope.scaling.attention_factor
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

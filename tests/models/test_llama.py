@@ -12,7 +12,9 @@ import lora_jax as lj
 from lora_jax.core import paths
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import llama
-from lora_jax.models.decoder_config import Llama3Rope, LlamaConfig, read_config
+from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.families import read_config
+from lora_jax.models.rotary import Llama3Rope
 from lora_jax.planning.flops import dot_flops
 from tests.support.identity import distance, random_adapters
 from tests.support.marks import checkerboard, every_other
@@ -396,8 +398,8 @@ def test_windows():
 
 
 BAD_CONFIGS = {
-    "other architecture": ({"model_type": "gemma"}, "the model_type is 'gemma'; this loader reads 'llama', 'mistral', 'qwen2'"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    "other architecture": ({"model_type": "falcon"}, "the model_type is 'falcon'; this loader reads 'llama', 'mistral', 'qwen2'"),
+    "activation": ({"hidden_act": "quick_gelu"}, "the activation is 'quick_gelu'"),
     "quantised": ({"quantization_config": {"bits": 4}}, "has a quantization_config"),
     "missing size": ({"vocab_size": None}, "it lacks vocab_size"),
     "negative size": ({"vocab_size": -1}, "vocab_size must be a positive whole number, not -1"),
@@ -407,12 +409,13 @@ BAD_CONFIGS = {
     "too many sliding layers": ({"model_type": "mistral", "num_hidden_layers": 10**12}, "at most 10000 can be read"),
     "heads": ({"num_key_value_heads": 3}, "num_attention_heads 2, num_key_value_heads 3"),
     "odd heads": ({"head_dim": 3}, "head_dim must be even"),
-    "yarn": ({"rope_scaling": {"rope_type": "yarn"}}, "the rope_type is 'yarn'"),
-    "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "the rope_type is 'dynamic'"),
+    "unknown scaling": ({"rope_scaling": {"rope_type": "x"}}, "the rope_type is 'x'"),
+    "scaling's option": ({"rope_scaling": {"type": "linear", "factor": 2.0, "x": 1}}, "the type 'linear' have x, which can't"),
+    "unknown field": ({"twist": 1}, "fields that this loader does not know: twist .1."),
     "scaling without a factor": ({"rope_scaling": {"type": "linear"}}, "the rope scaling's factor must be a positive number"),
     "scaling is a list": ({"rope_scaling": [1]}, "rope_parameters must be an object"),
-    "frequencies by layer": ({"rope_parameters": {"full_attention": {}}}, "every layer must rotate its whole heads alike"),
-    "part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    "frequencies by layer": ({"rope_parameters": {"full_attention": {}}}, "every layer of this family must rotate alike"),
+    "part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; this family rotates whole heads"),
     "flag": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
     "end": ({"eos_token_id": "x"}, "eos_token_id must be a token id or a list of them"),
     "layer types": (
@@ -431,7 +434,7 @@ def test_bad_configurations(case):
 
 
 def test_random_weights():
-    sizes = LlamaConfig(**SIZES, num_key_value_heads=1, head_dim=4, max_position_embeddings=16)
+    sizes = DecoderConfig(**SIZES, num_key_value_heads=1, head_dim=4, max_position_embeddings=16)
     made, same = llama.init(sizes, jax.random.key(1)), llama.init(sizes, jax.random.key(1), remat="full")
     assert distance(made.variables, same.variables) == 0
     stacked = llama.init(sizes, jax.random.key(1), scan_layers=True, dtype=jnp.bfloat16)

@@ -47,7 +47,7 @@ def make_bert():
 
 
 def make_llama(tied=False):
-    return t.LlamaForCausalLM(t.LlamaConfig(num_hidden_layers=3, num_key_value_heads=2, tie_word_embeddings=tied, **SIZES))
+    return t.LlamaForCausalLM(t.DecoderConfig(num_hidden_layers=3, num_key_value_heads=2, tie_word_embeddings=tied, **SIZES))
 
 
 def make_gpt2():

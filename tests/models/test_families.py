@@ -1,0 +1,199 @@
+"""Each family of decoders against the logits that transformers and PEFT gave, in every form of the model."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import lora_jax as lj
+from lora_jax.core import paths
+from lora_jax.core.errors import InputError
+from lora_jax.models import families, llama
+from lora_jax.models.config_fields import OF_NO_ACCOUNT
+from tests.support.identity import distance, random_adapters
+
+DATA = pathlib.Path(__file__).parents[1] / "data" / "families"
+CASES = (
+    "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama_yarn", "mixtral", "olmo2", "phi3", "phi3_longrope", "qwen3",
+    "qwen3_moe", "smollm3", "starcoder2",
+)  # fmt: skip
+FORMS = {"unrolled": {}, "scanned": {"scan_layers": True, "remat": "full"}}
+
+
+def relative(got, want):
+    return float(np.abs(np.asarray(got, np.float32) - want).max() / np.abs(want).max())
+
+
+def truth(case):
+    ids = load_file(DATA / case / "inputs.safetensors")["input_ids"]
+    expected = load_file(DATA / case / "expected.safetensors")
+    return jnp.asarray(ids, jnp.int32), expected["base_output"], expected["output"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers_and_peft(case, form):
+    ids, base, adapted = truth(case)
+    loaded = llama.load(DATA / case / "base", **FORMS[form])
+    adapters = lj.peft.load(DATA / case / "adapter", loaded.variables, names=loaded.names)
+    apply = jax.jit(lj.lora(loaded.apply))
+    assert relative(jax.jit(loaded.apply)(loaded.variables, ids), base) < 1e-5
+    assert relative(apply(lj.attach(loaded.variables, adapters), ids), adapted) < 1e-5
+    merged = lj.merge(loaded.variables, adapters)
+    assert relative(jax.jit(loaded.apply)(merged, ids), adapted) < 1e-5
+
+
+def experts_of(case, dtype, ids):
+    """The experts that each token goes through, in order: `(layers, batch, length, chosen)`."""
+    loaded = llama.load(DATA / case / "base", dtype=dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        _, logits = jax.jit(lambda v: loaded.model.apply(v, ids, routing=True))(loaded.variables)
+    return np.sort(jax.lax.top_k(logits.astype(jnp.float32), loaded.config.experts.chosen)[1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16(case):
+    """Up to the token of a row, if any, that rounding sends to another expert, as it does in transformers."""
+    ids, base, _ = truth(case)
+    loaded = llama.load(DATA / case / "base", dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):  # within `jax.nn.dot_product_attention`
+        got = np.asarray(jax.jit(loaded.apply)(loaded.variables, ids), np.float32)
+    same = np.ones(ids.shape, bool)
+    if loaded.config.experts is not None:
+        routes = [experts_of(case, dtype, ids) for dtype in (jnp.float32, jnp.bfloat16)]
+        same = np.logical_and.accumulate((routes[0] == routes[1]).all((0, 3)), axis=1)
+        assert same.sum() >= 4
+    assert np.linalg.norm((got - base)[same]) < 2e-2 * np.linalg.norm(base[same])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_adapters_are_written_as_they_were_read(case, form, tmp_path):
+    loaded = llama.load(DATA / case / "base", **FORMS[form])
+    adapters = lj.peft.load(DATA / case / "adapter", loaded.variables, names=loaded.names)
+    lj.peft.save(tmp_path, adapters, names=loaded.names)
+    written, read = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, DATA / case / "adapter"))
+    assert written.keys() == read.keys()
+    for name, tensor in read.items():
+        np.testing.assert_allclose(written[name], tensor, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_padding_on_the_left_changes_nothing(case):
+    ids, base, _ = truth(case)
+    loaded = llama.load(DATA / case / "base")
+    padded, mask = (jnp.pad(x, ((0, 0), (3, 0))) for x in (ids, jnp.ones_like(ids)))
+    assert relative(jax.jit(loaded.apply)(loaded.variables, padded, mask)[:, 3:], base) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_with_a_cache_are_those_without(case, form):
+    ids, count = truth(case)[0], 20
+    loaded = llama.load(DATA / case / "base", **FORMS[form])
+    step, row = jax.jit(loaded.apply), jnp.pad(ids, ((0, 0), (0, count)))
+    for last in range(ids.shape[1], ids.shape[1] + count):
+        row = row.at[:, last].set(jnp.argmax(step(loaded.variables, row)[:, last - 1], axis=-1).astype(jnp.int32))
+    made = llama.generate(loaded, loaded.variables, ids, max_new_tokens=count)
+    np.testing.assert_array_equal(made.tokens, row[:, -count:])
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gpt_oss", "gemma3"])
+def test_blocks_of_queries_give_the_same(case):
+    ids, base, _ = truth(case)
+    loaded = llama.load(DATA / case / "base", attention_block=4)
+    assert relative(jax.jit(loaded.apply)(loaded.variables, ids), base) < 1e-5
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_are_those_of_the_module_and_of_the_file(case, scan_layers):
+    loaded = llama.load(DATA / case / "base", scan_layers=scan_layers)
+    made = jax.eval_shape(loaded.model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    shapes = lambda tree: {path: leaf.shape for path, leaf in paths.flatten(tree)[0].items()}
+    assert shapes(made) == shapes(loaded.variables)
+    config = families.read_config(families.hf_config(loaded.config))
+    assert config == loaded.config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_are_those_of_the_logits(case):
+    ids, base, _ = truth(case)
+    loaded = llama.load(DATA / case / "base")
+    got = jax.jit(loaded.losses)(loaded.variables, ids, jnp.roll(ids, -1, axis=1))
+    want = -jax.nn.log_softmax(jnp.asarray(base), axis=-1)
+    want = jnp.take_along_axis(want, jnp.roll(ids, -1, axis=1)[:, :, None], axis=-1)[..., 0]
+    assert distance(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["gemma3", "gpt_neox", "phi3", "gpt2", "gpt_oss", "mixtral"])
+def test_gradients_are_those_of_merged_weights(case):
+    ids, _, _ = truth(case)
+    loaded = llama.load(DATA / case / "base")
+    labels = jnp.roll(ids, -1, axis=1)
+    config = lj.LoraConfig(rank=2, alpha=3)
+    init = lambda variables: lj.init(jax.random.key(0), config, loaded.apply, variables, ids)
+    adapters = random_adapters(jax.eval_shape(init, loaded.variables), jnp.float32)
+    ours = lambda a: lj.lora(loaded.losses)(lj.attach(loaded.variables, a), ids, labels).mean()
+    merged = lambda a: loaded.losses(lj.merge(loaded.variables, a), ids, labels).mean()
+    (loss, grads), (want, wanted) = (jax.jit(jax.value_and_grad(f))(adapters) for f in (ours, merged))
+    assert distance(loss, want) < 1e-5 and distance(grads, wanted) < 1e-4
+
+
+# Fields that say nothing about the logits of these inputs: what files are for, the length of the longest text, ends, sizes that
+# the family has no use for, and those of training.
+SUMMARY = {f"summary_{name}" for name in ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")}
+NO_ACCOUNT = {
+    "gemma3": {"_sliding_window_pattern"},  # beside layer_types
+    "gpt2": {"resid_pdrop", "embd_pdrop", "attn_pdrop", "reorder_and_upcast_attn"} | SUMMARY,
+    "gpt_neox": {"num_key_value_heads", "classifier_dropout", "hidden_dropout", "is_decoder"},
+    "mixtral": {"router_jitter_noise"},
+    "phi3": {"original_max_position_embeddings", "embd_pdrop", "resid_pdrop"},
+    "phi3_longrope": {"original_max_position_embeddings", "embd_pdrop", "resid_pdrop"},  # the first beside the rotary settings'
+    "qwen3": {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},  # the last two need each other
+    "qwen3_moe": {"sliding_window", "use_sliding_window"},
+    "smollm3": {"layer_types", "sliding_window", "use_sliding_window", "no_rope_layer_interval"},  # the last beside no_rope_layers
+    "starcoder2": {"embedding_dropout", "residual_dropout"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_field_is_honoured_or_refused(case, tmp_path):
+    fields = json.loads((DATA / case / "base" / "config.json").read_text())
+    config = families.read_config(fields)
+    for name, value in fields.items():
+        if name in {*OF_NO_ACCOUNT, *NO_ACCOUNT.get(case, ())}:
+            continue
+        for other in perturbed(value):
+            try:
+                changed = families.read_config({**fields, name: other})
+            except (InputError, ValueError):
+                continue
+            assert changed != config, f"{name}: {other!r} changes nothing"
+
+
+@pytest.mark.parametrize("case", ["qwen3", "qwen3_moe", "smollm3"])
+def test_windows_that_are_switched_on(case):
+    fields = json.loads((DATA / case / "base" / "config.json").read_text()) | {"use_sliding_window": True, "sliding_window": 3}
+    fields.pop("layer_types", None)
+    still = {"qwen3": (None,) * 4, "qwen3_moe": (3,) * 4, "smollm3": (None, None, None, 3)}
+    assert families.read_config(fields).windows == still[case]
+
+
+def perturbed(value):
+    """Other values of the same kind."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [value * 2 + 1]
+    if isinstance(value, str):
+        return [value + "x"]
+    if isinstance(value, list):
+        return [value[:-1]] + ([value[::-1]] if value != value[::-1] else []) if value else [[0]]
+    if isinstance(value, dict):
+        return [{**value, k: other} for k, v in value.items() for other in perturbed(v)] + [{**value, "twist": 1}]
+    return [3]
