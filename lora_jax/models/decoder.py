@@ -250,7 +250,8 @@ class Layer(nn.Module):
         if not self.has_experts:
             return MLP(self.config, self.param_dtype, self.gather, name="mlp")(x), None
         act = ACTIVATIONS[self.config.activation]
-        return MixtureOfExperts(self.config.experts, act, self.param_dtype, self.dense_experts, name="mlp")(x)
+        options = self.param_dtype, self.dense_experts, self.activations
+        return MixtureOfExperts(self.config.experts, act, *options, name="mlp")(x)
 
 
 def _scaled(x: jax.Array, factor: float) -> jax.Array:

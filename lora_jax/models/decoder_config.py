@@ -149,6 +149,11 @@ class DecoderConfig:
         return tuple(None if i in still else rope for i, rope in enumerate(own))
 
     @property
+    def active_width(self) -> int:
+        """The inner width that a token goes through in a layer, of all the experts that it chooses where there are some."""
+        return self.intermediate_size if self.experts is None else self.experts.chosen * self.experts.width
+
+    @property
     def has_experts(self) -> tuple[bool, ...]:
         """Whether each layer has experts."""
         layers = () if self.experts is None else set(self.experts.layers)

@@ -60,9 +60,9 @@ def stored(config: DecoderConfig, scan_layers: bool = False) -> dict[str, HFName
     found = {}
     for path, (_, name) in parameters(config, scan_layers).items():
         _, place, *module = path.split("/")
-        template, axes = family.stored.get("/".join(module[:-1]), ("", ""))
+        template, axes = family.stored.get("/".join(["experts", *module[1:-1]]), ("", ""))
         mark = "l " if place == "layers" else ""
-        if module[-1:] == ["kernel"] and name.axes.split("->")[0] == f"{mark}{axes}".split("->")[0]:
+        if module[:1] == ["mlp"] and module[-1] == "kernel" and name.axes.split("->")[0] == f"{mark}{axes}".split("->")[0]:
             layer = "{l}" if place == "layers" else place.removeprefix("layer_")
             found[path] = HFName(f"{_names(config)['layers']}.{layer}.{template}", mark + axes)
     return found
@@ -106,10 +106,10 @@ def _layer(config: DecoderConfig, names: dict[str, str], has_experts: bool) -> I
     conv1d = FAMILIES[config.model_type].conv1d
     for path, (into, out, bias) in _dense(config, has_experts).items():
         kind: Kind = "conv1d" if conv1d else "parameter" if path == "mlp/router" else "linear"
-        axes = "i o -> i o" if conv1d else "i o -> o i"
-        yield _OfLayer(f"{path}/kernel", (into, out), f"{theirs(path)}.weight", axes, kind)
+        axes, name = "i o -> i o" if conv1d else "i o -> o i", theirs("experts/router" if path == "mlp/router" else path)
+        yield _OfLayer(f"{path}/kernel", (into, out), f"{name}.weight", axes, kind)
         if bias:
-            yield _OfLayer(f"{path}/bias", (out,), f"{theirs(path)}.bias", "o -> o")
+            yield _OfLayer(f"{path}/bias", (out,), f"{name}.bias", "o -> o")
     if has_experts:
         yield from _experts(config, theirs)
 
@@ -140,7 +140,7 @@ def _experts(config: DecoderConfig, theirs: Callable[[str], str]) -> Iterator[_O
     turned = experts.interleaved
     kind: Kind = "parameter_transposed" if turned else "parameter"
     halves = (experts.width, 2) if turned else (2, experts.width)
-    up, down = theirs("mlp/gate_up_proj"), theirs("mlp/down_proj")
+    up, down = theirs("experts/gate_up_proj"), theirs("experts/down_proj")
     axes = ("e i o c -> e i (o c)", "e i o -> e i o") if turned else ("e i c o -> e (c o) i", "e i o -> e o i")
     yield _OfLayer("mlp/gate_up_proj/kernel", (experts.count, width, *halves), up, axes[0], kind, 0)
     yield _OfLayer("mlp/down_proj/kernel", (experts.count, experts.width, width), down, axes[1], kind, 1)

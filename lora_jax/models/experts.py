@@ -60,13 +60,15 @@ class MixtureOfExperts(nn.Module):
     router's logits `(batch, length, experts)`.
 
     The tokens are sorted by expert, so that each expert's are one group of a `ragged_dot`; or, if `dense`, every expert sees
-    every token, which costs more products and no sorting.
+    every token, which costs more products and no sorting. On a mesh (`rows` says where a batch is) each device sorts its own
+    tokens, and the kernels come to them; along the axis `model` the experts' inner width is cut.
     """
 
     experts: Experts
     activation: Callable[[jax.Array], jax.Array]
     param_dtype: Any
     dense: bool = False
+    rows: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -78,8 +80,26 @@ class MixtureOfExperts(nn.Module):
             name: ExpertKernels((experts.count, *shape), experts.bias, self.param_dtype, name=name)()
             for name, shape in (("gate_up_proj", (hidden, *halves)), ("down_proj", (experts.width, hidden)))
         }
-        run = self._dense if self.dense else self._ragged
+        run = self._dense if self.dense else self._ragged if self.rows is None else self._on_mesh()
         return run(x.reshape(-1, hidden), kernels, weights.astype(x.dtype), indices).reshape(x.shape), logits
+
+    def _on_mesh(self) -> Callable[..., jax.Array]:
+        """`_ragged` of each device's own tokens."""
+        mesh, rows = self.rows.mesh, jax.P(*self.rows.spec[:1])
+        cut = "model" if "model" in mesh.shape else None
+        inner = (cut, None) if self.experts.interleaved else (None, cut)
+        places = {"gate_up_proj": (jax.P(None, None, *inner), jax.P(None, *inner)), "down_proj": (jax.P(None, cut), jax.P())}
+        if not self.experts.bias:
+            places = {name: (kernel, None) for name, (kernel, _) in places.items()}
+
+        def local(x: jax.Array, kernels: Any, weights: jax.Array, indices: jax.Array) -> jax.Array:
+            if cut is None:
+                return self._ragged(x, kernels, weights, indices)
+            kernel, bias = kernels["down_proj"]
+            share = None if bias is None else bias / mesh.shape[cut]  # which the sum adds up again
+            return lax.psum(self._ragged(x, kernels | {"down_proj": (kernel, share)}, weights, indices), cut)
+
+        return jax.shard_map(local, mesh=mesh, in_specs=(rows, places, rows, rows), out_specs=rows)
 
     def _ragged(self, x: jax.Array, kernels: Any, weights: jax.Array, indices: jax.Array) -> jax.Array:
         order = jnp.argsort(indices.reshape(-1), stable=True)
@@ -106,9 +126,9 @@ class MixtureOfExperts(nn.Module):
 
     def _gated(self, joined: jax.Array) -> jax.Array:
         """`act(gate) * up` of the joined product `(*tokens, 2 * width)`."""
-        experts, width = self.experts, self.experts.width
+        experts = self.experts
         if experts.interleaved:
-            gate, up = (joined.reshape(*joined.shape[:-1], width, 2)[..., i] for i in range(2))
+            gate, up = (joined.reshape(*joined.shape[:-1], -1, 2)[..., i] for i in range(2))
         else:
             gate, up = jnp.split(joined, 2, axis=-1)
         if experts.limit is None:

@@ -245,7 +245,7 @@ def _gpt2(fields: Fields) -> dict[str, Any]:
 
 
 _PLAIN_MLP = {"mlp/up_proj": "mlp.c_fc", "mlp/down_proj": "mlp.c_proj"}
-_ROUTER = {"mlp/router": "mlp.gate", "mlp/gate_up_proj": "mlp.experts.gate_up_proj", "mlp/down_proj": "mlp.experts.down_proj"}
+_EXPERTS = {f"experts/{name}_proj": f"mlp.experts.{name}_proj" for name in ("gate_up", "down")} | {"experts/router": "mlp.gate"}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(architecture="LlamaForCausalLM", parts=_llama),
@@ -259,10 +259,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
         parts=_qwen3_moe,
-        names=_ROUTER,
+        names=_EXPERTS,
         stored={
-            "mlp/gate_up_proj": ("mlp.experts.{e}.{c:gate|up}_proj.weight", "e i c o -> o i"),
-            "mlp/down_proj": ("mlp.experts.{e}.down_proj.weight", "e i o -> o i"),
+            "experts/gate_up_proj": ("mlp.experts.{e}.{c:gate|up}_proj.weight", "e i c o -> o i"),
+            "experts/down_proj": ("mlp.experts.{e}.down_proj.weight", "e i o -> o i"),
         },
     ),
     "mixtral": Family(
@@ -270,11 +270,11 @@ FAMILIES: dict[str, Family] = {
         parts=_mixtral,
         defaults={"num_key_value_heads": 8, "rope_theta": 1e6},
         ignored=("router_jitter_noise",),
-        names=_ROUTER,
+        names=_EXPERTS,
         stored={
-            "mlp/router": ("block_sparse_moe.gate.weight", "i o -> o i"),
-            "mlp/gate_up_proj": ("block_sparse_moe.experts.{e}.{c:w1|w3}.weight", "e i c o -> o i"),
-            "mlp/down_proj": ("block_sparse_moe.experts.{e}.w2.weight", "e i o -> o i"),
+            "experts/router": ("block_sparse_moe.gate.weight", "i o -> o i"),
+            "experts/gate_up_proj": ("block_sparse_moe.experts.{e}.{c:w1|w3}.weight", "e i c o -> o i"),
+            "experts/down_proj": ("block_sparse_moe.experts.{e}.w2.weight", "e i o -> o i"),
         },
     ),
     "gpt_oss": Family(
@@ -282,7 +282,7 @@ FAMILIES: dict[str, Family] = {
         parts=_gpt_oss,
         defaults={"head_dim": 64, "num_key_value_heads": 8, "rope_theta": 150_000.0},
         ignored=("initial_context_length",),
-        names=_ROUTER | {"mlp/router": "mlp.router"},
+        names=_EXPERTS | {"experts/router": "mlp.router"},
     ),
     "gemma": Family(
         architecture="GemmaForCausalLM",

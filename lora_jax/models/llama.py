@@ -95,11 +95,28 @@ class Loaded:
           labels: `(batch, length)`: for each token the one that should follow.
           options: of `apply`, but for `last_only` and `hidden`.
         """
-        hidden = self.apply(variables, input_ids, hidden=True, **options)
+        return self._losses(variables, self.apply(variables, input_ids, hidden=True, **options), labels)
+
+    def balanced_losses(self, variables: Any, input_ids: Any, labels: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+        """The `losses` of a mixture of experts, and how unevenly its experts are used: `experts.balance_loss`.
+
+        In training its multiple is added to the mean loss, `config.experts.balance` times in the model's own. Tokens of
+        padding (`attention_mask`) do not count.
+
+        Raises:
+          InputError: the model has no experts.
+        """
+        if self.config.experts is None:
+            raise InputError(f"a {self.config.model_type!r} without experts has no balance loss: take losses")
+        hidden, routing = self.model.apply(variables, input_ids, hidden=True, routing=True, **options)
+        uneven = balance_loss(routing, self.config.experts.chosen, options.get("attention_mask"))
+        return self._losses(variables, hidden, labels), uneven
+
+    def _losses(self, variables: Any, hidden: jax.Array, labels: Any) -> jax.Array:
         rows = self.model.activations
         if rows is None:
             return token_cross_entropy(functools.partial(self.head, variables), hidden, labels)
-        parts = input_ids.shape[0] // rows.shard_shape(input_ids.shape)[0]
+        parts = labels.shape[0] // rows.shard_shape(labels.shape)[0]
         head = functools.partial(self.head, self._gather_head(variables))
         return token_cross_entropy(head, hidden, labels, parts=parts)
 
@@ -191,6 +208,7 @@ def load(
     scan_layers: bool = False,
     remat: Remat | None = None,
     attention_block: int | None = None,
+    dense_experts: bool = False,
     tie: bool | None = None,
     sharding: Sharding = None,
     quantize: str | None = None,
@@ -211,6 +229,7 @@ def load(
         products with weights; `"full"`: all of a layer but its input.
       attention_block: compute the attention of at most so many queries at a time, and its scores again in the backward pass:
         no scores of all tokens are held then.
+      dense_experts: let every expert see every token, which pays off where a layer has few more than a token goes through.
       tie: whether the head is the embedding; `None`: as in the checkpoint. `False` gives a tied checkpoint a head of its own.
       sharding: where the parameters go: one sharding for all, or a function of (path, shape).
       quantize: `"nf4"`, `"int4"`, `"int8"` or `"fp8"`: the kernels of the layers are quantised, as `lora_jax.quantize` does;
@@ -245,7 +264,7 @@ def load(
     checkpoint_files.check(tensors, wanted, functools.partial(_is_spare, head.name))
     reader = Reader(tensors, jnp.dtype(dtype), sharding, quantize, block)
     leaves = {path: reader.read(path, names[path], shape) for path, (shape, _) in table.items()}
-    return _loaded(config, dtype, scan_layers, remat, attention_block, leaves)
+    return _loaded(config, dtype, scan_layers, remat, attention_block, dense_experts, leaves)
 
 
 def init(
@@ -256,6 +275,7 @@ def init(
     scan_layers: bool = False,
     remat: Remat | None = None,
     attention_block: int | None = None,
+    dense_experts: bool = False,
 ) -> Loaded:
     """A model with random weights: kernels and embeddings from a normal distribution of deviation 0.02.
 
@@ -276,7 +296,7 @@ def init(
         return (0.02 * jax.random.normal(paths.fold_in(key, path), shape)).astype(dtype)
 
     leaves = {path: leaf(path, shape) for path, (shape, _) in parameters(config, scan_layers).items()}
-    return _loaded(config, dtype, scan_layers, remat, attention_block, leaves)
+    return _loaded(config, dtype, scan_layers, remat, attention_block, dense_experts, leaves)
 
 
 def abstract(
@@ -286,11 +306,12 @@ def abstract(
     scan_layers: bool = False,
     remat: Remat | None = None,
     attention_block: int | None = None,
+    dense_experts: bool = False,
 ) -> Loaded:
     """A model without weights, with a `jax.ShapeDtypeStruct` for each parameter: to trace and to compile."""
     _check_remat(remat)
     leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, _) in parameters(config, scan_layers).items()}
-    return _loaded(config, dtype, scan_layers, remat, attention_block, leaves)
+    return _loaded(config, dtype, scan_layers, remat, attention_block, dense_experts, leaves)
 
 
 def _check_remat(remat: Any) -> None:
@@ -299,7 +320,13 @@ def _check_remat(remat: Any) -> None:
 
 
 def _loaded(
-    config: DecoderConfig, dtype: Any, scan_layers: bool, remat: Remat | None, attention_block: int | None, leaves: dict[str, Any]
+    config: DecoderConfig,
+    dtype: Any,
+    scan_layers: bool,
+    remat: Remat | None,
+    attention_block: int | None,
+    dense_experts: bool,
+    leaves: dict[str, Any],
 ) -> Loaded:
     variables: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -309,7 +336,8 @@ def _loaded(
             node = node.setdefault(parent, {})
         node[last] = leaf
     names = {path: name for path, (_, name) in parameters(config, scan_layers).items()}
-    return Loaded(Decoder(config, jnp.dtype(dtype), scan_layers, remat, attention_block), variables, names, config)
+    model = Decoder(config, jnp.dtype(dtype), scan_layers, remat, attention_block, dense_experts=dense_experts)
+    return Loaded(model, variables, names, config)
 
 
 def _read_directory(directory: pathlib.Path) -> DecoderConfig:

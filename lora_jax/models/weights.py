@@ -19,7 +19,7 @@ from lora_jax.huggingface.names import HFName
 from lora_jax.sharding import part_shardings
 
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
-KERNELS = r"re:.*/layer(s|_\d+)/.*/kernel"  # of the layers, in each of the models here
+KERNELS = r"re:.*/layer(s|_\d+)/(?!mlp/router/).*/kernel"  # of the layers, in each of the models here; routers stay exact
 _AT_A_TIME = 2**18  # values
 _ALIGNMENT = 64  # bytes
 

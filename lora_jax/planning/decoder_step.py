@@ -18,9 +18,9 @@ from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
 from lora_jax.core.weighted import Weighted
 from lora_jax.models import llama
+from lora_jax.models.weights import KERNELS
 from lora_jax.training import train
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Remat = Literal["none", "products", "full"]
 
 
@@ -56,8 +56,7 @@ class ModelOptions:
         model = llama.abstract(config, **self._computed())
         variables = model.variables
         if self.quantize is not None:
-            kernels = [f"{name}/kernel" for name in PROJECTIONS]  # and not the biases of Qwen2
-            made = functools.partial(quantize, targets=kernels, dtype=self.quantize, block=self.block or 64)
+            made = functools.partial(quantize, targets=[KERNELS], dtype=self.quantize, block=self.block or 64)
             variables = jax.eval_shape(made, variables)
         if mesh is not None:
             variables = sharding.place_shapes(variables, llama.shardings(mesh, variables))
@@ -131,6 +130,17 @@ class DecoderStep:
             return mean_loss(lora(model.losses, key=key), params, batch)
 
         return loss
+
+
+def projections(config: llama.DecoderConfig) -> tuple[str, ...]:
+    """The modules of a model's layers whose kernels adapters are usually for: all but the routers of experts.
+
+    >>> from lora_jax.models import presets
+    >>> projections(presets.named("phi-4"))
+    ('qkv_proj', 'o_proj', 'gate_up_proj', 'down_proj')
+    """
+    modules = [path.split("/")[-2] for path in llama.parameters(config) if path.endswith("_proj/kernel")]
+    return tuple(dict.fromkeys(modules))
 
 
 def check_rows(rows: int, accumulate: int, mesh: Any = None) -> None:

@@ -104,6 +104,7 @@ def search(
       InputError: the chips' memory is not known, or none of them is enough by the estimate.
     """
     config, compiled = plan.read_sizes(request.model), 0
+    request = request.for_model(config)
     names = [request.topology] if "topology" in given else _SMALLEST
     found: Fit | None = None
     for name in names:

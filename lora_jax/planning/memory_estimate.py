@@ -25,7 +25,7 @@ def temporary_bytes(name: str, setup: train_steps.Setup) -> int:
     rows = step.rows // step.accumulate // batch_parts(step.mesh)
     tokens, width, vocabulary = rows * step.length, config.hidden_size, config.vocab_size // cut
     kept = config.num_hidden_layers * _kept(step, config, rows, size, cut)
-    layer = size * tokens * (5 * config.intermediate_size // cut + 4 * width) + 2 * 4 * _scores(step, config, rows) // cut
+    layer = size * tokens * (5 * config.active_width // cut + 4 * width) + 2 * 4 * _scores(step, config, rows) // cut
     if gathered or (step.model.quantize is not None and name != "full"):
         layer += size * layers_parameters(setup) // cut // config.num_hidden_layers
     logits = 3 * 4 * min(LOGITS_AT_ONCE // cut, tokens * vocabulary) + gathered * size * width * vocabulary
@@ -38,17 +38,26 @@ def layers_parameters(setup: train_steps.Setup) -> int:
     return setup.summary.parameters - (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
 
 
+def active_parameters(setup: train_steps.Setup) -> int:
+    """How many of them take part in what is computed for a token: all but those of the experts that it does not choose."""
+    config = setup.model.config
+    if config.experts is None:
+        return layers_parameters(setup)
+    idle = config.experts.count - config.experts.chosen
+    return layers_parameters(setup) - sum(config.has_experts) * idle * 3 * config.experts.width * config.hidden_size
+
+
 def _kept(step: DecoderStep, config: DecoderConfig, rows: int, size: int, cut: int) -> int:
     """The bytes that one layer keeps for its backward pass."""
     tokens, width = rows * step.length, config.hidden_size
     if step.model.remat == "full":
         return size * tokens * width
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    products = 3 * width + (queries + 2 * keys + 2 * config.intermediate_size) // cut
+    products = 3 * width + (queries + 2 * keys + 2 * config.active_width) // cut
     if step.model.remat == "products":
         return size * tokens * products
     # Also what norms, rotations and the activation function give; and the attention weights, unless they are made in blocks.
-    rest = 3 * width + (2 * queries + 2 * keys + 2 * config.intermediate_size) // cut
+    rest = 3 * width + (2 * queries + 2 * keys + 2 * config.active_width) // cut
     weights = 0 if step.queries < step.length else (4 + size) * _scores(step, config, rows) // cut
     return size * tokens * (products + rest) + weights
 

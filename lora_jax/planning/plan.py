@@ -20,7 +20,7 @@ from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families import read_config
 from lora_jax.planning import memory_estimate, topology, train_steps
 from lora_jax.planning.collectives import Collective
-from lora_jax.planning.decoder_step import PROJECTIONS, DecoderStep, ModelOptions, Remat
+from lora_jax.planning.decoder_step import DecoderStep, ModelOptions, Remat, projections
 from lora_jax.planning.flops import dot_flops
 from lora_jax.sharding import AXES, make_mesh
 
@@ -40,8 +40,11 @@ class Request:
     rank: Annotated[int, option("rank of every low-rank pair")] = 16
     targets: Annotated[
         str | Sequence[str],
-        option("kernels to adapt: patterns, or one of the words all-linear and attention", metavar="PATTERN"),
-    ] = PROJECTIONS
+        option(
+            "kernels to adapt: patterns, or one of the words all-linear and attention (default: all projections of the layers)",
+            metavar="PATTERN",
+        ),
+    ] = ()
     batch: Annotated[
         int | None, option("rows per step on all chips (default: one for each of data x fsdp)", ge=1, must_be="at least 1")
     ] = None
@@ -117,6 +120,10 @@ class Request:
         """The mesh of these devices or, without any, an abstract one; `None` for one chip that was asked for without a mesh."""
         axes = self.axes()
         return None if self.mesh is None and math.prod(axes.values()) == 1 else mesh_of(axes, devices)
+
+    def for_model(self, config: DecoderConfig) -> "Request":
+        """The same, with the targets that a model has where none were asked for."""
+        return self if self.targets else dataclasses.replace(self, targets=projections(config))
 
     def step(self, mesh: Any) -> DecoderStep:
         """The step on a mesh."""
@@ -235,7 +242,9 @@ def make(request: Request, progress: Callable[[str], None] = lambda text: None) 
       InputError: the model can't be read, a target is not there, a mesh axis does not divide a parameter, or the TPU compiler
         does not know the topology.
     """
-    return make_for(request, request.step, read_sizes(request.model), progress=progress)
+    config = read_sizes(request.model)
+    request = request.for_model(config)
+    return make_for(request, request.step, config, progress=progress)
 
 
 def make_for(

@@ -47,7 +47,7 @@ def _seconds(setup: train_steps.Setup, speed: Speed) -> float:
     chips = batch_parts(step.mesh) * setup.cut.get("model", 1)
     kernels, head = memory_estimate.layers_parameters(setup), config.vocab_size * config.hidden_size
     passes = 3 if step.model.remat == "full" else 2  # forward, backward, and forward once more
-    products = 2 * tokens * (passes * kernels + 3 * head) + _attention_flops(step, config)
+    products = 2 * tokens * (passes * memory_estimate.active_parameters(setup) + 3 * head) + _attention_flops(step, config)
     # A quantised kernel is made dense, which writes and reads it.
     read = passes * step.accumulate * size * kernels * (1 if step.model.quantize is None else 3) / setup.cut.get("model", 1)
     computed = products * size / 2 / chips / speed.flops / _USED

@@ -9,7 +9,6 @@ from lora_jax.command import options
 from lora_jax.command.finetune import _Program
 from lora_jax.command.tasks import registry
 from lora_jax.planning import plan, train_steps
-from lora_jax.planning.decoder_step import PROJECTIONS
 from lora_jax.training import checkpoint
 from tests.support import tiny_lm
 from tests.support.marks import slow_unless

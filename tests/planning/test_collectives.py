@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 import lora_jax as lj
 from lora_jax import sharding
 from lora_jax.planning import collectives, train_steps
-from lora_jax.planning.decoder_step import PROJECTIONS, DecoderStep, ModelOptions
+from lora_jax.planning.decoder_step import DecoderStep, ModelOptions
 from tests.support import tiny_lm
 
 P = jax.P

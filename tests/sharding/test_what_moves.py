@@ -12,7 +12,6 @@ import lora_jax as lj
 from lora_jax import sharding
 from lora_jax.core import jax_compat
 from lora_jax.models import llama
-from lora_jax.planning.decoder_step import PROJECTIONS
 from tests.support import tiny_lm
 from tests.support.frontends import normal
 from tests.support.identity import distance
