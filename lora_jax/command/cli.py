@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from lora_jax.core.errors import InputError
 
-_EXTRAS = {"qwix": "quant"}
+_EXTRAS = {"qwix": "quant", "huggingface_hub": "hub"}
 _EXTRAS |= dict.fromkeys(("gguf", "grain", "jinja2", "matplotlib", "msgspec", "rich", "tokenizers"), "finetune")
 
 

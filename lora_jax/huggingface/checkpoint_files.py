@@ -48,8 +48,8 @@ class SafeTensors:
         self.file = directory / (INDEX if sharded else SINGLE)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._stored: dict[str, tuple[pathlib.Path, str, str]] = {}
-        placed = _shards(directory) if sharded else {existing(directory, SINGLE): None}
-        for file, names in placed.items():
+        placed = _listed(directory) if sharded else {SINGLE: None}
+        for file, names in ((existing(directory, name), names) for name, names in placed.items()):
             try:
                 self._open(file, names, rename)
             except (safetensors.SafetensorError, OSError) as error:
@@ -80,17 +80,26 @@ class SafeTensors:
             return opened.get_slice(stored)[rows]
 
 
-def _shards(directory: pathlib.Path) -> dict[pathlib.Path, list[str]]:
-    """The files that the index lists, each with the names of its tensors."""
+def weight_names(directory: pathlib.Path) -> list[str]:
+    """The names of the files with a directory's weights: those that the index lists, or the only one, there or not.
+
+    Raises:
+      InputError: the index is wrong.
+    """
+    return [SINGLE] if (directory / SINGLE).is_file() or not (directory / INDEX).is_file() else list(_listed(directory))
+
+
+def _listed(directory: pathlib.Path) -> dict[str, list[str]]:
+    """The names of the files that the index lists, each with the names of its tensors."""
     placed = read_json(directory, INDEX).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise InputError(f"{directory / INDEX} must have a weight_map, an object of file names by tensor")
     bad = {name for name in placed.values() if not _is_plain(name)}
     complain(f"{directory / INDEX} has file names that are not plain ones ending in .safetensors:", map(repr, bad))
-    listed: dict[pathlib.Path, list[str]] = {}
+    listed: dict[str, list[str]] = {}
     for tensor, name in placed.items():
-        listed.setdefault(directory / name, []).append(tensor)
-    return {existing(directory, file.name): names for file, names in listed.items()}
+        listed.setdefault(name, []).append(tensor)
+    return listed
 
 
 def _is_plain(name: str) -> bool:

@@ -19,6 +19,7 @@ from lora_jax.models import gguf_files
 from lora_jax.models.decoder import COLUMNS, REMAT, ROWS, Remat, init_cache
 from lora_jax.models.decoder import Cache as Cache
 from lora_jax.models.decoder import Llama as Llama
+from lora_jax.models.decoder_config import FAMILY as FAMILY
 from lora_jax.models.decoder_config import LlamaConfig as LlamaConfig
 from lora_jax.models.decoder_config import hf_config as hf_config
 from lora_jax.models.decoder_config import read_config, token_ids
