@@ -48,7 +48,7 @@ class HubName:
 
 
 def parse(source: str | pathlib.Path) -> HubName | None:
-    """The hub name `owner/name` or `owner/name@revision`; `None` for other texts, and for what is there on this machine.
+    """The hub name `owner/name` or `owner/name@revision` that a text is; `None` for others.
 
     >>> parse("Qwen/Qwen3-0.6B@v1.0")
     HubName(repository='Qwen/Qwen3-0.6B', revision='v1.0')
@@ -56,7 +56,7 @@ def parse(source: str | pathlib.Path) -> HubName | None:
     (None, None)
     """
     found = _NAME.fullmatch(str(source))
-    if found is None or pathlib.Path(source).exists() or found["repository"].endswith((".gguf", ".git")):
+    if found is None or found["repository"].endswith((".gguf", ".git")):
         return None
     return HubName(found["repository"], found["revision"])
 
@@ -69,15 +69,16 @@ def find(source: str | pathlib.Path) -> pathlib.Path:
       InputError: it could not be fetched.
       ImportError: it is to be fetched, and `huggingface_hub` is not installed.
     """
-    path, name = pathlib.Path(source), parse(source)
-    if name is not None:
-        return fetch(name)
-    if not path.exists():
+    path = pathlib.Path(source)
+    if path.exists():
+        return path
+    name = parse(source)
+    if name is None:
         raise MissingError(
             f"there is no directory or file {path}, and it is no name of the Hugging Face hub either, which is owner/name or "
             "owner/name@revision"
         )
-    return path
+    return fetch(name)
 
 
 def fetch(name: HubName) -> pathlib.Path:
@@ -100,11 +101,13 @@ def fetch(name: HubName) -> pathlib.Path:
 
 
 def cached(name: HubName) -> pathlib.Path | None:
-    """The directory of a model's files if it is in the cache; downloads nothing."""
+    """The directory of a model's files if they are in the cache; downloads nothing."""
     try:
-        return pathlib.Path(_package().snapshot_download(name.repository, revision=name.revision, local_files_only=True))
+        found = _package().snapshot_download(name.repository, revision=name.revision, local_files_only=True)
     except _package().errors.LocalEntryNotFoundError:
         return None
+    directory = pathlib.Path(found)
+    return None if _lacking(directory, ["config.json", *checkpoint_files.weight_names(directory)]) else directory
 
 
 def _download(name: HubName, names: Sequence[str]) -> pathlib.Path:
@@ -137,7 +140,7 @@ _ONLINE = "connect, and unset HF_HUB_OFFLINE if it is set, to fetch it"
 
 
 def _check_there(name: HubName, directory: pathlib.Path, names: Sequence[str]) -> None:
-    lacking = [file for file in names if not (directory / file).is_file()]
+    lacking = _lacking(directory, names)
     if not lacking:
         return
     what = f"{name} (commit {directory.name})"
@@ -149,9 +152,14 @@ def _check_there(name: HubName, directory: pathlib.Path, names: Sequence[str]) -
     )
 
 
+def _lacking(directory: pathlib.Path, names: Sequence[str]) -> list[str]:
+    return [file for file in names if not (directory / file).is_file()]
+
+
 def _package() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError:
         reason = "models of the hub need the package huggingface_hub: pip install 'lora-jax[hub]', or give a directory"

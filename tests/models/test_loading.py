@@ -64,5 +64,5 @@ def test_an_unknown_family(tmp_path, model_type):
 
 
 def test_a_source_that_is_neither(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no directory or file .*, and it is no name of the Hugging Face hub either"):
+    with pytest.raises(FileNotFoundError, match=r"no directory or file .*, and it is no name of the Hugging Face hub either"):
         lj.models.load(tmp_path / "missing")
