@@ -165,8 +165,6 @@ def _refuse(fields: Mapping[str, Any]) -> None:
     for name, only in {"hidden_act": "silu", "partial_rotary_factor": 1.0}.items():
         if fields.get(name, only) != only:
             raise InputError(f"{name} is {fields[name]!r}; only {only!r} can be read")
-    if fields.get("quantization_config"):
-        raise InputError("it has a quantization_config: only unquantised weights can be read; dequantise the checkpoint first")
 
 
 def _whole(fields: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -398,7 +398,6 @@ def test_windows():
 BAD_CONFIGS = {
     "other architecture": ({"model_type": "gemma"}, "the model_type is 'gemma'; this loader reads 'llama', 'mistral', 'qwen2'"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "has a quantization_config"),
     "missing size": ({"vocab_size": None}, "it lacks vocab_size"),
     "negative size": ({"vocab_size": -1}, "vocab_size must be a positive whole number, not -1"),
     "size is a text": ({"hidden_size": "8"}, "hidden_size must be a positive whole number, not '8'"),

@@ -1,0 +1,120 @@
+"""Quantised checkpoints of the hub, against values of encoders written from each format's specification."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax.huggingface.dequantized import open_tensors
+from tests.support import quantized_files as files
+
+
+def check(packed, dense, rtol=0.0):
+    """All rows, some rows, the model."""
+    got, want = open_tensors(packed), open_tensors(dense)
+    assert got.shapes == want.shapes
+    for name, shape in want.shapes.items():
+        np.testing.assert_allclose(got.read(name), want.read(name), rtol=rtol, atol=0, err_msg=name)
+        for rows in (slice(1, 2), slice(3, shape[0] - 1), slice(shape[0] - 3, None), slice(5, 5)):
+            np.testing.assert_array_equal(got.read(name, rows), got.read(name)[rows], err_msg=f"{name} {rows}")
+    got, want = (lj.models.load(directory, scan_layers=True).variables for directory in (packed, dense))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=0), got, want)
+
+
+def change(directory, **fields):
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"quantization_config": config["quantization_config"] | fields}))
+
+
+def refused(directory, says):
+    with pytest.raises(lj.InputError, match=says):
+        open_tensors(directory)
+
+
+# --- fp8 --------------------------------------------------------------------------------------------------------------
+
+
+def fp8(directory, size=(8, 4), scale_type="float32", **more):
+    def encode(name, weight):
+        codes, scales, values = files.fp8(weight, size, scale_type)
+        inputs = {} if more.get("activation_scheme") != "static" else {name[:-6] + "activation_scale": np.ones((), np.float32)}
+        return {name: codes, f"{name}_scale_inv": scales, **inputs}, values
+
+    config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(size)}
+    return files.model(directory, encode, config | more)
+
+
+@pytest.mark.parametrize("size", [(8, 4), (5, 7), (128, 128)])
+@pytest.mark.parametrize("scale_type", ["float32", "ue8m0"])
+def test_fp8(tmp_path, size, scale_type):
+    check(*fp8(tmp_path, size, scale_type))
+
+
+def test_fp8_with_a_scale_for_a_tensor(tmp_path):
+    def encode(name, weight):
+        codes, scales, values = files.fp8(weight, weight.shape)
+        return {name: codes, f"{name}_scale_inv": scales.reshape(())}, values
+
+    check(*files.model(tmp_path, encode, {"quant_method": "fp8", "weight_block_size": None}))
+
+
+def test_fp8_with_scales_of_inputs(tmp_path):
+    check(*fp8(tmp_path, activation_scheme="static", modules_to_not_convert=["lm_head"]))
+
+
+def test_fp8_experts_in_a_stack(tmp_path):
+    stack = np.random.default_rng(0).normal(size=(3, 9, 6)).astype(np.float32)
+    parts = [files.fp8(weight, (4, 4)) for weight in stack]
+    codes, scales, values = (np.stack([one[i][0] if i == 0 else one[i] for one in parts]) for i in range(3))
+    files.save(tmp_path / "model.safetensors", {"e.up": (codes, "F8_E4M3"), "e.up_scale_inv": scales})
+    config = {"quant_method": "fp8", "weight_block_size": [4, 4]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    got = open_tensors(tmp_path)
+    assert got.shapes == {"e.up": (3, 9, 6)}
+    np.testing.assert_array_equal(got.read("e.up", slice(1, 3)), values[1:])
+
+
+def test_every_byte_of_fp8(tmp_path):
+    codes = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    scales = np.ones((1, 1), np.float32)
+    files.save(tmp_path / "model.safetensors", {"w": (codes, "F8_E4M3"), "w_scale_inv": scales})
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
+    np.testing.assert_array_equal(open_tensors(tmp_path).read("w"), files.e4m3().reshape(16, 16))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"weight_block_size": [4, 4]}, r"weight_block_size \[4, 4\] does not cut model.layers.0.*_proj.weight \(.*\) into"),
+        ({"weight_block_size": None}, "weight_block_size None does not cut"),
+        ({"fmt": "e5m2"}, "config.json: quantization_config: its fmt is 'e5m2'; 'e4m3' can be read"),
+        ({"expert_dtype": "fp4"}, "its expert_dtype is 'fp4'; 'fp8' can be read"),
+        ({"rotation": "hadamard"}, "it has the field rotation, of which is not known what it changes"),
+        ({"quant_method": "hqq"}, "the quant_method is 'hqq'; 'fp8'.* can be read: dequantise the checkpoint"),
+        ({"quant_method": None}, "the quant_method is None"),
+    ],
+)
+def test_what_is_not_read(tmp_path, fields, says):
+    packed, _ = fp8(tmp_path)
+    change(packed, **fields)
+    refused(packed, says)
+
+
+def test_weights_that_are_dense(tmp_path):
+    _, dense = fp8(tmp_path)
+    fields = json.loads((dense / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (dense / "config.json").write_text(json.dumps(fields))
+    refused(dense, "no tensor is stored as 'fp8' has them: remove quantization_config if the weights are dense")
+
+
+def test_scales_without_values(tmp_path):
+    _, dense = fp8(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = files.load_file(dense / "model.safetensors") | {f"{name}_scale_inv": np.ones((1, 1), np.float32)}
+    files.save(dense / "model.safetensors", tensors)
+    fields = json.loads((dense / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (dense / "config.json").write_text(json.dumps(fields))
+    refused(dense, f"there is {name}_scale_inv, but {name} is stored as F32, where F8_E4M3 is needed")

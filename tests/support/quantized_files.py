@@ -1,0 +1,76 @@
+"""Hugging Face directories with quantised weights, each format encoded as its specification says and by nothing that reads it."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+BASE = pathlib.Path(__file__).parents[1] / "data" / "peft" / "llama" / "base"
+_NAMES = {"float32": "F32", "float16": "F16", "int32": "I32", "int64": "I64", "uint8": "U8", "int8": "I8", "bfloat16": "BF16"}
+
+
+def save(file, tensors):
+    """Write safetensors, also of types that NumPy lacks: a tensor is an array, or its bytes and the name of their type."""
+    header, content = {}, b""
+    for name, tensor in tensors.items():
+        array, dtype = tensor if isinstance(tensor, tuple) else (tensor, _NAMES[tensor.dtype.name])
+        data = array.tobytes()
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [len(content), len(content) + len(data)]}
+        content += data
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content)
+
+
+def model(directory, encode, config):
+    """A tiny Llama of which each kernel of a layer is stored as `encode` says, and one with the same weights dense.
+
+    Args:
+      directory: where to make `packed` and `dense`.
+      encode: `encode(name, weight)` -> the stored tensors by name, and what they stand for.
+      config: the `quantization_config`.
+    """
+    packed, dense = directory / "packed", directory / "dense"
+    for each in (packed, dense):
+        shutil.copytree(BASE, each)
+    stored, plain = {}, load_file(BASE / "model.safetensors")
+    for name, tensor in list(plain.items()):
+        own = {name: tensor}
+        if name.endswith("_proj.weight"):
+            own, plain[name] = encode(name, tensor)
+        stored |= own
+    save(packed / "model.safetensors", stored)
+    save_file(plain, dense / "model.safetensors")
+    fields = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(fields | {"quantization_config": config}))
+    return packed, dense
+
+
+# --- fp8 --------------------------------------------------------------------------------------------------------------
+
+
+def e4m3():
+    """The value of each byte: a sign, four bits of an exponent with the bias 7 and three of a fraction; two are no numbers."""
+    found = np.empty(256)
+    for byte in range(256):
+        sign, exponent, fraction = -1 if byte >> 7 else 1, byte >> 3 & 15, byte & 7
+        found[byte] = sign * (fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7))
+    found[[0x7F, 0xFF]] = np.nan
+    return found
+
+
+def fp8(weight, size, scale_type="float32"):
+    """Bytes, scales, and what they stand for: the scale of a block takes its largest value to 448."""
+    values, levels = np.zeros_like(weight), e4m3()
+    codes = np.empty(weight.shape, np.uint8)
+    scales = np.empty([-(-n // one) for n, one in zip(weight.shape, size)], np.float32)
+    for i, j in np.ndindex(*scales.shape):
+        place = np.s_[i * size[0] : (i + 1) * size[0], j * size[1] : (j + 1) * size[1]]
+        scale = np.abs(weight[place]).max() / 448
+        scales[i, j] = 2 ** np.ceil(np.log2(scale)) if scale_type == "ue8m0" else scale
+        codes[place] = np.nanargmin(np.abs(weight[place][..., None] / scales[i, j] - levels), -1)
+        values[place] = levels[codes[place]].astype(np.float32) * scales[i, j]
+    exponents = (np.log2(scales) + 127).round().astype(np.uint8)
+    return (codes, "F8_E4M3"), ((exponents, "F8_E8M0") if scale_type == "ue8m0" else scales), values
