@@ -7,14 +7,14 @@ import numpy as np
 
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface.checkpoint_files import SafeTensors, Tensors, complain, read_json
-from lora_jax.huggingface.formats import fp8
+from lora_jax.huggingface.formats import fp8, mxfp4
 from lora_jax.huggingface.formats.packed import Find, Packed
 
-_METHODS: dict[str, Find] = {"fp8": fp8.find}
+_METHODS: dict[str, Find] = {"fp8": fp8.find, "mxfp4": mxfp4.find}
 
 
 def open_tensors(directory: pathlib.Path, rename: Callable[[str], str] = str) -> Tensors:
-    """The tensors of a Hugging Face directory; those that are quantised, as its `quantization_config` says, as dense float32 ones.
+    """The tensors of a Hugging Face directory; those that its `quantization_config` is about as dense ones, in float32.
 
     Args:
       directory: the model's directory.

@@ -118,3 +118,47 @@ def test_scales_without_values(tmp_path):
     fields = json.loads((dense / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     (dense / "config.json").write_text(json.dumps(fields))
     refused(dense, f"there is {name}_scale_inv, but {name} is stored as F32, where F8_E4M3 is needed")
+
+
+# --- mxfp4 ------------------------------------------------------------------------------------------------------------
+
+
+def write(directory, tensors, **config):
+    directory.mkdir(exist_ok=True)
+    files.save(directory / "model.safetensors", tensors)
+    (directory / "config.json").write_text(json.dumps({"quantization_config": config}))
+    return directory
+
+
+def test_mxfp4(tmp_path):
+    draw = np.random.default_rng(0)
+    up, down = (
+        draw.normal(scale=10.0**-i, size=shape).astype(np.float32) for i, shape in enumerate([(3, 64, 10), (3, 32, 64)])
+    )
+    bias, want = draw.normal(size=(3, 10)).astype(np.float32), {}
+    stored = {"e.gate_up_proj_bias": bias}
+    for name, weight in {"e.gate_up_proj": up, "e.down_proj": down}.items():
+        stored[f"{name}_blocks"], stored[f"{name}_scales"], want[name] = files.mxfp4(weight)
+        assert np.linalg.norm(want[name] - weight) < 0.2 * np.linalg.norm(weight)
+    got = open_tensors(write(tmp_path, stored, quant_method="mxfp4", modules_to_not_convert=["lm_head"]))
+    assert got.shapes == {"e.gate_up_proj_bias": (3, 10), "e.gate_up_proj": (3, 64, 10), "e.down_proj": (3, 32, 64)}
+    np.testing.assert_array_equal(got.read("e.gate_up_proj_bias"), bias)
+    for name, values in want.items():
+        np.testing.assert_array_equal(got.read(name), values)
+        np.testing.assert_array_equal(got.read(name, slice(1, 3)), values[1:])
+
+
+def test_every_code_and_exponent_of_mxfp4(tmp_path):
+    blocks = np.arange(16, dtype=np.uint8) * 17  # each code twice
+    exponents = np.arange(1, 253, dtype=np.uint8)  # in the range of normal float32s
+    stored = {"x_blocks": np.tile(blocks, (1, 1, 252, 1)), "x_scales": exponents.reshape(1, 1, 252)}
+    got = open_tensors(write(tmp_path, stored, quant_method="mxfp4")).read("x")
+    want = np.repeat([files.e2m1(code) for code in range(16)], 2) * 2.0 ** (exponents.astype(float)[:, None] - 127)
+    np.testing.assert_array_equal(got, want.reshape(1, -1, 1).astype(np.float32))
+
+
+def test_mxfp4_of_another_layout(tmp_path):
+    stored = {"x_blocks": np.zeros((2, 4, 3, 8), np.uint8), "x_scales": np.zeros((2, 4, 3), np.uint8)}
+    refused(write(tmp_path, stored, quant_method="mxfp4"), r"x_blocks of the shape \(2, 4, 3, 8\) and x_scales of the shape")
+    stored = {"x_blocks": np.zeros((2, 4, 3, 16), np.uint8)}
+    refused(write(tmp_path, stored, quant_method="mxfp4"), "x_scales of the shape None are not")

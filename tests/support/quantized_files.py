@@ -74,3 +74,28 @@ def fp8(weight, size, scale_type="float32"):
         values[place] = levels[codes[place]].astype(np.float32) * scales[i, j]
     exponents = (np.log2(scales) + 127).round().astype(np.uint8)
     return (codes, "F8_E4M3"), ((exponents, "F8_E8M0") if scale_type == "ue8m0" else scales), values
+
+
+# --- mxfp4 ------------------------------------------------------------------------------------------------------------
+
+
+def e2m1(code):
+    """The value of four bits: a sign, two of an exponent with the bias 1 and one of a fraction."""
+    sign, exponent, fraction = -1 if code >> 3 else 1, code >> 1 & 3, code & 1
+    return sign * (fraction * 0.5 if exponent == 0 else (1 + fraction / 2) * 2.0 ** (exponent - 1))
+
+
+def mxfp4(weight):
+    """Blocks and scales of `(experts, in, out)`, and what they stand for: the exponent of a block's largest value, less 2."""
+    levels = np.array([e2m1(code) for code in range(16)])
+    experts, inputs, outputs = weight.shape
+    blocks, values = np.empty((experts, outputs, inputs // 32, 16), np.uint8), np.empty_like(weight)
+    scales = np.empty(blocks.shape[:3], np.uint8)
+    for e, o, b in np.ndindex(*scales.shape):
+        part = weight[e, b * 32 : (b + 1) * 32, o]
+        exponent = int(np.floor(np.log2(np.abs(part).max()))) - 2
+        codes = np.abs(part[:, None] / 2.0**exponent - levels).argmin(-1)
+        values[e, b * 32 : (b + 1) * 32, o] = levels[codes] * 2.0**exponent
+        blocks[e, o, b] = codes[0::2] + 16 * codes[1::2]
+        scales[e, o, b] = exponent + 127
+    return blocks, scales, values
