@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax.core import paths
 from lora_jax.huggingface.dequantized import open_tensors
 from tests.support import quantized_files as files
 
@@ -162,3 +163,72 @@ def test_mxfp4_of_another_layout(tmp_path):
     refused(write(tmp_path, stored, quant_method="mxfp4"), r"x_blocks of the shape \(2, 4, 3, 8\) and x_scales of the shape")
     stored = {"x_blocks": np.zeros((2, 4, 3, 16), np.uint8)}
     refused(write(tmp_path, stored, quant_method="mxfp4"), "x_scales of the shape None are not")
+
+
+# --- bitsandbytes -----------------------------------------------------------------------------------------------------
+
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_threshold": 6.0}
+
+
+@pytest.mark.parametrize(
+    ("block", "options"),
+    [
+        (16, {}),
+        (64, {"nested_block": 8}),
+        (64, {"kind": "fp4"}),
+        (36, {"nested_block": 5}),  # across rows, with a last block that is not full
+        (16, {"storage": "int32"}),
+    ],
+)
+def test_four_bits(tmp_path, block, options):
+    encode = lambda name, weight: files.four_bits(name, weight, block, **options)
+    check(*files.model(tmp_path, encode, BNB), rtol=1e-6)
+
+
+def test_eight_bits(tmp_path):
+    check(*files.model(tmp_path, files.eight_bits, {"quant_method": "bitsandbytes", "load_in_8bit": True}), rtol=1e-6)
+
+
+def test_nf4_is_rounded_to_the_codes_and_scales_that_it_was_stored_with(tmp_path):
+    """So that a quantised base is the file's own, with one kernel dense at a time."""
+    encode = lambda name, weight: files.four_bits(name, weight, 16)
+    packed, _ = files.model(tmp_path, encode, BNB)
+    loaded = lj.models.load(packed, quantize="nf4", block=16)
+    tensors = files.load_file(packed / "model.safetensors")
+    leaves, _ = paths.flatten(loaded.variables)
+    kernels = {path: leaf for path, leaf in leaves.items() if paths.is_quantized(leaf)}
+    assert len(kernels) == 21
+    for path, leaf in kernels.items():
+        name = loaded.names[path].name
+        pairs = tensors[name]
+        codes = np.concatenate([pairs >> 4, pairs & 15], -1).reshape(leaf.shape[::-1])
+        np.testing.assert_array_equal(np.asarray(leaf.qvalue).astype(np.uint8), codes.T)
+        np.testing.assert_array_equal(leaf.scale, tensors[f"{name}.absmax"].reshape(leaf.shape[1], -1).T)
+
+
+@pytest.mark.parametrize(
+    ("lost", "changed", "says"),
+    [
+        ("absmax", {}, "asks for 64 values in w.absmax, which has the shape None"),
+        ("", {"blocksize": 32}, r"asks for 32 values in w.absmax, which has the shape \(64,\)"),
+        ("", {"shape": [32, 48]}, r"bitsandbytes__nf4 asks for 768 values in w, which has the shape \(512, 1\)"),
+        ("", {"shape": None}, "w.quant_state.bitsandbytes__nf4 does not say the shape and the blocks of w"),
+        ("", {"blocksize": 0}, "does not say the shape"),
+    ],
+)
+def test_four_bits_that_do_not_fit(tmp_path, lost, changed, says):
+    weight = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+    stored, _ = files.four_bits("w", weight, 16)
+    state = "w.quant_state.bitsandbytes__nf4"
+    text = json.dumps(json.loads(stored[state].tobytes()) | changed)
+    stored[state] = np.frombuffer(text.encode(), np.uint8)
+    refused(write(tmp_path, {name: tensor for name, tensor in stored.items() if name != f"w.{lost}"}, **BNB), says)
+
+
+def test_eight_bits_that_do_not_fit(tmp_path):
+    stored, _ = files.eight_bits("m.weight", np.ones((4, 3), np.float32))
+    form = {"m.weight_format": np.ones((), np.uint8)}
+    refused(write(tmp_path, stored | form, **BNB), "m.weight_format says that m.weight is laid out for one kind of GPU")
+    refused(
+        write(tmp_path, stored | {"m.SCB": np.ones(3, np.float32)}, **BNB), r"m.SCB of the shape \(3,\) needs m.weight as I8"
+    )

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import statistics
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -99,3 +100,50 @@ def mxfp4(weight):
         blocks[e, o, b] = codes[0::2] + 16 * codes[1::2]
         scales[e, o, b] = exponent + 127
     return blocks, scales, values
+
+
+# --- bitsandbytes -----------------------------------------------------------------------------------------------------
+
+
+def nf4():
+    """The 16 levels: quantiles of the normal distribution, 8 below zero and 9 above, with zero, over the largest (QLoRA)."""
+    quantile = statistics.NormalDist().inv_cdf
+    above, below = ([quantile(p) for p in np.linspace(0.9677083, 0.5, count)[:-1]] for count in (9, 8))
+    return (np.array(sorted([*above, 0.0, *(-x for x in below)])) / max(above)).astype(np.float32)
+
+
+def four_bits(name, weight, block, *, kind="nf4", nested_block=0, storage="uint8"):
+    """The stored tensors of four bits a value, and what they stand for."""
+    levels = nf4() if kind == "nf4" else np.array([e2m1(code) / 6 for code in range(16)], np.float32)
+    flat = np.pad(weight.reshape(-1), (0, -weight.size % block)).reshape(-1, block)
+    scales = np.abs(flat).max(-1)
+    state = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": list(weight.shape)}
+    stored = {f"{name}.quant_map": levels, f"{name}.absmax": scales}
+    if nested_block:
+        ramp, mean = np.linspace(-1, 1, 256), scales.mean()
+        nested = (np.sign(ramp) * ramp**2).astype(np.float32)
+        rest = np.pad(scales - mean, (0, -scales.size % nested_block)).reshape(-1, nested_block)
+        outer = np.abs(rest).max(-1)
+        codes = np.abs(rest[..., None] / outer[:, None, None] - nested).argmin(-1).astype(np.uint8)
+        scales = ((nested[codes] * outer[:, None]).reshape(-1)[: scales.size] + np.float32(mean)).astype(np.float32)
+        stored |= {
+            f"{name}.absmax": codes.reshape(-1)[: scales.size],
+            f"{name}.nested_absmax": outer,
+            f"{name}.nested_quant_map": nested,
+        }
+        state |= {"nested_blocksize": nested_block, "nested_dtype": "float32", "nested_offset": float(mean)}
+    codes = np.abs(flat[..., None] / np.abs(flat).max(-1)[:, None, None] - levels).argmin(-1)
+    values = (levels[codes] * scales[:, None]).astype(np.float32).reshape(-1)[: weight.size].reshape(weight.shape)
+    pairs = codes.reshape(-1)[: weight.size].reshape(-1, 2)
+    packed = (pairs[:, 0] * 16 + pairs[:, 1]).astype(np.uint8).view(storage).reshape(-1, 1)
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return {name: packed, f"{name}.quant_state.bitsandbytes__{kind}": text, **stored}, values
+
+
+def eight_bits(name, weight):
+    """The stored tensors of int8 with a scale for each row, and what they stand for."""
+    scales = np.abs(weight).max(-1).astype(np.float32)
+    codes = np.rint(weight / scales[:, None] * 127).astype(np.int8)
+    module = name.removesuffix("weight")
+    stored = {name: codes, f"{module}SCB": scales, f"{module}weight_format": np.zeros((), np.uint8)}
+    return stored, (codes.astype(np.float64) * scales[:, None] / 127).astype(np.float32)

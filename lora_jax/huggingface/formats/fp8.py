@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import InputError
@@ -56,7 +56,7 @@ def _scales(stored: SafeTensors, name: str, rows: tuple[int, int], size: list[in
     """The scale of each value in some rows."""
     scales = stored.read_raw(name + _SCALE)
     if scales.dtype == np.uint8:
-        scales = scales.view(ml_dtypes.float8_e8m0fnu)
+        scales = scales.view(jnp.float8_e8m0fnu)
     scales, shape = scales.astype(np.float32), stored.shapes[name]
     if scales.size == 1:
         return scales.reshape(1)
