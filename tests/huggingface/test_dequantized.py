@@ -232,3 +232,59 @@ def test_eight_bits_that_do_not_fit(tmp_path):
     refused(
         write(tmp_path, stored | {"m.SCB": np.ones(3, np.float32)}, **BNB), r"m.SCB of the shape \(3,\) needs m.weight as I8"
     )
+
+
+# --- gptq -------------------------------------------------------------------------------------------------------------
+
+
+def gptq(directory, bits=4, group=8, version="gptq", reordered=False, g_idx=True, **more):
+    encode = lambda name, weight: files.gptq(name, weight, bits, group, version=version, reordered=reordered, g_idx=g_idx)
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": reordered, "checkpoint_format": version}
+    return files.model(directory, encode, config | more)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"version": "gptq_v2"}, {"reordered": True}, {"group": 16, "g_idx": False}],
+    ids=["v1", "v2", "reordered", "plain"],
+)
+def test_gptq(tmp_path, bits, options):
+    check(*gptq(tmp_path, bits, **options), rtol=1e-6)
+
+
+def test_gptq_of_three_bits(tmp_path):
+    weight = np.random.default_rng(0).normal(size=(64, 96)).astype(np.float32)
+    stored, values = files.gptq("m.weight", weight, 3, 32)
+    got = open_tensors(write(tmp_path, stored, quant_method="gptq", bits=3, group_size=32, desc_act=False, sym=True))
+    assert got.shapes == {"m.weight": (64, 96)}
+    np.testing.assert_allclose(got.read("m.weight", slice(5, 40)), values[5:40], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"bits": 5}, "its bits is 5; 2, 3, 4, 8 can be read"),
+        ({"checkpoint_format": "marlin"}, "its checkpoint_format is 'marlin'; 'gptq', 'gptq_v2'"),
+        ({"dynamic": {"-:lm_head": {}}}, "its dynamic is"),
+        ({"bits": 8}, r"qzeros has the shape \(.*\); that of qweight asks for"),
+        ({"group_size": "8"}, "its group_size must be a positive whole number or -1, not '8'"),
+        ({"hadamard": True}, "it has the field hadamard"),
+    ],
+)
+def test_gptq_that_is_not_read(tmp_path, fields, says):
+    packed, _ = gptq(tmp_path)
+    change(packed, **fields)
+    refused(packed, says)
+
+
+def test_gptq_of_words_that_end_within_a_value(tmp_path):
+    directory = write(tmp_path, {"m.qweight": np.zeros((4, 8), np.int32)}, quant_method="gptq", bits=3)
+    refused(directory, "m.qweight of 4 words is not of values of 3 bits")
+
+
+@pytest.mark.parametrize("fields", [{"group_size": 4}, {"desc_act": True}])
+def test_gptq_without_groups(tmp_path, fields):
+    packed, _ = gptq(tmp_path, g_idx=False)
+    change(packed, **fields)
+    refused(packed, "q_proj.g_idx is missing, and group_size .* does not say the 4 groups|down_proj.g_idx is missing")

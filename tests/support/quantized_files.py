@@ -147,3 +147,46 @@ def eight_bits(name, weight):
     module = name.removesuffix("weight")
     stored = {name: codes, f"{module}SCB": scales, f"{module}weight_format": np.zeros((), np.uint8)}
     return stored, (codes.astype(np.float64) * scales[:, None] / 127).astype(np.float32)
+
+
+# --- gptq and awq -----------------------------------------------------------------------------------------------------
+
+
+def _grouped(weight, bits, group, order):
+    """Unsigned integers of `(in, out)`, scales and zeros of `(groups, out)`, the group of each input, and what they stand for."""
+    columns = weight.T.astype(np.float64)
+    place = np.empty(len(columns), np.int32)
+    place[order] = np.arange(len(columns)) // group
+    codes, values = np.empty(columns.shape, np.int64), np.empty(columns.shape)
+    scales, zeros = (np.empty((place.max() + 1, columns.shape[1]), dtype) for dtype in (np.float16, np.int64))
+    for i in range(len(scales)):
+        part, top = columns[place == i], 2**bits - 1
+        low, high = np.minimum(part.min(0), -1e-3), np.maximum(part.max(0), 1e-3)
+        scales[i] = (high - low) / top
+        zeros[i] = np.clip(np.rint(-low / scales[i].astype(np.float64)), 1, top)
+        codes[place == i] = np.clip(np.rint(part / scales[i].astype(np.float64)) + zeros[i], 0, top)
+        values[place == i] = (codes[place == i] - zeros[i]) * scales[i].astype(np.float64)
+    return codes, scales, zeros, place, np.ascontiguousarray(values.T, np.float32)
+
+
+def _words(numbers, bits):
+    """Numbers along the last axis as one long number each, the first lowest, cut into words of 32 bits."""
+    rows = []
+    for row in numbers.reshape(-1, numbers.shape[-1]):
+        long = sum(int(value) << bits * i for i, value in enumerate(row))
+        rows.append([long >> 32 * i & 0xFFFFFFFF for i in range(len(row) * bits // 32)])
+    return np.array(rows, np.uint32).astype(np.int32).reshape(*numbers.shape[:-1], -1)
+
+
+def gptq(name, weight, bits, group, *, version="gptq", reordered=False, g_idx=True):
+    """The stored tensors, and what they stand for."""
+    count = weight.shape[1]
+    order = np.random.default_rng(0).permutation(count) if reordered else np.arange(count)
+    codes, scales, zeros, place, values = _grouped(weight, bits, group, order)
+    module = name.removesuffix("weight")
+    stored = {
+        f"{module}qweight": np.ascontiguousarray(_words(codes.T, bits).T),
+        f"{module}qzeros": _words(zeros - (version == "gptq"), bits),
+        f"{module}scales": scales,
+    }
+    return stored | ({f"{module}g_idx": place} if g_idx else {}), values

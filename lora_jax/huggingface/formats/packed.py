@@ -63,5 +63,5 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     array([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=uint8)
     """
     found = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
-    parts = found.reshape(*words.shape[:-1], -1, bits)
+    parts = found.reshape(*words.shape[:-1], words.shape[-1] * 32 // bits, bits)
     return functools.reduce(lambda value, i: value | parts[..., i] << i, range(1, bits), parts[..., 0])
