@@ -7,10 +7,16 @@ import numpy as np
 
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface.checkpoint_files import SafeTensors, Tensors, complain, read_json
-from lora_jax.huggingface.formats import bitsandbytes, fp8, gptq, mxfp4
+from lora_jax.huggingface.formats import awq, bitsandbytes, fp8, gptq, mxfp4
 from lora_jax.huggingface.formats.packed import Find, Packed
 
-_METHODS: dict[str, Find] = {"fp8": fp8.find, "mxfp4": mxfp4.find, "bitsandbytes": bitsandbytes.find, "gptq": gptq.find}
+_METHODS: dict[str, Find] = {
+    "fp8": fp8.find,
+    "mxfp4": mxfp4.find,
+    "bitsandbytes": bitsandbytes.find,
+    "gptq": gptq.find,
+    "awq": awq.find,
+}
 
 
 def open_tensors(directory: pathlib.Path, rename: Callable[[str], str] = str) -> Tensors:

@@ -278,6 +278,12 @@ def test_gptq_that_is_not_read(tmp_path, fields, says):
     refused(packed, says)
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_words_of_three_axes(tmp_path, method):
+    directory = write(tmp_path, {"m.qweight": np.zeros((2, 4, 8), np.int32)}, quant_method=method, bits=4)
+    refused(directory, r"m.qweight has the shape \(2, 4, 8\), where two axes are needed")
+
+
 def test_gptq_of_words_that_end_within_a_value(tmp_path):
     directory = write(tmp_path, {"m.qweight": np.zeros((4, 8), np.int32)}, quant_method="gptq", bits=3)
     refused(directory, "m.qweight of 4 words is not of values of 3 bits")
@@ -288,3 +294,36 @@ def test_gptq_without_groups(tmp_path, fields):
     packed, _ = gptq(tmp_path, g_idx=False)
     change(packed, **fields)
     refused(packed, "q_proj.g_idx is missing, and group_size .* does not say the 4 groups|down_proj.g_idx is missing")
+
+
+# --- awq --------------------------------------------------------------------------------------------------------------
+
+
+def awq(directory, group=8, **fields):
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
+    return files.model(directory, lambda name, weight: files.awq(name, weight, group), config | fields)
+
+
+def test_awq(tmp_path):
+    check(*awq(tmp_path, version="GEMM", modules_to_not_convert=None), rtol=1e-6)
+
+
+def test_awq_with_a_scale_for_each_output(tmp_path):
+    encode = lambda name, weight: files.awq(name, weight, weight.shape[1])
+    check(*files.model(tmp_path, encode, {"quant_method": "awq", "bits": 4, "group_size": -1}), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"bits": 8}, "its bits is 8; 4 can be read"),
+        ({"version": "gemv"}, "its version is 'gemv'; 'gemm', 'GEMM' can be read"),
+        ({"zero_point": False}, "its zero_point is False; True can be read"),
+        ({"group_size": 16}, r"qzeros has the shape \(.*\); qweight and a group_size of 16 ask for \(.*\)"),
+        ({"hadamard": True}, "it has the field hadamard"),
+    ],
+)
+def test_awq_that_is_not_read(tmp_path, fields, says):
+    packed, _ = awq(tmp_path)
+    change(packed, **fields)
+    refused(packed, says)

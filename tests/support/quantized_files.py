@@ -190,3 +190,11 @@ def gptq(name, weight, bits, group, *, version="gptq", reordered=False, g_idx=Tr
         f"{module}scales": scales,
     }
     return stored | ({f"{module}g_idx": place} if g_idx else {}), values
+
+
+def awq(name, weight, group):
+    """The stored tensors, and what they stand for."""
+    codes, scales, zeros, _, values = _grouped(weight, 4, group, np.arange(weight.shape[1]))
+    module, order = name.removesuffix("weight"), [0, 2, 4, 6, 1, 3, 5, 7]
+    words = lambda numbers: _words(numbers.reshape(len(numbers), -1, 8)[..., order].reshape(len(numbers), -1), 4)
+    return {f"{module}qweight": words(codes), f"{module}qzeros": words(zeros), f"{module}scales": scales}, values

@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface.checkpoint_files import SafeTensors
-from lora_jax.huggingface.formats.packed import Packed, check_fields, unpack, whole_number
+from lora_jax.huggingface.formats.packed import Packed, check_fields, matrix_shape, unpack, whole_number
 
 _BITS = (2, 3, 4, 8)
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # what is to be added to a zero
@@ -66,7 +66,8 @@ class _Linear:
 
     def packed(self, reordered: bool) -> Packed:
         """The dense tensor; `reordered`: its inputs are in groups that only `g_idx` knows."""
-        (words, outputs), groups = self._shape("qweight"), self._shape("scales")[0]
+        words, outputs = matrix_shape(self.stored, f"{self.module}qweight")
+        groups = self._shape("scales")[0]
         inputs = words * 32 // self.bits
         if words * 32 % self.bits:
             raise InputError(f"{self.module}qweight of {words} words is not of values of {self.bits} bits")

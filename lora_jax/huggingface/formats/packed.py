@@ -56,6 +56,14 @@ def whole_number(config: Mapping[str, Any], name: str, default: int) -> int:
     return value
 
 
+def matrix_shape(stored: SafeTensors, name: str) -> tuple[int, int]:
+    """The shape of a stored tensor of two axes."""
+    shape = stored.shapes[name]
+    if len(shape) != 2:
+        raise InputError(f"{name} has the shape {shape}, where two axes are needed")
+    return shape[0], shape[1]
+
+
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     """The unsigned integers of so many bits that lie one after the other in words of 32, the lowest bits first.
 
