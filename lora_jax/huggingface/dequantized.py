@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from lora_jax.core.errors import InputError
-from lora_jax.huggingface.checkpoint_files import SafeTensors, Tensors, complain, read_json
+from lora_jax.huggingface.checkpoint_files import SafeTensors, complain, read_json
 from lora_jax.huggingface.formats import awq, bitsandbytes, fp8, gptq, mxfp4
 from lora_jax.huggingface.formats.packed import Find, Packed
 
@@ -19,7 +19,7 @@ _METHODS: dict[str, Find] = {
 }
 
 
-def open_tensors(directory: pathlib.Path, rename: Callable[[str], str] = str) -> Tensors:
+def open_tensors(directory: pathlib.Path, rename: Callable[[str], str] = str) -> "SafeTensors | Dequantized":
     """The tensors of a Hugging Face directory; those that its `quantization_config` is about as dense ones, in float32.
 
     Args:
@@ -68,6 +68,10 @@ class Dequantized:
         complain(f"{stored.file} has both dense and packed", set(plain) & set(packed))
         self.file, self.shapes = stored.file, plain | {name: one.shape for name, one in packed.items()}
         self._stored, self._packed = stored, packed
+
+    def dtype(self, name: str) -> str | None:
+        """What a tensor is stored as, in the words of the format; `None`: it is packed."""
+        return None if name in self._packed else self._stored.dtype(name)
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Some rows of a tensor, or all.

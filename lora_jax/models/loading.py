@@ -37,7 +37,8 @@ class Loaded(Protocol):
 
 # Each module's FAMILY are the model types that its `load` reads.
 _LOADERS: dict[str, Callable[..., Loaded]] = {
-    model_type: module.load for module in (llama, bert) for model_type in module.FAMILY
+    **dict.fromkeys(llama.FAMILY, llama.load),
+    **dict.fromkeys(bert.FAMILY, bert.load),
 }
 _GGUF = "llama"
 

@@ -1,6 +1,7 @@
 """Quantised checkpoints of the hub, against values of encoders written from each format's specification."""
 
 import json
+import tracemalloc
 
 import jax
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import lora_jax as lj
 from lora_jax.core import paths
 from lora_jax.huggingface.dequantized import open_tensors
+from lora_jax.models import llama
 from tests.support import quantized_files as files
+from tests.support import tiny_lm
 
 
 def check(packed, dense, rtol=0.0):
@@ -327,3 +330,42 @@ def test_awq_that_is_not_read(tmp_path, fields, says):
     packed, _ = awq(tmp_path)
     change(packed, **fields)
     refused(packed, says)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def random_nf4(draw, name, shape):
+    count = shape[0] * shape[1]
+    state = json.dumps({"quant_type": "nf4", "blocksize": 64, "shape": shape}).encode()
+    return {
+        name: draw.integers(0, 256, (count // 2, 1), np.uint8),
+        f"{name}.absmax": np.ones(count // 64, np.float32),
+        f"{name}.quant_map": files.nf4(),
+        f"{name}.quant_state.bitsandbytes__nf4": np.frombuffer(state, np.uint8),
+    }
+
+
+def random_fp8(draw, name, shape):
+    return {name: (draw.integers(0, 127, shape, np.uint8), "F8_E4M3"), f"{name}_scale_inv": np.ones((1, 1), np.float32)}
+
+
+@pytest.mark.parametrize(("make", "method"), [(random_nf4, "bitsandbytes"), (random_fp8, "fp8")])
+def test_no_dense_model_is_held(tmp_path, make, method):
+    """Among numpy's buffers, of which dense parameters are made; JAX's own are not traced."""
+    config = tiny_lm.sizes(hidden_size=256, intermediate_size=512, num_hidden_layers=16, head_dim=64)
+    draw, stored, dense = np.random.default_rng(0), {}, 0
+    for shape, name in llama.parameters(config).values():
+        tensor = name.name
+        wide = np.ones(name.shape(shape), np.float32)
+        dense += wide.nbytes
+        stored |= make(draw, tensor, wide.shape) if tensor.endswith("_proj.weight") else {tensor: wide}
+    directory = write(tmp_path / "model", stored, quant_method=method)
+    fields = llama.hf_config(config) | json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(fields))
+    lj.models.load(directory, quantize="int8")  # what is imported and traced once is no parameter
+    tracemalloc.start()
+    lj.models.load(directory, quantize="int8")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < dense / 4

@@ -25,8 +25,8 @@ def save(file, tensors):
     file.write_bytes(len(text).to_bytes(8, "little") + text + content)
 
 
-def model(directory, encode, config):
-    """A tiny Llama of which each kernel of a layer is stored as `encode` says, and one with the same weights dense.
+def model(directory, encode, config, base=BASE):
+    """A copy of a Llama of which each kernel of a layer is stored as `encode` says, and one with the same weights dense.
 
     Args:
       directory: where to make `packed` and `dense`.
@@ -35,8 +35,8 @@ def model(directory, encode, config):
     """
     packed, dense = directory / "packed", directory / "dense"
     for each in (packed, dense):
-        shutil.copytree(BASE, each)
-    stored, plain = {}, load_file(BASE / "model.safetensors")
+        shutil.copytree(base, each)
+    stored, plain = {}, load_file(base / "model.safetensors")
     for name, tensor in list(plain.items()):
         own = {name: tensor}
         if name.endswith("_proj.weight"):
