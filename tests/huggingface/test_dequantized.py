@@ -38,6 +38,13 @@ def refused(directory, says):
         open_tensors(directory)
 
 
+def write(directory, tensors, **config):
+    directory.mkdir(exist_ok=True)
+    files.save(directory / "model.safetensors", tensors)
+    (directory / "config.json").write_text(json.dumps({"quantization_config": config}))
+    return directory
+
+
 # --- fp8 --------------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +121,13 @@ def test_weights_that_are_dense(tmp_path):
     refused(dense, "no tensor is stored as 'fp8' has them: remove quantization_config if the weights are dense")
 
 
+def test_scales_of_no_floats(tmp_path):
+    tensors = {"w": (np.zeros((2, 2), np.uint8), "F8_E4M3"), "w_scale_inv": np.ones((1, 1), np.int32)}
+    refused(
+        write(tmp_path, tensors, quant_method="fp8"), "w_scale_inv must be .* F8_E8M0 or U8, but is of the shape .* and I32"
+    )
+
+
 def test_scales_without_values(tmp_path):
     _, dense = fp8(tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -125,13 +139,6 @@ def test_scales_without_values(tmp_path):
 
 
 # --- mxfp4 ------------------------------------------------------------------------------------------------------------
-
-
-def write(directory, tensors, **config):
-    directory.mkdir(exist_ok=True)
-    files.save(directory / "model.safetensors", tensors)
-    (directory / "config.json").write_text(json.dumps({"quantization_config": config}))
-    return directory
 
 
 def test_mxfp4(tmp_path):
@@ -163,9 +170,11 @@ def test_every_code_and_exponent_of_mxfp4(tmp_path):
 
 def test_mxfp4_of_another_layout(tmp_path):
     stored = {"x_blocks": np.zeros((2, 4, 3, 8), np.uint8), "x_scales": np.zeros((2, 4, 3), np.uint8)}
-    refused(write(tmp_path, stored, quant_method="mxfp4"), r"x_blocks of the shape \(2, 4, 3, 8\) and x_scales of the shape")
+    refused(write(tmp_path, stored, quant_method="mxfp4"), r"x_blocks must be of the shape \(2, 4, 3, 16\) and U8")
     stored = {"x_blocks": np.zeros((2, 4, 3, 16), np.uint8)}
-    refused(write(tmp_path, stored, quant_method="mxfp4"), "x_scales of the shape None are not")
+    refused(write(tmp_path, stored, quant_method="mxfp4"), "x_scales must be of the shape .* but is missing")
+    stored = {"x_blocks": np.zeros((4, 3, 16), np.uint8)}
+    refused(write(tmp_path, stored, quant_method="mxfp4"), r"has the shape \(4, 3, 16\), where \(experts, out, blocks, 16\)")
 
 
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------
@@ -212,9 +221,10 @@ def test_nf4_is_rounded_to_the_codes_and_scales_that_it_was_stored_with(tmp_path
 @pytest.mark.parametrize(
     ("lost", "changed", "says"),
     [
-        ("absmax", {}, "asks for 64 values in w.absmax, which has the shape None"),
-        ("", {"blocksize": 32}, r"asks for 32 values in w.absmax, which has the shape \(64,\)"),
-        ("", {"shape": [32, 48]}, r"bitsandbytes__nf4 asks for 768 values in w, which has the shape \(512, 1\)"),
+        ("absmax", {}, r"w.absmax must be of the shape \(64,\) and F32 or F16 or BF16, but is missing"),
+        ("", {"blocksize": 32}, r"w.absmax must be of the shape \(32,\) .* but is of the shape \(64,\)"),
+        ("", {"shape": [16, 16], "blocksize": 4}, "bitsandbytes__nf4 asks for 128 bytes in w, which has 512"),
+        ("", {"nested_blocksize": 8, "nested_offset": 0.0}, "w.absmax must be .* and U8, but is of the shape .* and F32"),
         ("", {"shape": None}, "w.quant_state.bitsandbytes__nf4 does not say the shape and the blocks of w"),
         ("", {"blocksize": 0}, "does not say the shape"),
     ],
@@ -229,12 +239,11 @@ def test_four_bits_that_do_not_fit(tmp_path, lost, changed, says):
 
 
 def test_eight_bits_that_do_not_fit(tmp_path):
+    refused(write(tmp_path, {"m.SCB": np.ones(3, np.float32)}, **BNB), "there is m.SCB, but no m.weight")
     stored, _ = files.eight_bits("m.weight", np.ones((4, 3), np.float32))
     form = {"m.weight_format": np.ones((), np.uint8)}
     refused(write(tmp_path, stored | form, **BNB), "m.weight_format says that m.weight is laid out for one kind of GPU")
-    refused(
-        write(tmp_path, stored | {"m.SCB": np.ones(3, np.float32)}, **BNB), r"m.SCB of the shape \(3,\) needs m.weight as I8"
-    )
+    refused(write(tmp_path, stored | {"m.SCB": np.ones(3, np.float32)}, **BNB), r"m.SCB must be of the shape \(4,\) and F32")
 
 
 # --- gptq -------------------------------------------------------------------------------------------------------------
@@ -270,7 +279,7 @@ def test_gptq_of_three_bits(tmp_path):
         ({"bits": 5}, "its bits is 5; 2, 3, 4, 8 can be read"),
         ({"checkpoint_format": "marlin"}, "its checkpoint_format is 'marlin'; 'gptq', 'gptq_v2'"),
         ({"dynamic": {"-:lm_head": {}}}, "its dynamic is"),
-        ({"bits": 8}, r"qzeros has the shape \(.*\); that of qweight asks for"),
+        ({"bits": 8}, r"qzeros must be of the shape \(.*\) and I32, but is of"),
         ({"group_size": "8"}, "its group_size must be a positive whole number or -1, not '8'"),
         ({"hadamard": True}, "it has the field hadamard"),
     ],
@@ -290,6 +299,12 @@ def test_words_of_three_axes(tmp_path, method):
 def test_gptq_of_words_that_end_within_a_value(tmp_path):
     directory = write(tmp_path, {"m.qweight": np.zeros((4, 8), np.int32)}, quant_method="gptq", bits=3)
     refused(directory, "m.qweight of 4 words is not of values of 3 bits")
+
+
+def test_gptq_of_groups_that_are_not_there(tmp_path):
+    stored, _ = files.gptq("m.weight", np.eye(32, dtype=np.float32), 4, 8)
+    directory = write(tmp_path, stored | {"m.g_idx": np.arange(32, dtype=np.int32) // 8 - 1}, quant_method="gptq", bits=4)
+    refused(directory, "m.g_idx has groups that are not among the 4 of scales")
 
 
 @pytest.mark.parametrize("fields", [{"group_size": 4}, {"desc_act": True}])
@@ -322,7 +337,7 @@ def test_awq_with_a_scale_for_each_output(tmp_path):
         ({"bits": 8}, "its bits is 8; 4 can be read"),
         ({"version": "gemv"}, "its version is 'gemv'; 'gemm', 'GEMM' can be read"),
         ({"zero_point": False}, "its zero_point is False; True can be read"),
-        ({"group_size": 16}, r"qzeros has the shape \(.*\); qweight and a group_size of 16 ask for \(.*\)"),
+        ({"group_size": 16}, r"qzeros must be of the shape \(.*\) and I32, but is of"),
         ({"hadamard": True}, "it has the field hadamard"),
     ],
 )

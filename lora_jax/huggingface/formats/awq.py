@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.core.errors import InputError
 from lora_jax.huggingface.checkpoint_files import SafeTensors
-from lora_jax.huggingface.formats.packed import Packed, check_fields, matrix_shape, unpack, whole_number
+from lora_jax.huggingface.formats.packed import FLOATS, Packed, check_fields, check_part, matrix_shape, unpack, whole_number
 
 _ONLY = {"bits": [4], "version": ["gemm", "GEMM"], "format": ["gemm"], "zero_point": [True]}
 # How the numbers were found, what computes with them, and which modules the file itself has packed.
@@ -32,12 +31,10 @@ def _packed(stored: SafeTensors, module: str, group: int) -> Packed:
     inputs, words = matrix_shape(stored, f"{module}qweight")
     size = inputs if group == -1 else group
     groups = -(-inputs // size)
-    wanted = {"qweight": (inputs, words), "qzeros": (groups, words), "scales": (groups, words * 8)}
-    for part, shape in wanted.items():
-        found = stored.shapes.get(f"{module}{part}")
-        if found != shape:
-            raise InputError(f"{module}{part} has the shape {found}; qweight and a group_size of {group} ask for {shape}")
-    parts = tuple(f"{module}{part}" for part in wanted)
+    parts = tuple(f"{module}{part}" for part in ("qweight", "qzeros", "scales"))
+    shapes = ((inputs, words), (groups, words), (groups, words * 8))
+    for part, shape, dtypes in zip(parts, shapes, (["I32"], ["I32"], FLOATS)):
+        check_part(stored, part, shape, dtypes)
     return Packed((words * 8, inputs), parts, functools.partial(_read, stored, module, size))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from lora_jax.core import files
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface.checkpoint_files import SafeTensors
-from lora_jax.huggingface.formats.packed import Packed, check_fields
+from lora_jax.huggingface.formats.packed import FLOATS, Packed, check_fields, check_part, matrix_shape
 
 # What is quantised, and how, the file itself says; the rest is about products.
 _KNOWN = (
@@ -44,15 +44,17 @@ def find(stored: SafeTensors, config: Mapping[str, Any]) -> dict[str, Packed]:
 
 def _eight_bits(stored: SafeTensors, module: str) -> Packed:
     name, scales, form = (module + part for part in ("weight", _SCALES, _FORMAT))
-    shape = stored.shapes.get(name)
-    if shape is None or len(shape) != 2 or stored.dtype(name) != "I8" or math.prod(stored.shapes[scales]) != shape[0]:
-        raise InputError(f"{scales} of the shape {stored.shapes[scales]} needs {name} as I8, with as many rows, not {shape}")
+    if name not in stored.shapes:
+        raise InputError(f"there is {scales}, but no {name}")
+    shape = matrix_shape(stored, name)
+    check_part(stored, name, shape, ["I8"])
+    check_part(stored, scales, shape[:1], FLOATS)
     if form in stored.shapes and stored.read_raw(form).any():
         raise InputError(f"{form} says that {name} is laid out for one kind of GPU: save it again with a newer bitsandbytes")
 
     def read(first: int, last: int) -> np.ndarray:
         rows = stored.read_raw(name, slice(first, last)).astype(np.float32)
-        return rows * (stored.read_raw(scales).reshape(-1)[first:last, None].astype(np.float32) / np.float32(127))
+        return rows * (stored.read_raw(scales)[first:last, None].astype(np.float32) / np.float32(127))
 
     return Packed(shape, (name, scales, *((form,) if form in stored.shapes else ())), read)
 
@@ -117,18 +119,19 @@ def _four_bits(stored: SafeTensors, name: str, state: str) -> Packed:
         shape, block = tuple(map(int, fields["shape"])), int(fields["blocksize"])
         inner, mean = (int(fields["nested_blocksize"]), float(fields["nested_offset"])) if nested else (0, 0.0)
         blocks = -(-math.prod(shape) // block)
-        sizes = [blocks, 16, *((-(-blocks // inner), 256) if nested else ())]
+        sizes = [(blocks,), (16,), *(((-(-blocks // inner),), (256,)) if nested else ())]
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         raise InputError(f"{state} does not say the shape and the blocks of {name}") from None
-    for part, size in {name: -(-math.prod(shape) // 2), **dict(zip(parts, sizes))}.items():
-        held = stored.shapes.get(part)
-        if held is None or _size(stored, name, part) != size:
-            raise InputError(f"{state} asks for {size} values in {part}, which has the shape {held}")
+    for part, size in zip(parts, sizes, strict=True):
+        check_part(stored, part, size, ["U8"] if nested and part.endswith(".absmax") else FLOATS)
+    held, size = _bytes(stored, name), -(-math.prod(shape) // 2)
+    if held != size:
+        raise InputError(f"{state} asks for {size} bytes in {name}, which has {held}")
     found = _FourBits(stored, name, shape, block, inner, mean)
     return Packed(shape, (name, state, *parts), found.read)
 
 
-def _size(stored: SafeTensors, name: str, part: str) -> int:
-    """How many values a stored tensor has, or of the packed one how many bytes, which may be stored as other numbers."""
-    count = math.prod(stored.shapes[part])
-    return count * stored.read_raw(part, slice(0, 1)).itemsize if part == name else count
+def _bytes(stored: SafeTensors, name: str) -> int:
+    """How many bytes a stored tensor has, which may be stored as other numbers."""
+    shape = stored.shapes.get(name)
+    return 0 if shape is None else math.prod(shape) * stored.read_raw(name, slice(0, 1)).itemsize

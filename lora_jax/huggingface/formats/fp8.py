@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface.checkpoint_files import SafeTensors
-from lora_jax.huggingface.formats.packed import Packed, check_fields
+from lora_jax.huggingface.formats.packed import FLOATS, Packed, check_fields, check_part
 
 _ONLY = {"fmt": ["e4m3"], "expert_dtype": ["fp8"], "scale_fmt": ["float", "ue8m0"], "activation_scheme": ["dynamic", "static"]}
 # Which modules are quantised the file itself says.
@@ -36,6 +36,7 @@ def _packed(stored: SafeTensors, name: str, size: Any) -> Packed:
         raise InputError(f"there is {name}{_SCALE}, but {name} is {kind}, where F8_E4M3 is needed")
     if math.prod(scales) != 1 and _blocks(shape, size) != scales:
         raise InputError(f"the weight_block_size {size!r} does not cut {name} {shape} into the blocks of its scales {scales}")
+    check_part(stored, name + _SCALE, scales, (*FLOATS, "F8_E8M0", "U8"))
     inputs = name.removesuffix("weight") + "activation_scale"
 
     def read(first: int, last: int) -> np.ndarray:

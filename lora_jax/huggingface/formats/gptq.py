@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface.checkpoint_files import SafeTensors
-from lora_jax.huggingface.formats.packed import Packed, check_fields, matrix_shape, unpack, whole_number
+from lora_jax.huggingface.formats.packed import FLOATS, Packed, check_fields, check_part, matrix_shape, unpack, whole_number
 
 _BITS = (2, 3, 4, 8)
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # what is to be added to a zero
@@ -26,6 +26,7 @@ _ONLY = {
     "rotation": [None],
     "adapter": [None],
 }
+_DTYPES = {"qweight": ["I32"], "qzeros": ["I32"], "scales": FLOATS, "g_idx": ["I32", "I64"]}
 # How the numbers were found, and what computes with them.
 _KNOWN = (
     "group_size", "desc_act", "sym", "true_sequential", "static_groups", "damp_percent", "damp_auto_increment", "lm_head",
@@ -67,23 +68,25 @@ class _Linear:
     def packed(self, reordered: bool) -> Packed:
         """The dense tensor; `reordered`: its inputs are in groups that only `g_idx` knows."""
         words, outputs = matrix_shape(self.stored, f"{self.module}qweight")
-        groups = self._shape("scales")[0]
+        groups = self.stored.shapes.get(f"{self.module}scales", (0,))[0]
         inputs = words * 32 // self.bits
         if words * 32 % self.bits:
             raise InputError(f"{self.module}qweight of {words} words is not of values of {self.bits} bits")
-        wanted = {"scales": (groups, outputs), "qzeros": (groups, outputs * self.bits // 32), "g_idx": (inputs,)}
-        if f"{self.module}g_idx" not in self.stored.shapes:
-            if reordered or groups != (1 if self.group == -1 else -(-inputs // self.group)):
-                raise InputError(f"{self.module}g_idx is missing, and group_size {self.group} does not say the {groups} groups")
-            del wanted["g_idx"]
-        for part, shape in wanted.items():
-            if self._shape(part) != shape:
-                raise InputError(f"{self.module}{part} has the shape {self._shape(part)}; that of qweight asks for {shape}")
-        parts = tuple(f"{self.module}{part}" for part in ("qweight", *wanted))
-        return Packed((outputs, inputs), parts, self._read)
+        shapes: dict[str, tuple[int, ...]] = {"qweight": (words, outputs), "scales": (groups, outputs)}
+        shapes["qzeros"] = (groups, outputs * self.bits // 32)
+        if self._has_index:
+            shapes["g_idx"] = (inputs,)
+        elif reordered or groups != (1 if self.group == -1 else -(-inputs // self.group)):
+            raise InputError(f"{self.module}g_idx is missing, and group_size {self.group} does not say the {groups} groups")
+        for part, shape in shapes.items():
+            check_part(self.stored, f"{self.module}{part}", shape, _DTYPES[part])
+        if not set(self._groups(inputs).tolist()) <= set(range(groups)):
+            raise InputError(f"{self.module}g_idx has groups that are not among the {groups} of scales")
+        return Packed((outputs, inputs), tuple(f"{self.module}{part}" for part in shapes), self._read)
 
-    def _shape(self, part: str) -> tuple[int, ...]:
-        return self.stored.shapes.get(f"{self.module}{part}", (0, 0))
+    @property
+    def _has_index(self) -> bool:
+        return f"{self.module}g_idx" in self.stored.shapes
 
     def _raw(self, part: str, *index: slice) -> np.ndarray:
         return self.stored.read_raw(f"{self.module}{part}", *index)
@@ -97,6 +100,6 @@ class _Linear:
 
     def _groups(self, inputs: int) -> np.ndarray:
         """The group of each input."""
-        if f"{self.module}g_idx" in self.stored.shapes:
+        if self._has_index:
             return self._raw("g_idx")
         return np.zeros(inputs, np.int32) if self.group == -1 else np.arange(inputs) // self.group

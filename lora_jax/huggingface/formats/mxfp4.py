@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface.checkpoint_files import SafeTensors
-from lora_jax.huggingface.formats.packed import Packed, check_fields
+from lora_jax.huggingface.formats.packed import Packed, check_fields, check_part
 
 _KNOWN = ("modules_to_not_convert", "dequantize")  # the file itself says what is packed
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -29,13 +29,12 @@ def find(stored: SafeTensors, config: Mapping[str, Any]) -> dict[str, Packed]:
 
 
 def _packed(stored: SafeTensors, name: str) -> Packed:
-    blocks, scales = stored.shapes[name + _BLOCKS], stored.shapes.get(name + _SCALES)
-    if len(blocks) != 4 or blocks[3] != 16 or scales != blocks[:3] or stored.dtype(name + _BLOCKS) != "U8":
-        raise InputError(
-            f"{name}_blocks of the shape {blocks} and {name}_scales of the shape {scales} are not (experts, out, blocks, 16) "
-            "bytes and (experts, out, blocks)"
-        )
+    blocks = stored.shapes[name + _BLOCKS]
+    if len(blocks) != 4:
+        raise InputError(f"{name}_blocks has the shape {blocks}, where (experts, out, blocks, 16) is needed")
     experts, out, count, _ = blocks
+    check_part(stored, name + _BLOCKS, (experts, out, count, 16), ["U8"])
+    check_part(stored, name + _SCALES, (experts, out, count), ["U8"])
     return Packed((experts, count * 32, out), (name + _BLOCKS, name + _SCALES), functools.partial(_read, stored, name))
 
 

@@ -56,6 +56,17 @@ def whole_number(config: Mapping[str, Any], name: str, default: int) -> int:
     return value
 
 
+FLOATS = ("F32", "F16", "BF16")
+
+
+def check_part(stored: SafeTensors, name: str, shape: tuple[int, ...], dtypes: Collection[str]) -> None:
+    """Raise an InputError unless a stored tensor is there, of this shape and one of these dtypes."""
+    found = stored.shapes.get(name)
+    if found != shape or stored.dtype(name) not in dtypes:
+        what = "is missing" if found is None else f"is of the shape {found} and {stored.dtype(name)}"
+        raise InputError(f"{name} must be of the shape {shape} and {' or '.join(dtypes)}, but {what}")
+
+
 def matrix_shape(stored: SafeTensors, name: str) -> tuple[int, int]:
     """The shape of a stored tensor of two axes."""
     shape = stored.shapes[name]
