@@ -101,9 +101,10 @@ def fetch(name: HubName) -> pathlib.Path:
 
 
 def cached(name: HubName) -> pathlib.Path | None:
-    """The directory of a model's files if they are in the cache; downloads nothing."""
+    """The directory of a model's files if its `config.json` and weights are in the cache; downloads nothing."""
+    options: Any = {"local_files_only": True, "allow_patterns": ["config.json"]}  # without which some versions want all files
     try:
-        found = _package().snapshot_download(name.repository, revision=name.revision, local_files_only=True)
+        found = _package().snapshot_download(name.repository, revision=name.revision, **options)
     except _package().errors.LocalEntryNotFoundError:
         return None
     directory = pathlib.Path(found)
@@ -127,6 +128,8 @@ def _download(name: HubName, names: Sequence[str]) -> pathlib.Path:
     except errors.RevisionNotFoundError:
         raise MissingError(f"{name.repository} has no revision {name.revision!r}: give a branch, a tag or a commit") from None
     except errors.LocalEntryNotFoundError as error:
+        if found := cached(name):  # some versions want all files of the repository that match
+            return found
         reason = f" ({error.__cause__})" if error.__cause__ else ""
         raise MissingError(
             f"{name} is not in the cache, and the hub can't be reached{reason}: {_ONLINE}, or give a directory"
