@@ -13,7 +13,7 @@ from lora_jax.huggingface import hub
 def hub_name(config: RunConfig) -> hub.HubName | None:
     """The name of the run's base model on the hub, with the commit that the run was made with; `None` if it is not from there.
 
-    A directory of the same name goes first, unless the run is there already and is not of it.
+    In a new run a directory of that name goes first; later it is what the run began with.
     """
     name = None if config.model is None else hub.parse(config.model)
     local = config.model is not None and (config.model_sha256 != "" or pathlib.Path(config.model).exists())
