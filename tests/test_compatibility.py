@@ -214,8 +214,8 @@ def test_import(home, tmp_path):
     equal(flat(lj.checkpoint.load(tmp_path / "run" / "adapters")), arrays("imported"))
     ours, theirs = (json.loads((run / "config.json").read_text()) for run in (tmp_path / "run", home / "imported"))
     new = {"untie": False, "ends": [], "warmup_from": 1, "adapter": None, "finished": [], "tokens_sha256": ""}
-    new |= {"scan_layers": False, "remat": "none", "attention_block": None, "accumulate": 1}
-    assert ours == theirs | {"format_version": 6} | new
+    new |= {"scan_layers": False, "remat": "none", "attention_block": None, "accumulate": 1, "model_commit": ""}
+    assert ours == theirs | {"format_version": 7} | new
 
 
 @pytest.mark.parametrize(("lost", "tolerance"), [((), 1e-6), (("adapters", "metrics.jsonl"), 5e-5)])
@@ -238,7 +238,8 @@ def read_lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-SINCE_6 = ("scan_layers", "remat", "attention_block", "accumulate")
+SINCE_7 = ("model_commit",)
+SINCE_6 = ("scan_layers", "remat", "attention_block", "accumulate", *SINCE_7)
 SINCE_5 = ("untie", "adapter", "tokens_sha256", "finished", "ends", "warmup_from", *SINCE_6)
 SINCE_4 = ("quantize", "block", *SINCE_5)
 SINCE_3 = ("method", "scaling", "dora", "init", "lora_plus", *SINCE_4)

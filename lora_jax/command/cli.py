@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from lora_jax.core.errors import InputError
 
-_EXTRAS = {"qwix": "quant"}
+_EXTRAS = {"qwix": "quant", "huggingface_hub": "hub"}
 _EXTRAS |= dict.fromkeys(("gguf", "grain", "jinja2", "matplotlib", "msgspec", "rich", "tokenizers"), "finetune")
 
 
@@ -98,7 +98,8 @@ def _export(made: argparse.ArgumentParser) -> None:
 
 def _import(made: argparse.ArgumentParser) -> None:
     made.add_argument("directory", type=pathlib.Path, help="the PEFT directory")
-    made.add_argument("--model", type=pathlib.Path, required=True, help="the base: a Hugging Face directory or .gguf file")
+    base = "the base: a Hugging Face directory, a model of the hub as owner/name or owner/name@revision, or a .gguf file"
+    made.add_argument("--model", required=True, help=base)
     untie = "give a head that is the embedding (tied) a kernel of its own, as an adapter of one of the two needs"
     made.add_argument("--untie", action="store_true", help=untie)
     made.add_argument("--out", type=pathlib.Path, help="the run's directory (default: the first free of runs/1, runs/2)")

@@ -13,12 +13,13 @@ import safetensors
 
 from lora_jax import peft
 from lora_jax.command import adapter_files, hf_export, run
-from lora_jax.command.options import RunConfig
-from lora_jax.command.tasks import classify, lm
+from lora_jax.command.options import RunConfig, model_source
+from lora_jax.command.tasks import classify, lm, places
 from lora_jax.command.tasks.registry import task_module
 from lora_jax.core import files, paths
 from lora_jax.core.adapter import Adapter, Full, LowRank
 from lora_jax.core.errors import InputError
+from lora_jax.huggingface import hub
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import bert
 from lora_jax.training import checkpoint
@@ -29,6 +30,7 @@ _GGUF = (
     "the adapters were trained on the weights of a GGUF file, which PEFT can't apply them to; on the model that the file was "
     "made from, the outputs differ as its weights do (--format merged has the file's own)"
 )
+_COMMIT = "the adapters were trained on the commit {} of the base, which adapter_config.json can't say: give it as revision="
 _QUANTIZED = {
     "peft": "the adapters were trained beside kernels quantised to {}; with the base as it is stored, or quantised by another "
     "library, the outputs differ by what the quantisation changes",
@@ -92,8 +94,9 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
     else:
         more = _rounding(_export_merged(config, base, adapters, source, out))
     stored = (_GGUF,) if form == "peft" and source.is_file() else ()
+    commit = (_COMMIT.format(config.model_commit),) if form == "peft" and config.model_commit else ()
     rounded = () if config.quantize is None else (_QUANTIZED[form].format(config.quantize),)
-    return (*_notes(base), *stored, *rounded, *more)
+    return (*_notes(base), *stored, *commit, *rounded, *more)
 
 
 def _export_peft(
@@ -106,13 +109,19 @@ def _export_peft(
             directory,
             {**tables, **adapters},
             names=_names(base),
-            base_model=_ORIGINALS[config.task] if config.model is None else str(source),
+            base_model=_base_model(config, source),
             task_type=_TASK_TYPES[config.task],
             variables=_as_stored(base, source),
             changed=tables,
         )
         if base.own is not None:
             hf_export.write_tokenizer(directory, base.own, base.tokenizer)
+
+
+def _base_model(config: RunConfig, source: pathlib.Path) -> str:
+    """What PEFT is to load the base from."""
+    name = places.hub_name(config)
+    return _ORIGINALS[config.task] if config.model is None else str(source) if name is None else name.repository
 
 
 def _own_embeddings(base: Any) -> dict[str, Adapter]:
@@ -200,12 +209,12 @@ def _notes(base: Any) -> tuple[str, ...]:
 # --- import -----------------------------------------------------------------------------------------------------------
 
 
-def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path, untie: bool = False) -> tuple[str, ...]:
+def import_(source: pathlib.Path, model: str | pathlib.Path, out: pathlib.Path, untie: bool = False) -> tuple[str, ...]:
     """Make a run of a PEFT directory.
 
     Args:
       source: the PEFT directory.
-      model: the adapters' base: a Hugging Face directory, or a `.gguf` file.
+      model: the adapters' base: a Hugging Face directory, a name on the hub, or a `.gguf` file.
       out: the run's directory.
       untie: whether a head that is the embedding gets a kernel of its own.
 
@@ -217,16 +226,17 @@ def import_(source: pathlib.Path, model: pathlib.Path, out: pathlib.Path, untie:
         files.
     """
     files.check_empty(out)
+    source, named, model = source.absolute(), model_source(str(model)), hub.find(model)
     task = _task_of(model)
     if untie and task != "lm":
         raise InputError(f"{model} has no head that could be its embedding: leave --untie out")
-    source, model = source.absolute(), model.absolute()
-    options: dict[str, Any] = {"task": task, "model": str(model), "imported": str(source), "max_length": 3, "untie": untie}
+    options: dict[str, Any] = {"task": task, "model": named, "imported": str(source), "max_length": 3, "untie": untie}
     if task == "classify":
         options["labels"] = [f"LABEL_{i}" for i in range(_head_size(source))]
     config = RunConfig(**options)
     base = task_module(config).load_base(model, config)
-    options |= {"max_length": base.model.config.max_position_embeddings, "model_sha256": base.sha256}
+    options |= {"max_length": base.model.config.max_position_embeddings, "model_commit": places.commit(config, model)}
+    options["model_sha256"] = base.sha256
     if task == "classify":
         options["labels"] = base.model.labels
     with files.fresh_directory(out) as directory:

@@ -17,11 +17,13 @@ from lora_jax.core import files, paths
 from lora_jax.core.adapter import Adapter
 from lora_jax.data.tokenizer import TextTokenizer
 from lora_jax.huggingface import checkpoint_files
+from lora_jax.huggingface.dequantized import open_tensors
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import gguf_files, llama
 from lora_jax.models.decoder_config import DecoderConfig
 
-_DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+_DTYPES: dict[Any, Any] = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+_OWN: dict[Any, Any] = {jnp.dtype(dtype).name: dtype for dtype in _DTYPES.values()}
 _EMBEDDING = "model.embed_tokens.weight"
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
@@ -42,7 +44,14 @@ def llama_fields(source: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
     if source.is_file():
         return llama.hf_config(config)
     changed = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
-    return checkpoint_files.read_json(source, "config.json") | changed
+    return _dense_fields(source) | changed
+
+
+def _dense_fields(source: pathlib.Path) -> dict[str, Any]:
+    """The base's own `config.json`, without how its weights are quantised: they are written dense."""
+    fields = checkpoint_files.read_json(source, "config.json")
+    fields.pop("quantization_config", None)
+    return fields
 
 
 def generation_fields(source: pathlib.Path, config: DecoderConfig, ends: Sequence[int]) -> dict[str, Any]:
@@ -55,7 +64,7 @@ def generation_fields(source: pathlib.Path, config: DecoderConfig, ends: Sequenc
 
 def bert_fields(source: pathlib.Path, labels: Sequence[str]) -> dict[str, Any]:
     """The `config.json` of a BERT classifier: the base's own with these labels."""
-    fields = checkpoint_files.read_json(source, "config.json")
+    fields = _dense_fields(source)
     fields.pop("num_labels", None)  # `id2label` says it
     return fields | {
         "architectures": ["BertForSequenceClassification"],
@@ -68,15 +77,14 @@ def bert_fields(source: pathlib.Path, labels: Sequence[str]) -> dict[str, Any]:
 def stored_dtypes(source: pathlib.Path) -> dict[str, Any]:
     """The dtype of each tensor of a directory, by its name without a leading `bert.`; of a `.gguf` file's none.
 
-    A head that is not stored, since it is the embedding, has the embedding's.
+    A head that is not stored, since it is the embedding, has the embedding's. Quantised tensors have the one that the
+    configuration names, float32 without.
     """
     if source.is_file():
         return {}
-    found = {}
-    for file in source.glob("*.safetensors"):
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118  not a dict
-                found[name.removeprefix("bert.")] = _DTYPES[opened.get_slice(name).get_dtype()]
+    tensors, fields = open_tensors(source), checkpoint_files.read_json(source, "config.json")
+    own = _OWN.get(fields.get("dtype") or fields.get("torch_dtype"), jnp.float32)
+    found = {name.removeprefix("bert."): _DTYPES.get(tensors.dtype(name), own) for name in tensors.shapes}
     if _EMBEDDING in found:
         found.setdefault("lm_head.weight", found[_EMBEDDING])
     return found

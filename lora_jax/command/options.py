@@ -17,7 +17,7 @@ from lora_jax.core.fields import LARGEST, Option, check, option, table
 if TYPE_CHECKING:
     from lora_jax.adapters.config import LoraConfig
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 CHANGE_THE_BASE = ("pissa", "olora", "milora")  # starts of `lora_jax.initializers`
 
 
@@ -42,7 +42,10 @@ class RunConfig:
     ] = "classify"
     model: Annotated[
         str | None,
-        option("a Hugging Face directory, or for lm a .gguf file (default: MiniLM or SmolLM2, fetched once)"),
+        option(
+            "a Hugging Face directory, a model of the hub (owner/name or owner/name@revision), or for lm a .gguf file "
+            "(default: MiniLM or SmolLM2, fetched once)"
+        ),
     ] = None
     data: Annotated[
         str | None, option("a .csv or .jsonl file, or for lm a .txt file (default: movie reviews, fetched once)")
@@ -126,6 +129,7 @@ class RunConfig:
     labels: Annotated[Sequence[str], option("the classes, in the order of the logits", recorded=True)] = ()
     data_sha256: Annotated[str, option("the digest of all texts and labels", recorded=True)] = ""
     model_sha256: Annotated[str, option("the digest of the base's weights", recorded=True)] = ""
+    model_commit: Annotated[str, option("the commit of a base from the hub", recorded=True, since=7)] = ""
     tokens_sha256: Annotated[str, option("the digest of the tokens of all texts", recorded=True, since=5)] = ""
     date: Annotated[
         str, option("the day that chat templates are told, on which the run began: ISO 8601", recorded=True, since=2)
@@ -363,4 +367,13 @@ def given(line: argparse.Namespace, cls: type) -> dict[str, Any]:
 def given_run(line: argparse.Namespace) -> dict[str, Any]:
     """The options of a run that are on the command line; files by their absolute paths."""
     found = given(line, RunConfig)
-    return found | {name: str(pathlib.Path(found[name]).absolute()) for name in ("model", "data", "adapter") if name in found}
+    files = {name: str(pathlib.Path(found[name]).absolute()) for name in ("data", "adapter") if name in found}
+    return found | files | ({"model": model_source(found["model"])} if "model" in found else {})
+
+
+def model_source(text: str) -> str:
+    """A base model's absolute path, or if it is not there its name on the hub."""
+    from lora_jax.huggingface import hub  # which needs JAX
+
+    path = pathlib.Path(text)
+    return text if not path.exists() and hub.parse(text) else str(path.absolute())

@@ -69,4 +69,6 @@ def _request(config: RunConfig, hosts: Hosts, target: topology.Topology) -> plan
     fields: dict[str, Any] = {name: getattr(config, name) for name in same}
     fields |= {"quantize": config.quantize or "none", "attention_block": config.attention_block or config.max_length}
     rows = {"batch": config.batch_size, "sequence": config.max_length}
-    return plan.Request(model=str(lm.location(config)), topology=target.name, mesh=hosts.axes or None, **rows, **fields)
+    return plan.Request(
+        model=config.model or str(lm.location(config)), topology=target.name, mesh=hosts.axes or None, **rows, **fields
+    )

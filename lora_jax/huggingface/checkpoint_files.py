@@ -1,9 +1,12 @@
 """The files of a Hugging Face model directory, read with errors that name the file."""
 
+import json
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -13,6 +16,7 @@ from lora_jax.huggingface.names import HFName, listing
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_BYTES = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E8M0": jnp.float8_e8m0fnu}  # which safetensors has not for NumPy
 
 
 class Tensors(Protocol):
@@ -31,6 +35,15 @@ class Tensors(Protocol):
         ...
 
 
+class _Stored(NamedTuple):
+    """Where a tensor is: its file, its name there, its dtype and where its bytes begin, which is known of `_BYTES` alone."""
+
+    file: pathlib.Path
+    name: str
+    dtype: str
+    begin: int
+
+
 class SafeTensors:
     """The tensors of `model.safetensors`, or of the files that `model.safetensors.index.json` lists.
 
@@ -47,9 +60,9 @@ class SafeTensors:
         sharded = (directory / INDEX).is_file() and not (directory / SINGLE).is_file()
         self.file = directory / (INDEX if sharded else SINGLE)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._stored: dict[str, tuple[pathlib.Path, str, str]] = {}
-        placed = _shards(directory) if sharded else {existing(directory, SINGLE): None}
-        for file, names in placed.items():
+        self._stored: dict[str, _Stored] = {}
+        placed = _listed(directory) if sharded else {SINGLE: None}
+        for file, names in ((existing(directory, name), names) for name, names in placed.items()):
             try:
                 self._open(file, names, rename)
             except (safetensors.SafetensorError, OSError) as error:
@@ -59,11 +72,18 @@ class SafeTensors:
         opened: Any = safetensors.safe_open(file, framework="numpy")
         present = list(opened.keys())
         complain(f"{file} lacks the tensors", set(names or ()) - set(present), f"that {INDEX} places there")
-        for name in present if names is None else names:
-            part, new = opened.get_slice(name), rename(name)
+        parts = {name: opened.get_slice(name) for name in (present if names is None else names)}
+        begins = _begins(file) if any(part.get_dtype() in _BYTES for part in parts.values()) else {}
+        for name, part in parts.items():
+            new = rename(name)
             if new in self.shapes:
-                raise InputError(f"{file} has two tensors for {new}, {self._stored[new][1]} and {name}")
-            self.shapes[new], self._stored[new] = tuple(part.get_shape()), (file, name, str(part.get_dtype()))
+                raise InputError(f"{file} has two tensors for {new}, {self._stored[new].name} and {name}")
+            self.shapes[new] = tuple(part.get_shape())
+            self._stored[new] = _Stored(file, name, str(part.get_dtype()), begins.get(name, 0))
+
+    def dtype(self, name: str) -> str:
+        """What a tensor is stored as, in the words of the format: `BF16`, `U8`."""
+        return self._stored[name].dtype
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Some rows of a tensor, or all, as it is stored.
@@ -71,26 +91,60 @@ class SafeTensors:
         Raises:
           InputError: it does not hold floats.
         """
-        file, stored, dtype = self._stored[name]
-        if dtype not in _FLOATS:
-            raise InputError(f"{self.file}: {stored} is stored as {dtype}; {', '.join(_FLOATS)} can be read")
+        stored = self._stored[name]
+        if stored.dtype not in _FLOATS:
+            raise InputError(f"{self.file}: {stored.name} is stored as {stored.dtype}; {', '.join(_FLOATS)} can be read")
+        return self.read_raw(name, rows)
+
+    def read_raw(self, name: str, *index: slice) -> np.ndarray:
+        """A part of a tensor, or all, as it is stored, whatever it holds: the numbers of something that is packed, say."""
+        stored = self._stored[name]
         # Opened each time: what was read of a file stays in this process's memory for as long as it is open.
-        with files.reading(file):
-            opened: Any = safetensors.safe_open(file, framework="numpy")
-            return opened.get_slice(stored)[rows]
+        with files.reading(stored.file):
+            if stored.dtype in _BYTES:
+                return _read_bytes(stored, self.shapes[name], *index)
+            opened: Any = safetensors.safe_open(stored.file, framework="numpy")
+            return opened.get_slice(stored.name)[index] if index else opened.get_tensor(stored.name)
 
 
-def _shards(directory: pathlib.Path) -> dict[pathlib.Path, list[str]]:
-    """The files that the index lists, each with the names of its tensors."""
+def _begins(file: pathlib.Path) -> dict[str, int]:
+    """Where the bytes of each tensor begin."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _read_bytes(stored: _Stored, shape: tuple[int, ...], rows: slice = slice(None), *index: slice) -> np.ndarray:
+    """A part of a tensor of one byte a value."""
+    width = math.prod(shape[1:])
+    first, last, _ = rows.indices(shape[0])
+    with stored.file.open("rb") as stream:
+        stream.seek(stored.begin + first * width)
+        values = np.fromfile(stream, _BYTES[stored.dtype], (last - first) * width)
+    return values.reshape(-1, *shape[1:])[(slice(None), *index)]
+
+
+def weight_names(directory: pathlib.Path) -> list[str]:
+    """The names of the files with a directory's weights: those that the index lists, or the only one, there or not.
+
+    Raises:
+      InputError: the index is wrong.
+    """
+    return [SINGLE] if (directory / SINGLE).is_file() or not (directory / INDEX).is_file() else list(_listed(directory))
+
+
+def _listed(directory: pathlib.Path) -> dict[str, list[str]]:
+    """The names of the files that the index lists, each with the names of its tensors."""
     placed = read_json(directory, INDEX).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise InputError(f"{directory / INDEX} must have a weight_map, an object of file names by tensor")
     bad = {name for name in placed.values() if not _is_plain(name)}
     complain(f"{directory / INDEX} has file names that are not plain ones ending in .safetensors:", map(repr, bad))
-    listed: dict[pathlib.Path, list[str]] = {}
+    listed: dict[str, list[str]] = {}
     for tensor, name in placed.items():
-        listed.setdefault(directory / name, []).append(tensor)
-    return {existing(directory, file.name): names for file, names in listed.items()}
+        listed.setdefault(name, []).append(tensor)
+    return listed
 
 
 def _is_plain(name: str) -> bool:

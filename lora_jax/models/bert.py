@@ -20,6 +20,7 @@ from lora_jax.models.weights import Reader, Sharding, put
 from lora_jax.sharding import model_shardings, on_mesh
 
 Pooling = Literal["mean", "cls", "pooler"]
+FAMILY = ("bert",)
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),

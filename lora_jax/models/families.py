@@ -391,8 +391,6 @@ def read_config(fields: Mapping[str, Any]) -> DecoderConfig:
         raise InputError(f"the model_type is {model_type!r}; this loader reads {', '.join(map(repr, FAMILY))}")
     family = FAMILIES[model_type]
     read = Fields(fields, {"activation": "hidden_act", "norm_eps": "rms_norm_eps"} | family.fields, family.defaults)
-    if read.get("quantization_config"):
-        raise InputError("it has a quantization_config: only unquantised weights can be read; dequantise the checkpoint first")
     parts = family.parts(read)
     heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
     sizes: dict[str, Any] = {
@@ -412,9 +410,10 @@ def read_config(fields: Mapping[str, Any]) -> DecoderConfig:
     }
     if not parts.get("learnt_positions") and "rope_theta" not in parts:
         parts = read_rope(read, sizes["head_dim"], family.partial) | parts
-    read.ignore(*family.ignored)
+    read.ignore("quantization_config", *family.ignored)  # which says how files are stored
     read.refuse_others()
-    return DecoderConfig(model_type=model_type, source=json.dumps(dict(fields)), **sizes | parts)
+    source = json.dumps({name: value for name, value in fields.items() if name != "quantization_config"})
+    return DecoderConfig(model_type=model_type, source=source, **sizes | parts)
 
 
 def token_ids(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax.core import paths
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface import checkpoint_files
+from lora_jax.huggingface.dequantized import open_tensors
 from lora_jax.huggingface.gguf_reader import GgufFile
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import gguf_files
@@ -248,7 +249,7 @@ def load(
     _check_remat(remat)
     source = pathlib.Path(source)
     config = sizes(source)
-    tensors: Any = GgufFile(source) if source.suffix == ".gguf" else checkpoint_files.SafeTensors(source)
+    tensors: Any = GgufFile(source) if source.suffix == ".gguf" else open_tensors(source)
     _check_layers(tensors, config)
     tied = config.tie_word_embeddings
     untied = dataclasses.replace(config, tie_word_embeddings=False)

@@ -11,7 +11,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.core.fields import table
 
 CONFIG = """{
- "format_version": 6,
+ "format_version": 7,
  "task": "lm",
  "model": null,
  "data": "/texts.txt",
@@ -49,6 +49,7 @@ CONFIG = """{
  "labels": [],
  "data_sha256": "",
  "model_sha256": "",
+ "model_commit": "",
  "tokens_sha256": "",
  "date": "",
  "finished": [],

@@ -169,7 +169,7 @@ def test_runs_of_before_have_none_of_it(plain, tmp_path, capsys):
     shutil.copytree(plain, tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     fields = json.loads(file.read_text())
-    new = {"scan_layers": False, "remat": "none", "attention_block": None, "accumulate": 1}
+    new = {"scan_layers": False, "remat": "none", "attention_block": None, "accumulate": 1, "model_commit": ""}
     assert {name: fields.pop(name) for name in new} == new
     file.write_text(json.dumps(fields | {"format_version": 5}))
     shutil.rmtree(tmp_path / "run" / "adapters" / "6")

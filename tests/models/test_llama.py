@@ -400,7 +400,6 @@ def test_windows():
 BAD_CONFIGS = {
     "other architecture": ({"model_type": "falcon"}, "the model_type is 'falcon'; this loader reads 'llama', 'mistral', 'qwen2'"),
     "activation": ({"hidden_act": "quick_gelu"}, "the activation is 'quick_gelu'"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "has a quantization_config"),
     "missing size": ({"vocab_size": None}, "it lacks vocab_size"),
     "negative size": ({"vocab_size": -1}, "vocab_size must be a positive whole number, not -1"),
     "size is a text": ({"hidden_size": "8"}, "hidden_size must be a positive whole number, not '8'"),

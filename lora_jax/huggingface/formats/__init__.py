@@ -1,0 +1,1 @@
+"""How quantised checkpoints of the hub store their tensors, a file for each format."""
