@@ -161,6 +161,14 @@ def test_sentence_vectors(case, mode, pooling, tmp_path):
     assert sorted(name.name for name in loaded.names.values()) == sorted(tensors) and loaded.labels == ()
 
 
+@pytest.mark.parametrize("case", ["distilbert", "modernbert_mean", "roberta"])
+def test_vectors_of_a_classifier(case):
+    """What its head reads; adapters are for transformers' class without a head then."""
+    loaded = bert.load(DATA / case / "base", num_labels=0)
+    close(loaded.apply(loaded.variables, **inputs(case)), load_file(DATA / case / "pooled.safetensors")[loaded.config.pooling])
+    assert loaded.names["params/embeddings/norm/scale"].name.startswith("embeddings.")
+
+
 @pytest.mark.parametrize("case", ["distilbert", "modernbert"])
 def test_sentence_vectors_of_length_1(case, tmp_path):
     loaded = bert.load(as_sentence_model(case, tmp_path / "model", "mean_tokens", "Normalize"), num_labels=0)
