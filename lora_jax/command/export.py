@@ -20,8 +20,7 @@ from lora_jax.core import files, paths
 from lora_jax.core.adapter import Adapter, Full, LowRank
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface import hub
-from lora_jax.huggingface.names import HFName
-from lora_jax.models import bert
+from lora_jax.models.encoder_families import FAMILIES
 from lora_jax.training import checkpoint
 
 # What the pinned models are called on the Hugging Face hub.
@@ -43,6 +42,7 @@ _SEVERAL = (
 )
 _LOSS = 0.01  # the share of the adapters' change from which on rounding is worth a note
 _TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM"}
+_LAST_LAYERS = (".classifier.weight", ".classifier.out_proj.weight")  # of heads, in PEFT's files
 
 
 def export_command(line: argparse.Namespace) -> int:
@@ -108,7 +108,7 @@ def _export_peft(
         peft.save(
             directory,
             {**tables, **adapters},
-            names=_names(base),
+            names=base.model.names,
             base_model=_base_model(config, source),
             task_type=_TASK_TYPES[config.task],
             variables=_as_stored(base, source),
@@ -133,10 +133,10 @@ def _own_embeddings(base: Any) -> dict[str, Adapter]:
 
 def _as_stored(base: Any, source: pathlib.Path) -> Any:
     """The base's parameters in the dtypes of their tensors, of which PEFT's file may need some."""
-    dtypes, names = hf_export.stored_dtypes(source), _names(base)
+    dtypes, names = hf_export.stored_dtypes(source), base.model.names
     leaves, treedef = paths.flatten(base.model.variables)
     first = {path: next(iter(names[path].tensors(leaf.shape).values())) for path, leaf in leaves.items()}
-    stored = (leaf.astype(dtypes.get(first[path].removeprefix("bert."), leaf.dtype)) for path, leaf in leaves.items())
+    stored = (leaf.astype(hf_export.stored_dtype(dtypes, first[path], leaf.dtype)) for path, leaf in leaves.items())
     return jax.tree.unflatten(treedef, list(stored))
 
 
@@ -155,7 +155,7 @@ def _export_merged(
         fields = hf_export.bert_fields(source, config.labels)
     dtypes = hf_export.stored_dtypes(source)
     with files.fresh_directory(out) as directory:
-        lost = hf_export.write(directory, base.model.variables, adapters, _names(base), fields, dtypes)
+        lost = hf_export.write(directory, base.model.variables, adapters, base.model.names, fields, dtypes)
         hf_export.write_tokenizer(directory, base.own or source, base.tokenizer)
         if isinstance(base, lm.Base):
             generation = hf_export.generation_fields(source, base.model.config, lm.end_ids(base, config))
@@ -176,33 +176,35 @@ def _rounding(lost: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:
     )
 
 
-def _names(base: Any) -> dict[str, HFName]:
-    """The names in the model class that the files are for: a checkpoint of the encoder alone has shorter ones."""
-    return base.model.names if isinstance(base, lm.Base) else bert.hf_names(base.model.config)
-
-
-def _pools_otherwise(base: Any) -> str | None:
-    """How a BERT pools that transformers' BertForSequenceClassification does not; `None` for all other models."""
-    pooling = base.model.config.pooling if isinstance(base, classify.Base) else "pooler"
-    return {"mean": "the mean of the tokens", "cls": "the first token", "pooler": None}[pooling]
+def _pools_otherwise(base: Any) -> tuple[str, str] | None:
+    """What the head of a sentence model reads, and transformers' class, whose head does not; `None` for all other models."""
+    if not isinstance(base, classify.Base):
+        return None
+    config = base.model.config
+    if config.pooling == "pooler" or config.head_act is not None:
+        return None
+    read = {"mean": "the mean of the tokens", "cls": "the first token"}[config.pooling]
+    return read, FAMILIES[config.model_type].architecture
 
 
 def _check_pooling(base: Any) -> None:
-    read = _pools_otherwise(base)
-    if read:
+    otherwise = _pools_otherwise(base)
+    if otherwise:
+        read, architecture = otherwise
         raise InputError(
-            f"the head of this model reads {read}, but transformers' BertForSequenceClassification reads BERT's pooler and "
-            "would give other logits: export the adapters with --format peft and apply them to a model that pools alike"
+            f"the head of this model reads {read} alone, but transformers' {architecture} has more layers there and would give "
+            "other logits: export the adapters with --format peft and apply them to a model that pools alike"
         )
 
 
 def _notes(base: Any) -> tuple[str, ...]:
-    read = _pools_otherwise(base)
-    if not read:
+    otherwise = _pools_otherwise(base)
+    if not otherwise:
         return ()
+    read, architecture = otherwise
     return (
-        f"the head of this model reads {read}; BertForSequenceClassification reads BERT's pooler and would give other logits, "
-        "so these adapters are for a model that pools alike",
+        f"the head of this model reads {read} alone; {architecture} has more layers there and would give other logits, so "
+        "these adapters are for a model that pools alike",
     )
 
 
@@ -244,15 +246,15 @@ def import_(source: pathlib.Path, model: str | pathlib.Path, out: pathlib.Path, 
         brought = adapter_files.keep(source, model, base, directory / "base")
         if brought:
             base = task_module(config).with_own(base, directory / "base")
-        adapters = peft.load(source, base.model.variables, names=_names(base))
+        adapters = peft.load(source, base.model.variables, names=base.model.names)
         checkpoint.save(directory / "adapters", adapters, step=0)
     return (*_notes(base), *brought)
 
 
 def _task_of(model: pathlib.Path) -> str:
-    """`classify` for a BERT, else `lm`, whose loader says what it can't read."""
+    """`classify` for an encoder, else `lm`, whose loader says what it can't read."""
     file = model / "config.json"
-    return "classify" if file.is_file() and files.read_json_object(file).get("model_type") == "bert" else "lm"
+    return "classify" if file.is_file() and files.read_json_object(file).get("model_type") in FAMILIES else "lm"
 
 
 def _head_size(source: pathlib.Path) -> int:
@@ -262,7 +264,7 @@ def _head_size(source: pathlib.Path) -> int:
     """
     try:
         with safetensors.safe_open(source / "adapter_model.safetensors", framework="numpy") as opened:
-            heads = [name for name in opened.keys() if name.endswith("classifier.weight")]  # noqa: SIM118  not a dict
+            heads = [name for name in opened.keys() if name.endswith(_LAST_LAYERS)]  # noqa: SIM118  not a dict
             shapes: Sequence[Sequence[int]] = [opened.get_slice(name).get_shape() for name in heads]
     except (OSError, safetensors.SafetensorError):
         return 0

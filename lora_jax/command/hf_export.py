@@ -21,6 +21,7 @@ from lora_jax.huggingface.dequantized import open_tensors
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import gguf_files, llama
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.encoder_families import FAMILIES
 
 _DTYPES: dict[Any, Any] = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _OWN: dict[Any, Any] = {jnp.dtype(dtype).name: dtype for dtype in _DTYPES.values()}
@@ -63,11 +64,11 @@ def generation_fields(source: pathlib.Path, config: DecoderConfig, ends: Sequenc
 
 
 def bert_fields(source: pathlib.Path, labels: Sequence[str]) -> dict[str, Any]:
-    """The `config.json` of a BERT classifier: the base's own with these labels."""
+    """The `config.json` of an encoder with a head: the base's own with these labels."""
     fields = _dense_fields(source)
     fields.pop("num_labels", None)  # `id2label` says it
     return fields | {
-        "architectures": ["BertForSequenceClassification"],
+        "architectures": [FAMILIES[fields["model_type"]].architecture],
         "problem_type": "single_label_classification",
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
@@ -75,7 +76,7 @@ def bert_fields(source: pathlib.Path, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def stored_dtypes(source: pathlib.Path) -> dict[str, Any]:
-    """The dtype of each tensor of a directory, by its name without a leading `bert.`; of a `.gguf` file's none.
+    """The dtype of each tensor of a directory, by its name; of a `.gguf` file's none.
 
     A head that is not stored, since it is the embedding, has the embedding's. Quantised tensors have the one that the
     configuration names, float32 without.
@@ -84,10 +85,15 @@ def stored_dtypes(source: pathlib.Path) -> dict[str, Any]:
         return {}
     tensors, fields = open_tensors(source), checkpoint_files.read_json(source, "config.json")
     own = _OWN.get(fields.get("dtype") or fields.get("torch_dtype"), jnp.float32)
-    found = {name.removeprefix("bert."): _DTYPES.get(tensors.dtype(name), own) for name in tensors.shapes}
+    found = {name: _DTYPES.get(tensors.dtype(name), own) for name in tensors.shapes}
     if _EMBEDDING in found:
         found.setdefault("lm_head.weight", found[_EMBEDDING])
     return found
+
+
+def stored_dtype(dtypes: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The dtype of a tensor: a checkpoint of an encoder alone has its name without the outermost module."""
+    return dtypes.get(name, dtypes.get(name.partition(".")[2], default))
 
 
 def write(
@@ -106,7 +112,7 @@ def write(
       adapters: `{path: adapter}`.
       names: `{path: HFName}`.
       fields: of `config.json`.
-      dtypes: by tensor, without a leading `bert.`; float32 where there is none.
+      dtypes: by tensor, as `stored_dtypes` has them; float32 where there is none.
 
     Returns:
       The Frobenius norm of what rounding to the dtype took from each tensor that the adapters change, and of the change.
@@ -125,7 +131,7 @@ def write(
         held.clear()
 
     for name, exact, base in _tensors(variables, adapters, names):
-        tensor = np.ascontiguousarray(exact.astype(dtypes.get(name.removeprefix("bert."), np.float32)))
+        tensor = np.ascontiguousarray(exact.astype(stored_dtype(dtypes, name, np.float32)))
         if base is not None:
             lost[name] = _norm(tensor.astype(np.float32) - exact), _norm(exact - base)
         if held and tensor.nbytes + sum(other.nbytes for other in held.values()) > SHARD_BYTES:

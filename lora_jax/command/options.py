@@ -173,7 +173,7 @@ class RunConfig:
         """
         from lora_jax.adapters.config import LoraConfig  # which needs JAX
 
-        train = ["classifier"] if self.task == "classify" else []
+        train = ["re:.*/classifier/.*"] if self.task == "classify" else []
         method: Any = {"method": self.method, "scaling": self.scaling, "dora": self.dora}
         method["init"] = "kaiming" if self.init in CHANGE_THE_BASE else self.init
         if self.init in CHANGE_THE_BASE and (self.dora or self.method != "lora"):

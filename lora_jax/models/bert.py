@@ -1,169 +1,31 @@
-"""BERT encoders with a classification head, as a Linen model, and a loader for Hugging Face directories."""
+"""Loaders of encoders from Hugging Face directories: BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA and ModernBERT.
+
+`encoder` has the model, `encoder_config` its sizes and parts, and `encoder_families` what each family has.
+"""
 
 import dataclasses
 import functools
-import math
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core import paths
+from lora_jax.core import files, paths
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface import checkpoint_files
+from lora_jax.huggingface.dequantized import open_tensors
 from lora_jax.huggingface.names import HFName
+from lora_jax.models.encoder import Bert as Bert
+from lora_jax.models.encoder_config import BertConfig as BertConfig
+from lora_jax.models.encoder_config import Pooling as Pooling
+from lora_jax.models.encoder_families import FAMILIES, HEAD, LAST, Family, name_of, read_config
 from lora_jax.models.weights import Reader, Sharding, put
 from lora_jax.sharding import model_shardings, on_mesh
 
-Pooling = Literal["mean", "cls", "pooler"]
-FAMILY = ("bert",)
-
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BertConfig:
-    """The sizes of a BERT classifier.
-
-    Args:
-      pooling: what the head reads: the `"mean"` of the tokens that are not padding, the first token (`"cls"`), or
-        BERT's own `"pooler"`, a dense layer with tanh on the first token.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    type_vocab_size: int
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    num_labels: int = 2
-    pooling: Pooling = "pooler"
-
-    def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads:
-            sizes = f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads}"
-            raise InputError(f"config.json: the heads must divide the hidden size, but it has {sizes}")
-        if self.hidden_act not in _ACTIVATIONS:
-            known = ", ".join(sorted(_ACTIVATIONS))
-            raise InputError(f"config.json: hidden_act {self.hidden_act!r} is not one of {known}")
-
-
-class BertAttention(nn.Module):
-    """Multi-head self-attention, its output projection, the residual and the norm: `(batch, length, hidden)`."""
-
-    config: BertConfig
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x, bias):
-        config, dense = self.config, functools.partial(nn.Dense, self.config.hidden_size, param_dtype=self.param_dtype)
-        heads = config.num_attention_heads
-        by_head = (*x.shape[:-1], heads, config.hidden_size // heads)
-        query, key, value = (dense(name=name)(x).reshape(by_head) for name in ("query", "key", "value"))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-        weights = nn.softmax(scores / math.sqrt(query.shape[-1]) + bias).astype(value.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
-        return _norm(self, "norm")(x + dense(name="out")(mixed))
-
-
-class BertMLP(nn.Module):
-    """The two dense layers after attention, the residual and the norm: `(batch, length, hidden)`."""
-
-    config: BertConfig
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x):
-        config, dense = self.config, functools.partial(nn.Dense, param_dtype=self.param_dtype)
-        hidden = _ACTIVATIONS[config.hidden_act](dense(config.intermediate_size, name="up")(x))
-        return _norm(self, "norm")(x + dense(config.hidden_size, name="down")(hidden))
-
-
-class BertLayer(nn.Module):
-    """One encoder layer."""
-
-    config: BertConfig
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x, bias):
-        x = BertAttention(self.config, self.param_dtype, name="attention")(x, bias)
-        return BertMLP(self.config, self.param_dtype, name="mlp")(x)
-
-
-class BertEncoder(nn.Module):
-    """All encoder layers."""
-
-    config: BertConfig
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x, bias):
-        for i in range(self.config.num_hidden_layers):
-            x = BertLayer(self.config, self.param_dtype, name=f"layer_{i}")(x, bias)
-        return x
-
-
-class BertEmbeddings(nn.Module):
-    """The sum of word, position and token type embeddings, normalised."""
-
-    config: BertConfig
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, input_ids, token_type_ids):
-        config = self.config
-        embed = functools.partial(nn.Embed, features=config.hidden_size, param_dtype=self.param_dtype)
-        x = embed(config.vocab_size, name="word")(input_ids)
-        x = x + embed(config.max_position_embeddings, name="position")(jnp.arange(input_ids.shape[-1])[None])
-        x = x + embed(config.type_vocab_size, name="token_type")(token_type_ids)
-        return _norm(self, "norm")(x)
-
-
-class Bert(nn.Module):
-    """BERT with a classification head: `(batch, length)` token ids -> `(batch, num_labels)` logits."""
-
-    config: BertConfig
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, input_ids, attention_mask=None, token_type_ids=None):
-        config = self.config
-        if input_ids.shape[-1] > config.max_position_embeddings:
-            positions = config.max_position_embeddings
-            raise InputError(
-                f"input_ids has the shape {input_ids.shape}, but the model has {positions} positions: cut the texts"
-            )
-        mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
-        types = jnp.zeros(input_ids.shape, jnp.int32) if token_type_ids is None else token_type_ids
-        bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
-        x = BertEmbeddings(config, self.param_dtype, name="embeddings")(input_ids, types)
-        x = BertEncoder(config, self.param_dtype, name="encoder")(x, bias)
-        if config.pooling == "mean":
-            weights = mask.astype(x.dtype)
-            pooled = jnp.einsum("bl,blh->bh", weights, x) / jnp.maximum(weights.sum(-1, keepdims=True), 1)
-        else:
-            pooled = x[:, 0]
-        if config.pooling == "pooler":
-            pooled = jnp.tanh(nn.Dense(config.hidden_size, param_dtype=self.param_dtype, name="pooler")(pooled))
-        return nn.Dense(config.num_labels, param_dtype=self.param_dtype, name="classifier")(pooled)
-
-
-def _norm(module: Any, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=module.config.layer_norm_eps, param_dtype=module.param_dtype, name=name)
+FAMILY = tuple(FAMILIES)  # the model types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +33,13 @@ class Loaded:
     """A model read from a directory.
 
     Args:
-      apply: `apply(variables, input_ids=, attention_mask=None, token_type_ids=None)` -> logits `(batch, num_labels)`.
+      apply: `apply(variables, input_ids=, attention_mask=None, token_type_ids=None)` -> logits `(batch, num_labels)`, or
+        pooled vectors `(batch, hidden)` where `num_labels` is 0.
         Token ids and masks are `(batch, length)`; without a mask nothing is padding.
       variables: `{"params": ...}`.
-      names: `{path: HFName}` for every parameter, as in transformers' `BertForSequenceClassification`, whatever the file's are.
-      config: the model's sizes.
+      names: `{path: HFName}` for every parameter, as in the family's class in transformers (`BertForSequenceClassification`,
+        `BertModel` for a model without a head), whatever the file's are.
+      config: the model's sizes and parts.
       labels: the checkpoint's names of the labels, in the order of the logits; `LABEL_0`, ... where the head is new.
       new: paths of parameters that the checkpoint lacks, initialised from the seed (a new head).
     """
@@ -192,32 +56,24 @@ def hf_names(config: BertConfig, prefix: str = "bert.") -> dict[str, HFName]:
     """The Hugging Face name of each parameter of the model, by path.
 
     Args:
-      prefix: `"bert."`, or `""` as in checkpoints of the encoder alone. The head has no prefix.
+      prefix: `"bert."`, which stands for the family's own, or `""` as in checkpoints of the encoder alone. The head has none.
 
     >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=8, max_position_embeddings=8, type_vocab_size=2)
     >>> names = hf_names(BertConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
     >>> names["params/encoder/layer_0/mlp/up/kernel"]
     HFName(name='bert.encoder.layer.0.intermediate.dense.weight', axes='i o -> o i', kind='linear', order=0, tied='')
     """
-    table = {f"embeddings/{name}/embedding": HFName(f"{prefix}embeddings.{name}_embeddings.weight", kind="embedding")
-             for name in ("word", "position", "token_type")}  # fmt: skip
-    dense = {"pooler": f"{prefix}pooler.dense"} if config.pooling == "pooler" else {}
-    norms = {"embeddings/norm": f"{prefix}embeddings.LayerNorm"}
-    for i in range(config.num_hidden_layers):
-        ours, theirs = f"encoder/layer_{i}", f"{prefix}encoder.layer.{i}"
-        dense |= {f"{ours}/attention/{name}": f"{theirs}.attention.self.{name}" for name in ("query", "key", "value")}
-        dense[f"{ours}/attention/out"] = f"{theirs}.attention.output.dense"
-        dense[f"{ours}/mlp/up"] = f"{theirs}.intermediate.dense"
-        dense[f"{ours}/mlp/down"] = f"{theirs}.output.dense"
-        norms[f"{ours}/attention/norm"] = f"{theirs}.attention.output.LayerNorm"
-        norms[f"{ours}/mlp/norm"] = f"{theirs}.output.LayerNorm"
-    for ours, theirs in {**dense, "classifier": "classifier"}.items():
-        table[f"{ours}/kernel"] = HFName(f"{theirs}.weight", "i o -> o i")
-        table[f"{ours}/bias"] = HFName(f"{theirs}.bias")
-    for ours, theirs in norms.items():
-        table[f"{ours}/scale"] = HFName(f"{theirs}.weight")
-        table[f"{ours}/bias"] = HFName(f"{theirs}.bias")
-    return {f"params/{path}": name for path, name in table.items()}
+    family = FAMILIES[config.model_type]
+    return _names(_abstract(config)[0], family, family.prefix if prefix == "bert." else prefix)
+
+
+def _names(found: Iterable[str], family: Family, prefix: str) -> dict[str, HFName]:
+    return {path: name_of(path, family, prefix) for path in found}
+
+
+def _abstract(config: BertConfig) -> tuple[dict[str, Any], Any]:
+    """Each parameter's shape, by path, and the tree's structure."""
+    return paths.flatten(jax.eval_shape(Bert(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
 
 
 def shardings(mesh: jax.sharding.Mesh, variables: Any) -> Any:
@@ -225,7 +81,8 @@ def shardings(mesh: jax.sharding.Mesh, variables: Any) -> Any:
 
     `model` cuts the heads and the MLP's inner width.
     """
-    return model_shardings(mesh, variables, columns=("query", "key", "value", "up"), rows=("out", "down"))
+    columns = ("query", "key", "value", "qkv", "up")
+    return model_shardings(mesh, variables, columns=columns, rows=("out", "down"))
 
 
 def load(
@@ -240,13 +97,14 @@ def load(
 ) -> Loaded:
     """Read a Hugging Face directory: `config.json` and `model.safetensors`, or an index of several files.
 
-    The head reads BERT's pooler, or what a sentence model (a directory with a `modules.json`) pools itself. A
+    The head is the family's own, or a last layer alone on what a sentence model (a directory with a `modules.json`) pools. A
     checkpoint without a head of `num_labels` outputs gets a new one, initialised from the seed; `Loaded.new` says so.
 
     Args:
       directory: the model's directory.
       dtype: the dtype of the parameters.
-      num_labels: the number of classes; `None`: as many as the checkpoint says.
+      num_labels: the number of classes; `None`: as many as the checkpoint says; 0: no head. A sentence model then gives the
+        vectors that `SentenceTransformer.encode` does.
       seed: the seed of a new head.
       sharding: where the parameters go: one sharding for all, or a function of (path, shape).
       quantize: `"nf4"`, `"int4"`, `"int8"` or `"fp8"`: the kernels of the layers are quantised as they are read, as
@@ -254,48 +112,40 @@ def load(
       block: how many values share a scale (64 by default); only with `quantize`.
 
     Raises:
-      MissingError: the directory or one of the two files is missing.
-      InputError: another architecture, a file that is truncated or not what its name says, tensors that are missing,
-        unexpected or of the wrong shape, or kernels that can't be quantised so.
+      MissingError: the directory or one of its files is missing.
+      InputError: another architecture, a field that can't be read, a file that is truncated or not what its name says, tensors
+        that are missing, unexpected or of the wrong shape, or kernels that can't be quantised so.
       ImportError: qwix is not installed.
     """
     directory = pathlib.Path(directory)
     fields = checkpoint_files.read_json(directory, "config.json")
-    tensors = checkpoint_files.SafeTensors(directory, _modern)
-    has_head = "classifier.weight" in tensors.shapes
-    config = _config(directory, fields, _pooling(directory, tensors.shapes, has_head), num_labels)
-    replaced = has_head and num_labels not in (None, tensors.shapes["classifier.weight"][0])
-    has_head = has_head and not replaced
-    model = Bert(config, jnp.dtype(dtype))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    wanted, treedef = paths.flatten(shapes)
-    stored = hf_names(config, "bert." if any(name.startswith("bert.") for name in tensors.shapes) else "")
-    new = () if has_head else tuple(path for path in stored if path.startswith("params/classifier/"))
-
-    def spare(name: str) -> bool:
-        return _is_spare(name, config.pooling) or (replaced and name.startswith("classifier."))
-
-    checkpoint_files.check(tensors, {stored[path]: leaf.shape for path, leaf in wanted.items() if path not in new}, spare)
-    head = _new_head(config, seed)
+    tensors = open_tensors(directory, _modern)
+    config = _config(directory, fields, tensors.shapes, num_labels)
+    family = FAMILIES[config.model_type]
+    wanted, treedef = _abstract(config)
+    has_prefix = any(name.startswith(family.prefix) for name in tensors.shapes)
+    stored = _names(wanted, family, family.prefix if has_prefix else "")
+    new = tuple(path for path, name in stored.items() if _is_new(path, name, tensors.shapes, num_labels))
+    held = {stored[path]: leaf.shape for path, leaf in wanted.items() if path not in new}
+    checkpoint_files.check(tensors, held, functools.partial(_is_spare, family, bool(new) or not config.num_labels))
     reader = Reader(tensors, dtype, sharding, quantize, block)
 
     def read(path: str, shape: tuple[int, ...]) -> Any:
         if path in new:
-            return put(np.asarray(head[path], dtype), reader.place(path, shape))
+            return put(np.asarray(_begin(path, shape, seed), dtype), reader.place(path, shape))
         return reader.read(path, stored[path], shape)
 
-    leaves = [read(path, leaf.shape) for path, leaf in wanted.items()]
-    variables = jax.tree.unflatten(treedef, leaves)
-    return Loaded(model.apply, variables, hf_names(config), config, _labels(fields, config.num_labels, has_head), new)
+    variables = jax.tree.unflatten(treedef, [read(path, leaf.shape) for path, leaf in wanted.items()])
+    names = _names(wanted, family, family.prefix if config.num_labels else "")
+    return Loaded(Bert(config, jnp.dtype(dtype)).apply, variables, names, config, _labels(fields, config, new), new)
 
 
 def with_new_head(model: Loaded, seed: int) -> Loaded:
     """The model with the new head of another seed; a head of the checkpoint's own stays."""
     leaves, treedef = paths.flatten(model.variables)
-    head = _new_head(model.config, seed)
     for path in model.new:
         old = leaves[path]
-        leaves[path] = put(np.asarray(head[path], old.dtype), old.sharding if on_mesh(old) else None)
+        leaves[path] = put(np.asarray(_begin(path, old.shape, seed), old.dtype), old.sharding if on_mesh(old) else None)
     return dataclasses.replace(model, variables=jax.tree.unflatten(treedef, list(leaves.values())))
 
 
@@ -304,44 +154,72 @@ def _modern(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def _config(directory: pathlib.Path, fields: Mapping[str, Any], pooling: Pooling, num_labels: int | None) -> BertConfig:
-    file = directory / "config.json"
-    if fields.get("model_type") != "bert":
-        raise InputError(f"{file}: the model_type is {fields.get('model_type')!r}; this loader reads 'bert' only")
-    if fields.get("position_embedding_type", "absolute") != "absolute" or fields.get("is_decoder", False):
-        raise InputError(f"{file}: only encoders with absolute position embeddings can be read")
-    sizes = [f.name for f in dataclasses.fields(BertConfig) if f.default is dataclasses.MISSING]
-    missing = [name for name in sizes if not isinstance(fields.get(name), int)]
-    if missing:
-        raise InputError(f"{file} lacks a whole number for: {', '.join(missing)}")
-    kept = {f.name: fields[f.name] for f in dataclasses.fields(BertConfig) if f.name in fields}
-    if num_labels is None:
-        num_labels = len(fields["id2label"]) if "id2label" in fields else fields.get("num_labels", 2)
-    return BertConfig(**{**kept, "pooling": pooling, "num_labels": num_labels})
+def _config(
+    directory: pathlib.Path, fields: Mapping[str, Any], tensors: Mapping[str, Any], num_labels: int | None
+) -> BertConfig:
+    """The family's classifier, or what a sentence model has in place of its head."""
+    try:
+        config = read_config(fields)
+    except InputError as error:
+        raise InputError(f"{directory / 'config.json'}: {error}") from None
+    chosen: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    last = FAMILIES[config.model_type].modules[LAST if config.head_act else HEAD]
+    if (directory / "modules.json").exists() and (num_labels == 0 or f"{last}.weight" not in tensors):
+        chosen |= {**_sentence(directory), "head_act": None, "head_norm": False}
+    elif config.pooling == "pooler" and not any(name.endswith("pooler.dense.weight") for name in tensors):
+        chosen["pooling"] = "mean"
+    return dataclasses.replace(config, **chosen)
 
 
-def _pooling(directory: pathlib.Path, tensors: Mapping[str, Any], has_head: bool) -> Pooling:
-    if has_head or not (directory / "modules.json").exists():
-        return "pooler" if any(name.endswith("pooler.dense.weight") for name in tensors) else "mean"
-    modes = checkpoint_files.read_json(directory, "1_Pooling/config.json")
+def _sentence(directory: pathlib.Path) -> dict[str, Any]:
+    """How a sentence model pools, and whether it scales what it gives to length 1."""
+    file = directory / "modules.json"
+    listed = files.read_json(file)
+    if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
+        raise InputError(f"{file} must hold a list of objects")
+    folders = {str(module.get("type")).rpartition(".")[2]: module.get("path") for module in listed}
+    unknown = folders.keys() - {"Transformer", "Pooling", "Normalize"}
+    checkpoint_files.complain(f"{file}: Transformer, Pooling and Normalize can be read, not", unknown)
+    name = f"{folders.get('Pooling', '1_Pooling')}/config.json"
+    modes = checkpoint_files.read_json(directory, name)
     chosen = [name for name, on in modes.items() if name.startswith("pooling_mode_") and on is True]
     readable: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(chosen) == 1 and chosen[0] in readable:
-        return readable[chosen[0]]
-    raise InputError(f"{directory / '1_Pooling/config.json'}: mean or first-token pooling can be read, not {chosen}")
+        return {"pooling": readable[chosen[0]], "normalize": "Normalize" in folders}
+    raise InputError(f"{directory / name}: mean or first-token pooling can be read, not {chosen}")
 
 
-def _is_spare(name: str, pooling: Pooling) -> bool:
-    """Buffers, pretraining heads, and a pooler that a sentence model does not use."""
-    unused_pooler = pooling != "pooler" and "pooler.dense" in name
-    return name.endswith(".position_ids") or name.startswith("cls.") or unused_pooler
+# --- the head ---------------------------------------------------------------------------------------------------------
 
 
-def _new_head(config: BertConfig, seed: int) -> dict[str, jax.Array]:
-    kernel = 0.02 * jax.random.normal(jax.random.key(seed), (config.hidden_size, config.num_labels))
-    return {"params/classifier/kernel": kernel, "params/classifier/bias": jnp.zeros(config.num_labels)}
+def _is_last(path: str) -> bool:
+    """Whether a parameter is of the layer that gives the logits."""
+    return path.rpartition("/")[0] in (f"params/{HEAD}", f"params/{LAST}")
 
 
-def _labels(fields: Mapping[str, Any], num_labels: int, has_head: bool) -> tuple[str, ...]:
-    named = fields.get("id2label", {}) if has_head else {}
-    return tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(num_labels))
+def _is_new(path: str, name: HFName, tensors: Mapping[str, tuple[int, ...]], num_labels: int | None) -> bool:
+    """Whether a parameter is of a layer of the head that the checkpoint lacks, or has for another number of labels."""
+    found = tensors.get(f"{name.name.rpartition('.')[0]}.weight")
+    other = _is_last(path) and found is not None and num_labels not in (None, found[0])
+    return path.startswith(f"params/{HEAD}/") and (found is None or other)
+
+
+def _is_spare(family: Family, without_head: bool, name: str) -> bool:
+    """Whether a tensor may be left unread: a buffer, another head, or the checkpoint's own beside a new one."""
+    bare = name.removeprefix(family.prefix)
+    own = tuple(f"{theirs}." for ours, theirs in family.modules.items() if ours.startswith((HEAD, "pooler")))
+    other = bare.startswith(family.spare) or (without_head and bare.startswith(own))
+    return other or bare.endswith((".position_ids", ".token_type_ids"))
+
+
+def _begin(path: str, shape: tuple[int, ...], seed: int) -> jax.Array:
+    """What a parameter of a new head begins with."""
+    if not path.endswith("/kernel"):
+        return jnp.ones(shape) if path.endswith("/scale") else jnp.zeros(shape)
+    key = jax.random.key(seed)
+    return 0.02 * jax.random.normal(key if _is_last(path) else paths.fold_in(key, path), shape)
+
+
+def _labels(fields: Mapping[str, Any], config: BertConfig, new: tuple[str, ...]) -> tuple[str, ...]:
+    named = {} if any(map(_is_last, new)) else fields.get("id2label") or {}
+    return tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(config.num_labels))

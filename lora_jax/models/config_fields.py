@@ -29,7 +29,7 @@ class Fields:
 
     def __init__(self, fields: Mapping[str, Any], names: Mapping[str, str], defaults: Mapping[str, Any]):
         self._fields, self._names, self._defaults = fields, names, defaults
-        self._read = set(OF_NO_ACCOUNT)
+        self._read: set[str] = set(OF_NO_ACCOUNT)
 
     def name(self, name: str) -> str:
         """The file's name of one of ours."""

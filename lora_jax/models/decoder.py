@@ -250,8 +250,9 @@ class Layer(nn.Module):
         if not self.has_experts:
             return MLP(self.config, self.param_dtype, self.gather, name="mlp")(x), None
         act = ACTIVATIONS[self.config.activation]
+        experts: Any = self.config.experts
         options = self.param_dtype, self.dense_experts, self.activations
-        return MixtureOfExperts(self.config.experts, act, *options, name="mlp")(x)
+        return MixtureOfExperts(experts, act, *options, name="mlp")(x)
 
 
 def _scaled(x: jax.Array, factor: float) -> jax.Array:
@@ -362,9 +363,10 @@ class Decoder(nn.Module):
         if self.scan_layers:
             several = jnp.asarray(which) if len(views) > 1 else None
             views = _explicit(views, x.shape[1]) if len(views) > 1 else views
+            axes: Any = nn.broadcast, 0, 0, nn.broadcast
             scanned: Any = nn.scan(
                 layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.num_hidden_layers,
-                in_axes=(nn.broadcast, 0, 0, nn.broadcast),
+                in_axes=axes,
             )  # fmt: skip
             layers = scanned(*options, config.has_experts[0], self.dense_experts, name="layers")
             return layers(x, views, several, caches, start)

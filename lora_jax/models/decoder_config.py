@@ -114,7 +114,9 @@ class DecoderConfig:
             heads = f"num_attention_heads {self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}"
             raise InputError(f"the key-value heads must divide the attention heads, but there are {heads}")
         if self.fused == "heads" and self.num_attention_heads != self.num_key_value_heads:
-            raise InputError(f"a joined projection by heads needs as many key-value heads as heads, not {self.num_key_value_heads}")
+            raise InputError(
+                f"a joined projection by heads needs as many key-value heads as heads, not {self.num_key_value_heads}"
+            )
         if self.parallel and self.norms != "before":
             raise InputError(f"parallel needs norms='before', not {self.norms!r}")
         if self.rotated % 2 or not 0 < self.rotated <= self.head_dim:

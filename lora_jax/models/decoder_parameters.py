@@ -119,7 +119,9 @@ def _dense(config: DecoderConfig, has_experts: bool) -> dict[str, tuple[int, int
     width, inner = config.hidden_size, config.intermediate_size
     queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     if config.fused is None:
-        shapes = {f"self_attn/{name}_proj": (width, n, config.qkv_bias) for name, n in (("q", queries), ("k", keys), ("v", keys))}
+        shapes = {
+            f"self_attn/{name}_proj": (width, n, config.qkv_bias) for name, n in (("q", queries), ("k", keys), ("v", keys))
+        }
     else:
         shapes = {"self_attn/qkv_proj": (width, queries + 2 * keys, config.qkv_bias)}
     shapes["self_attn/o_proj"] = queries, width, config.output_bias

@@ -6,8 +6,8 @@ To add one, add a row to `FAMILIES`, from its modelling code and its `config.jso
    `config.json` decides).
 2. `fields`: where `config.json` calls a size by another name than `DecoderConfig`; `defaults`: what a missing field means.
 3. `ignored`: fields of it that change nothing here. Any field that nothing reads is refused by name.
-4. `names`: our modules (`embed_tokens`, `layers`, `norm`, `lm_head`, and in a layer `self_attn/q_proj`, `mlp/up_proj`, ...) where
-   its tensors are called otherwise.
+4. `names`: our modules (`embed_tokens`, `layers`, `norm`, `lm_head`, and in a layer `self_attn/q_proj`, `mlp/up_proj`, ...)
+   where its tensors are called otherwise.
 
 Then make it a tiny model with transformers, and compare the logits.
 """
@@ -225,6 +225,8 @@ def _phi3(fields: Fields) -> dict[str, Any]:
 
 def _starcoder2(fields: Fields) -> dict[str, Any]:
     bias = fields.flag("use_bias", True)
+    fields.only("norm_type", "layer_norm")
+    fields.only("mlp_type", "default")
     return {"norm": "layer", "gated": False, "mlp_bias": bias, "qkv_bias": bias, "output_bias": bias} | _all_slide(fields)
 
 
@@ -319,8 +321,13 @@ FAMILIES: dict[str, Family] = {
         architecture="Starcoder2ForCausalLM",
         parts=_starcoder2,
         fields={"norm_eps": "norm_epsilon"},
-        defaults={"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 2, "tie_word_embeddings": True, "norm_epsilon": 1e-5},
-        ignored=("residual_dropout", "embedding_dropout", "norm_type", "layer_norm_epsilon", "mlp_type"),
+        defaults={
+            "hidden_act": "gelu_pytorch_tanh",
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "norm_epsilon": 1e-5,
+        },
+        ignored=("residual_dropout", "embedding_dropout", "layer_norm_epsilon"),
         names=_PLAIN_MLP,
     ),
     "gpt_neox": Family(
@@ -390,7 +397,7 @@ def read_config(fields: Mapping[str, Any]) -> DecoderConfig:
     if model_type not in FAMILIES:
         raise InputError(f"the model_type is {model_type!r}; this loader reads {', '.join(map(repr, FAMILY))}")
     family = FAMILIES[model_type]
-    read = Fields(fields, {"activation": "hidden_act", "norm_eps": "rms_norm_eps"} | family.fields, family.defaults)
+    read = Fields(fields, {"activation": "hidden_act", "norm_eps": "rms_norm_eps", **family.fields}, family.defaults)
     parts = family.parts(read)
     heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
     sizes: dict[str, Any] = {

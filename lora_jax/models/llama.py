@@ -1,4 +1,4 @@
-"""Decoders (Llama, Mistral, Qwen, Gemma, Phi, OLMo, GPT-2, mixtures of experts, ...) from Hugging Face directories and GGUF files."""
+"""Decoders (Llama, Qwen, Gemma, Phi, GPT-2, mixtures of experts, ...) from Hugging Face directories and GGUF files."""
 
 import dataclasses
 import functools
@@ -32,7 +32,6 @@ from lora_jax.models.generation import generate as generate
 from lora_jax.models.weights import Reader, Sharding, parts
 from lora_jax.sharding import batch_sharding, model_shardings
 from lora_jax.training.losses import token_cross_entropy
-
 
 _NO_LAYERS: dict[str, Any] = {"sliding_layers": (), "unrotated_layers": ()}
 
@@ -109,7 +108,8 @@ class Loaded:
         """
         if self.config.experts is None:
             raise InputError(f"a {self.config.model_type!r} without experts has no balance loss: take losses")
-        hidden, routing = self.model.apply(variables, input_ids, hidden=True, routing=True, **options)
+        found: Any = self.model.apply(variables, input_ids, hidden=True, routing=True, **options)
+        hidden, routing = found
         uneven = balance_loss(routing, self.config.experts.chosen, options.get("attention_mask"))
         return self._losses(variables, hidden, labels), uneven
 
@@ -363,11 +363,9 @@ def _check_layers(tensors: Any, config: DecoderConfig) -> None:
     count = sum(name.startswith(f"{before}.") and name.endswith(f".{after}") for name in tensors.shapes)
     if count != config.num_hidden_layers:
         bare = one["params/embed_tokens/embedding"][1].name.partition(".")
-        reason = f": it holds the decoder alone (no `{bare[0]}.` in its names); save the model with its head"
-        headless = bare[2] in tensors.shapes
-        raise InputError(
-            f"{tensors.file} has {count} layers; the configuration asks for {config.num_hidden_layers}{reason if headless else ''}"
-        )
+        headless = f": it holds the decoder alone (no `{bare[0]}.` in its names); save the model with its head"
+        reason = headless if bare[2] in tensors.shapes else ""
+        raise InputError(f"{tensors.file} has {count} layers; the configuration asks for {config.num_hidden_layers}{reason}")
 
 
 def _check_tied(tensors: Any, tied: bool, head: str, embedding: str) -> None:

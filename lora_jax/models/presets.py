@@ -16,8 +16,8 @@ _LLAMA_32 = _LLAMA_3 | dict(
     ),
 )  # fmt: skip
 _QWEN_3 = dict(
-    model_type="qwen3", vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, rms_norm_eps=1e-6,
-    rope_theta=1000000.0,
+    model_type="qwen3", vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
+    rms_norm_eps=1e-6, rope_theta=1000000.0,
 )  # fmt: skip
 _GEMMA_3 = dict(
     model_type="gemma3_text", vocab_size=262208, head_dim=256, max_position_embeddings=131072, rms_norm_eps=1e-6,

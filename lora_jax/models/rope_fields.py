@@ -1,7 +1,7 @@
 """The rotary settings of a `config.json`, in the spelling of any version of transformers.
 
-transformers 5 writes base and scaling in `rope_parameters`, older versions `rope_theta` and `rope_scaling`; models whose sliding
-layers rotate otherwise have settings for each kind of layer.
+transformers 5 writes base and scaling in `rope_parameters`, older versions `rope_theta` and `rope_scaling`; models whose
+sliding layers rotate otherwise have settings for each kind of layer.
 """
 
 import dataclasses

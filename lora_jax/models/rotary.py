@@ -126,7 +126,7 @@ class LongRope(Scaling):
         for name in ("short_factor", "long_factor"):
             if len(getattr(self, name)) != dim // 2:
                 raise InputError(f"the rope scaling's {name} has {len(getattr(self, name))} numbers; {dim // 2} are needed")
-        short, long = (plain(theta, dim) / np.float32(factors) for factors in (self.short_factor, self.long_factor))
+        short, long = (plain(theta, dim) / np.array(factors, np.float32) for factors in (self.short_factor, self.long_factor))
         return jnp.where(length > self.original_max_position_embeddings, long, short)
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 import pathlib
 import re
@@ -216,7 +217,7 @@ class _Writer:
 
     def _write_whole(self) -> tuple[list[str], str]:
         """Write what is trained whole; returns `modules_to_save` and `bias`."""
-        module = {path: name.name.rpartition(".")[0] for path, name in self.names.items()}
+        module = {path: self._whole(name.name.rpartition(".")[0]) for path, name in self.names.items()}
         biases = {path for path, name in self.names.items() if name.name.endswith(".bias")}
         adapted = {module[path] for path in self.low_rank}
         heads = {name for name in module.values() if name.endswith(_HEADS.get(self.task_type, ()))}
@@ -234,11 +235,16 @@ class _Writer:
             raise InputError(f"PEFT can't give a pair or rows to a module that it saves whole: {listing(clash)}")
         written = {path for path in self.names if module[path] in saved} | wanted
         self._check_at_hand(written)
-        modules = {slot.module for path in written - wanted for slot in self._write_value(path)}
+        modules = {self._whole(slot.module) for path in written - wanted for slot in self._write_value(path)}
         for path in wanted:
             self._write_bias(path, mode)
         self._check_ends(modules, {module[path] for path in self.names} - saved)
         return sorted(modules | {head for head in self.tied if f"{head}.weight" in self.tensors}), mode
+
+    def _whole(self, module: str) -> str:
+        """The module that PEFT saves by itself and of which this one is a part (RoBERTa's head has two layers), or this one."""
+        outer = itertools.accumulate(re.split(r"(?=\.)", module))
+        return next((name for name in outer if name.endswith(_HEADS.get(self.task_type, ()))), module)
 
     def _check_at_hand(self, paths: set[str]) -> None:
         missing = sorted(path for path in paths if path not in self.full and path not in self.leaves)

@@ -119,4 +119,6 @@ def test_a_sweep_shares_its_base(home, tmp_path, capsys):
 
 def test_the_configuration_says_the_method():
     config = options.new_run("classify", {"dora": True, "scaling": "rslora", "init": "gaussian"})
-    assert config.lora == dataclasses.replace(lj.LoraConfig(train=["classifier"]), dora=True, scaling="rslora", init="gaussian")
+    assert config.lora == dataclasses.replace(
+        lj.LoraConfig(train=["re:.*/classifier/.*"]), dora=True, scaling="rslora", init="gaussian"
+    )

@@ -9,6 +9,7 @@ from lora_jax.command import options
 from lora_jax.command.finetune import _Program
 from lora_jax.command.tasks import registry
 from lora_jax.planning import plan, train_steps
+from lora_jax.planning.decoder_step import projections
 from lora_jax.training import checkpoint
 from tests.support import tiny_lm
 from tests.support.marks import slow_unless
@@ -24,7 +25,12 @@ def home(tmp_path_factory):
 
 def run_of(home, mesh, **given):
     """The program of a run, and a batch of its data."""
-    shared = {"model": str(home / "model"), "data": str(home / "texts.jsonl"), "rank": RANK, "targets": list(PROJECTIONS)}
+    shared = {
+        "model": str(home / "model"),
+        "data": str(home / "texts.jsonl"),
+        "rank": RANK,
+        "targets": list(projections(tiny_lm.sizes())),
+    }
     config = options.new_run("lm", {**shared, "batch_size": ROWS, "max_length": LENGTH, **given})
     session = registry.prepare(config, mesh)
     return session, session.init(session.config)

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from lora_jax.huggingface.gguf_reader import GgufFile
-from lora_jax.models import gguf_files, llama
-from lora_jax.models import rotary
+from lora_jax.models import gguf_files, llama, rotary
 from lora_jax.models.families import read_config
 from tests.support.gguf_write import ALPHABET, BASE, DATA, TEMPLATE, write
 

@@ -107,7 +107,7 @@ def test_padding_changes_nothing(model, pooling):
 def test_sentence_model_reads_the_mean_of_the_tokens(model):
     as_sentence_model(model)
     loaded = bert.load(model, num_labels=2, seed=5)
-    assert loaded.new == ("params/classifier/kernel", "params/classifier/bias")
+    assert loaded.new == ("params/classifier/bias", "params/classifier/kernel")
     assert loaded.names["params/encoder/layer_0/mlp/up/kernel"].name == "bert.encoder.layer.0.intermediate.dense.weight"
     out, captured = loaded.apply(loaded.variables, **INPUTS, capture_intermediates=True, mutable=["intermediates"])
     [hidden] = captured["intermediates"]["encoder"]["__call__"]
@@ -156,8 +156,11 @@ def truncate(directory):
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 BAD = {
-    "other architecture": (lambda d: configure(d, model_type="roberta"), "model_type is 'roberta'"),
-    "relative positions": (lambda d: configure(d, position_embedding_type="relative_key"), "absolute position"),
+    "other architecture": (lambda d: configure(d, model_type="mpnet"), "model_type is 'mpnet'"),
+    "relative positions": (
+        lambda d: configure(d, position_embedding_type="relative_key"),
+        "position_embedding_type is 'relative_key'; only 'absolute'",
+    ),
     "unknown activation": (lambda d: configure(d, hidden_act="mish"), "hidden_act 'mish' is not one of gelu"),
     "heads do not divide": (lambda d: configure(d, num_attention_heads=5), "hidden_size 32, num_attention_heads 5"),
     "size missing": (lambda d: configure(d, vocab_size=None), "lacks a whole number for: vocab_size"),

@@ -21,7 +21,8 @@ CASES = ("mixtral", "qwen3_moe", "gpt_oss")
 IDS = jnp.arange(4 * 6, dtype=jnp.int32).reshape(4, 6) % 61
 
 
-def adapted(loaded, config=lj.LoraConfig(rank=2, alpha=3)):
+def adapted(loaded):
+    config = lj.LoraConfig(rank=2, alpha=3)
     init = lambda variables: lj.init(jax.random.key(0), config, loaded.apply, variables, IDS)
     return random_adapters(jax.eval_shape(init, loaded.variables), jnp.float32)
 
@@ -36,16 +37,15 @@ def gradients(loaded, adapters):
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_dense_formula(case):
-    """Every expert on every token, weighted: no sorting, and the kernels merged."""
+    """Every expert on every token, weighted: no sorting; with adapters, and with kernels merged."""
     ragged, dense = (llama.load(DATA / case / "base", dense_experts=choice) for choice in (False, True))
     adapters = adapted(ragged)
     kernels = {path for path in adapters if "/mlp/" in path}
     assert len(kernels) == 3 * ragged.config.num_hidden_layers  # experts' kernels and routers
     merged = lambda a: dense.losses(lj.merge(dense.variables, a), IDS, jnp.roll(IDS, -1, axis=1)).mean()
     value, grads = gradients(ragged, adapters)
-    want, wanted = jax.jit(jax.value_and_grad(merged))(adapters)
-    assert abs(value - want) < 1e-6 * abs(want) and distance(grads, wanted) < 1e-5
-    assert distance(gradients(dense, adapters), (want, wanted)) < 1e-5
+    assert distance((value, grads), gradients(dense, adapters)) < 1e-5
+    assert distance((value, grads), jax.jit(jax.value_and_grad(merged))(adapters)) < 1e-4
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 4}, {"data": 2, "model": 2}], ids=str)
@@ -64,7 +64,9 @@ def test_a_mesh_changes_nothing(case, axes):
 def step_flops(experts, chosen):
     sizes = dict(vocab_size=8, hidden_size=64, intermediate_size=16, num_hidden_layers=2, max_position_embeddings=16)
     own = Experts(count=experts, chosen=chosen, width=64, layers=(0, 1))
-    config = llama.DecoderConfig(model_type="mixtral", num_attention_heads=2, num_key_value_heads=1, head_dim=8, experts=own, **sizes)
+    config = llama.DecoderConfig(
+        model_type="mixtral", num_attention_heads=2, num_key_value_heads=1, head_dim=8, experts=own, **sizes
+    )
     loaded = llama.abstract(config)
     shapes = jax.eval_shape(lambda v: lj.init(jax.random.key(0), lj.LoraConfig(rank=1), loaded.apply, v, IDS), loaded.variables)
     grad = jax.grad(lambda a, v: lj.lora(loaded.losses)(lj.attach(v, a), IDS, IDS).sum())

@@ -156,7 +156,12 @@ NO_ACCOUNT = {
     "phi3_longrope": {"original_max_position_embeddings", "embd_pdrop", "resid_pdrop"},  # the first beside the rotary settings'
     "qwen3": {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},  # the last two need each other
     "qwen3_moe": {"sliding_window", "use_sliding_window"},
-    "smollm3": {"layer_types", "sliding_window", "use_sliding_window", "no_rope_layer_interval"},  # the last beside no_rope_layers
+    "smollm3": {
+        "layer_types",
+        "sliding_window",
+        "use_sliding_window",
+        "no_rope_layer_interval",
+    },  # the last beside no_rope_layers
     "starcoder2": {"embedding_dropout", "residual_dropout"},
 }
 

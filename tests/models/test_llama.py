@@ -398,7 +398,10 @@ def test_windows():
 
 
 BAD_CONFIGS = {
-    "other architecture": ({"model_type": "falcon"}, "the model_type is 'falcon'; this loader reads 'llama', 'mistral', 'qwen2'"),
+    "other architecture": (
+        {"model_type": "falcon"},
+        "the model_type is 'falcon'; this loader reads 'llama', 'mistral', 'qwen2'",
+    ),
     "activation": ({"hidden_act": "quick_gelu"}, "the activation is 'quick_gelu'"),
     "missing size": ({"vocab_size": None}, "it lacks vocab_size"),
     "negative size": ({"vocab_size": -1}, "vocab_size must be a positive whole number, not -1"),

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 import lora_jax as lj
 from lora_jax import sharding
 from lora_jax.planning import collectives, train_steps
-from lora_jax.planning.decoder_step import DecoderStep, ModelOptions
+from lora_jax.planning.decoder_step import DecoderStep, ModelOptions, projections
 from tests.support import tiny_lm
 
 P = jax.P
@@ -183,7 +183,7 @@ def step_traffic(axes, **changes):
     """Of one step of a Llama whose vocabulary and width the mesh divides."""
     config = tiny_lm.sizes(vocab_size=304, **changes)
     model = ModelOptions(dtype="bfloat16", scan_layers=True, remat="full")
-    adapters = lj.LoraConfig(rank=3, targets=PROJECTIONS)
+    adapters = lj.LoraConfig(rank=3, targets=projections(config))
     step = DecoderStep(model=model, lora=adapters, rows=8, length=20, mesh=sharding.make_mesh(axes))
     setup = train_steps.prepare(step, config)
     step = train_steps.low_rank(setup)

@@ -12,6 +12,7 @@ import lora_jax as lj
 from lora_jax import sharding
 from lora_jax.core import jax_compat
 from lora_jax.models import llama
+from lora_jax.planning.decoder_step import projections
 from tests.support import tiny_lm
 from tests.support.frontends import normal
 from tests.support.identity import distance
@@ -45,7 +46,7 @@ def test_a_quantised_decoder(kind, options):
     sizes = tiny_lm.sizes(vocab_size=304, hidden_size=64, intermediate_size=96, head_dim=16)
     model = llama.init(sizes, jax.random.key(0), **options)
     mesh = sharding.make_mesh({"fsdp": 4, "model": 2})
-    variables = lj.quantize(model.variables, [f"{name}/kernel" for name in PROJECTIONS], kind, block=BLOCK)
+    variables = lj.quantize(model.variables, [f"{name}/kernel" for name in projections(sizes)], kind, block=BLOCK)
     model = llama.Loaded(model.model, variables, model.names, model.config)
     ids = jax.random.randint(jax.random.key(1), (8, 11), 0, 304)
     adapters = lj.init(jax.random.key(2), lj.LoraConfig(rank=2, targets="all-linear"), model.apply, variables, ids)
@@ -147,7 +148,7 @@ def test_rows_stay_where_codes_move():
     """What each product of a layer reads or makes has its rows as the batch has them; compilers for TPUs move them otherwise."""
     sizes = tiny_lm.sizes(vocab_size=304, hidden_size=64, intermediate_size=96, head_dim=16)
     model, mesh = llama.init(sizes, jax.random.key(0)), sharding.make_mesh({"fsdp": 8})
-    variables = lj.quantize(model.variables, [f"{name}/kernel" for name in PROJECTIONS], "int8", block=BLOCK)
+    variables = lj.quantize(model.variables, [f"{name}/kernel" for name in projections(sizes)], "int8", block=BLOCK)
     quantised = llama.Loaded(model.model, variables, model.names, model.config)
 
     def kept(model, way=lambda fn: fn):

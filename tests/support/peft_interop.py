@@ -46,6 +46,16 @@ def make_bert():
     return t.BertForSequenceClassification(t.BertConfig(num_hidden_layers=2, num_labels=3, **SIZES))
 
 
+def make_encoder(model_type, **fields):
+    config = t.CONFIG_MAPPING[model_type](num_hidden_layers=2, num_labels=3, pad_token_id=0, **SIZES, **fields)
+    return t.AutoModelForSequenceClassification.from_config(config)
+
+
+def make_distilbert():
+    sizes = {"vocab_size": 64, "dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 48, "max_position_embeddings": 32}
+    return t.DistilBertForSequenceClassification(t.DistilBertConfig(num_labels=3, **sizes))
+
+
 def make_llama(tied=False):
     return t.LlamaForCausalLM(t.DecoderConfig(num_hidden_layers=3, num_key_value_heads=2, tie_word_embeddings=tied, **SIZES))
 
@@ -107,6 +117,7 @@ EXPERTS = lj.LoraConfig(
     batch_axes={"gate_up_proj": (0,), "down_proj": (0,)},
 )
 BERT = {"rank": 4, "targets": ["query", "up", "down"], "train": ["classifier"]}
+HEAD = {"rank": 4, "exclude": ["re:.*/classifier/.*"], "train": ["re:.*/classifier/.*"]}
 CASES = {
     "bert": Case(make_bert, load_bert, lj.LoraConfig(rank=4, targets=["query", "value"], train=["classifier"]), "SEQ_CLS"),
     "bert, all biases": Case(
@@ -115,6 +126,15 @@ CASES = {
     "bert, DoRA": Case(make_bert, load_bert, lj.LoraConfig(**BERT, dora=True), "SEQ_CLS"),
     "bert, LoRA biases": Case(make_bert, load_bert, lj.LoraConfig(**BERT, lora_bias=True), "SEQ_CLS"),
     "bert, VeRA": Case(make_bert, load_bert, lj.LoraConfig(**BERT, method="vera"), "SEQ_CLS"),
+    "roberta": Case(make_encoder, load_bert, lj.LoraConfig(**HEAD), "SEQ_CLS", {"model_type": "roberta"}),
+    "roberta, all": Case(make_encoder, load_bert, lj.LoraConfig(rank=4), None, {"model_type": "roberta"}),
+    "xlm-roberta, DoRA": Case(
+        make_encoder, load_bert, lj.LoraConfig(**HEAD, dora=True), "SEQ_CLS", {"model_type": "xlm-roberta"}
+    ),
+    "electra": Case(make_encoder, load_bert, lj.LoraConfig(**HEAD), "SEQ_CLS", {"model_type": "electra", "embedding_size": 16}),
+    "distilbert": Case(make_distilbert, load_bert, lj.LoraConfig(**HEAD), "SEQ_CLS"),
+    "modernbert": Case(make_encoder, load_bert, lj.LoraConfig(**HEAD), "SEQ_CLS", {"model_type": "modernbert"}),
+    "modernbert, all": Case(make_encoder, load_bert, lj.LoraConfig(rank=4), None, {"model_type": "modernbert"}),
     "llama": Case(make_llama, load_llama(False), lj.LoraConfig(rank=4, targets="all-linear", scaling="rslora", **PATTERNS)),
     "llama, scanned": Case(make_llama, load_llama(True), lj.LoraConfig(rank=4, targets="all-linear", **PATTERNS)),
     "llama, scanned, some layers": Case(

@@ -15,9 +15,9 @@ GOOD, BAD = ["good", "great", "fine", "lovely", "superb"], ["bad", "awful", "dul
 FILLING = ["the", "a", "film", "plot", "cast", "it", "was", "is", "very", "quite", "and", "but"]
 
 
-def model(directory):
-    """A Hugging Face directory."""
-    shutil.copytree(BASE, directory)
+def model(directory, base=BASE):
+    """A Hugging Face directory: a model with a tokenizer."""
+    shutil.copytree(base, directory)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLING]
     vocabulary = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
     tokenizer = tokenizers.Tokenizer(vocabulary)

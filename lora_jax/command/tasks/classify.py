@@ -1,4 +1,4 @@
-"""The task `classify`: a BERT with a head, on labelled texts."""
+"""The task `classify`: an encoder of the BERT family with a head, on labelled texts."""
 
 import dataclasses
 import functools
@@ -59,7 +59,7 @@ def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = No
     """The base model with a head for the run's labels, on the mesh if there is one; `own` has the run's own tokenizer.
 
     Raises:
-      InputError: the directory does not hold a BERT and its tokenizer, or another one than the run was made with.
+      InputError: the directory does not hold an encoder and its tokenizer, or another one than the run was made with.
     """
     place = None if mesh is None else sharding.by_path(functools.partial(bert.shardings, mesh))
     options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
@@ -123,8 +123,8 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     parts = labelled.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
     training, test = (labelled.encode(base.tokenizer, part, config.labels, config.max_length) for part in parts)
     config = check_tokens(config, [*training.tokens, *test.tokens])
-    task, names = _task(config, base.model, training, test, mesh), bert.hf_names(base.model.config)
-    return Session(config, task, functools.partial(_init, base.model), names)
+    task = _task(config, base.model, training, test, mesh)
+    return Session(config, task, functools.partial(_init, base.model), base.model.names)
 
 
 def _init(model: bert.Loaded, config: RunConfig) -> dict[str, Adapter]:
