@@ -189,7 +189,7 @@ HOSTILE = {
     "10,000 unknown": (lambda d: rewrite(d, **{f"x{i:05d}": np.zeros(1, np.float32) for i in range(10_000)}), r"unexpected tensors x00000, .* x00007 and 9992 more"),
     "layers": (lambda d: configure(d, num_hidden_layers=5000), "has 3 layers; the configuration asks for 5000"),
     "huge size": (lambda d: configure(d, vocab_size=2**60), "the configuration asks for"),
-    "config": (lambda d: configure(d, rope_scaling={"type": "yarn"}, rope_parameters=None), r"config\.json: the rope_type is 'yarn'"),
+    "config": (lambda d: configure(d, rope_scaling={"type": "x"}, rope_parameters=None), r"config\.json: the rope_type is 'x'"),
     "deep config": (lambda d: (d / "config.json").write_text("[" * 100_000), r"config\.json is not JSON"),
     "index is a list": (lambda d: shard(d) or (d / INDEX).write_text("[]"), "must hold a JSON object"),
     "no weight_map": (lambda d: shard(d) or (d / INDEX).write_text("{}"), "must have a weight_map"),

@@ -58,7 +58,7 @@ def test_a_mesh_changes_nothing(case, axes):
     place = jax.tree.map(jax.device_put, loaded.variables, llama.shardings(mesh, loaded.variables))
     there = dataclasses.replace(loaded.on_mesh(mesh), variables=place)
     assert there.model.activations == batch_sharding(mesh)
-    assert distance(gradients(there, adapters), want) < 1e-5
+    assert distance(gradients(there, adapters), want) < 5e-5  # sums in another order
 
 
 def step_flops(experts, chosen):

@@ -33,7 +33,7 @@ def request(config, **changes):
 
 def setup(asked, sizes):
     """The step's shapes, for no devices."""
-    return train_steps.prepare(asked.step(asked.make_mesh(None)), sizes)
+    return train_steps.prepare(asked.for_model(sizes).step(asked.make_mesh(None)), sizes)
 
 
 @pytest.mark.parametrize(
