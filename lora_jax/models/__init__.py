@@ -3,3 +3,4 @@
 from lora_jax.models import bert as bert
 from lora_jax.models import gguf_files as gguf_files
 from lora_jax.models import llama as llama
+from lora_jax.models import vision as vision
