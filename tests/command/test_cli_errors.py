@@ -186,8 +186,8 @@ def test_no_such_run(home, capsys, command):
 
 @pytest.mark.parametrize("command", [["finetune", "--resume"], ["predict", "--text", "fine"], ["inspect"]])
 def test_damaged_run(stopped, capsys, command):
-    edit(stopped, format_version=7)
-    refused([*command, stopped], "has the format version 7, but this lora_jax reads 1 to 6", capsys)
+    edit(stopped, format_version=8)
+    refused([*command, stopped], "has the format version 8, but this lora_jax reads 1 to 7", capsys)
     edit(stopped, format_version=6, text_field=3)
     refused([*command, stopped], r"config\.json: text_field must be a text, not 3", capsys)
     edit(stopped, text_field="review", layers=3)
@@ -228,7 +228,7 @@ def test_another_tokenizer(stopped, capsys):
 
 
 def test_predict(stopped, capsys):
-    refused(["predict", stopped], "the following arguments are required: --text", capsys)
+    refused(["predict", stopped], "one of the arguments --text --image is required", capsys)
     refused(["predict", stopped, "--text", " "], "a text is empty", capsys)
     refused([], "the following arguments are required: command", capsys)
 

@@ -11,7 +11,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.core.fields import table
 
 CONFIG = """{
- "format_version": 6,
+ "format_version": 7,
  "task": "lm",
  "model": null,
  "data": "/texts.txt",
@@ -45,6 +45,8 @@ CONFIG = """{
  "batch_size": 2,
  "steps": 60,
  "max_length": 256,
+ "crop": 0.5,
+ "flip": true,
  "seed": 0,
  "labels": [],
  "data_sha256": "",

@@ -35,7 +35,7 @@ def test_step_i_of_a_warmup_of_n_has_the_rate_i_plus_1_over_n():
     warmup, fall = [0.25, 0.5], 0.25 * (1 + np.cos(np.pi * np.arange(38) / 38))
     np.testing.assert_allclose(rates(config), [*warmup, *fall], rtol=1e-4)
     old = RunConfig.from_json(
-        config.to_json().replace('"format_version": 6', '"format_version": 4').replace(' "warmup_from": 1,\n', ""), "x"
+        config.to_json().replace('"format_version": 7', '"format_version": 4').replace(' "warmup_from": 1,\n', ""), "x"
     )
     np.testing.assert_allclose(rates(old), [0.0, 0.25, *fall], rtol=1e-4)
     assert RunConfig.from_json(old.to_json(), "x") == old == dataclasses.replace(config, warmup_from=0)
