@@ -23,6 +23,7 @@ from lora_jax.models.decoder_config import LlamaConfig
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _EMBEDDING = "model.embed_tokens.weight"
+PREPROCESSOR = "preprocessor_config.json"
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -55,10 +56,15 @@ def generation_fields(source: pathlib.Path, config: LlamaConfig, ends: Sequence[
 
 def bert_fields(source: pathlib.Path, labels: Sequence[str]) -> dict[str, Any]:
     """The `config.json` of a BERT classifier: the base's own with these labels."""
+    return labelled_fields(source, labels, "BertForSequenceClassification")
+
+
+def labelled_fields(source: pathlib.Path, labels: Sequence[str], architecture: str) -> dict[str, Any]:
+    """The `config.json` of a classifier: the base's own with these labels, for this class of transformers."""
     fields = checkpoint_files.read_json(source, "config.json")
     fields.pop("num_labels", None)  # `id2label` says it
     return fields | {
-        "architectures": ["BertForSequenceClassification"],
+        "architectures": [architecture],
         "problem_type": "single_label_classification",
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
@@ -66,7 +72,7 @@ def bert_fields(source: pathlib.Path, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def stored_dtypes(source: pathlib.Path) -> dict[str, Any]:
-    """The dtype of each tensor of a directory, by its name without a leading `bert.`; of a `.gguf` file's none.
+    """The dtype of each tensor of a directory, by its name; of a `.gguf` file's none.
 
     A head that is not stored, since it is the embedding, has the embedding's.
     """
@@ -76,10 +82,15 @@ def stored_dtypes(source: pathlib.Path) -> dict[str, Any]:
     for file in source.glob("*.safetensors"):
         with safetensors.safe_open(file, framework="numpy") as opened:
             for name in opened.keys():  # noqa: SIM118  not a dict
-                found[name.removeprefix("bert.")] = _DTYPES[opened.get_slice(name).get_dtype()]
+                found[name] = _DTYPES[opened.get_slice(name).get_dtype()]
     if _EMBEDDING in found:
         found.setdefault("lm_head.weight", found[_EMBEDDING])
     return found
+
+
+def stored_dtype(dtypes: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The dtype of a tensor: a checkpoint of an encoder alone has its name without the outermost module."""
+    return dtypes.get(name, dtypes.get(name.partition(".")[2], default))
 
 
 def write(
@@ -98,7 +109,7 @@ def write(
       adapters: `{path: adapter}`.
       names: `{path: HFName}`.
       fields: of `config.json`.
-      dtypes: by tensor, without a leading `bert.`; float32 where there is none.
+      dtypes: by tensor, as `stored_dtypes` has them; float32 where there is none.
 
     Returns:
       The Frobenius norm of what rounding to the dtype took from each tensor that the adapters change, and of the change.
@@ -117,7 +128,7 @@ def write(
         held.clear()
 
     for name, exact, base in _tensors(variables, adapters, names):
-        tensor = np.ascontiguousarray(exact.astype(dtypes.get(name.removeprefix("bert."), np.float32)))
+        tensor = np.ascontiguousarray(exact.astype(stored_dtype(dtypes, name, np.float32)))
         if base is not None:
             lost[name] = _norm(tensor.astype(np.float32) - exact), _norm(exact - base)
         if held and tensor.nbytes + sum(other.nbytes for other in held.values()) > SHARD_BYTES:
@@ -173,6 +184,12 @@ def write_tokenizer(directory: pathlib.Path, source: pathlib.Path, tokenizer: Te
     if template is not None:
         config["chat_template"] = template
     write_json(directory / "tokenizer_config.json", config)
+
+
+def write_preprocessor(directory: pathlib.Path, source: pathlib.Path) -> None:
+    """How images become pixels, as the base has it."""
+    with files.reading(source / PREPROCESSOR):
+        shutil.copyfile(source / PREPROCESSOR, directory / PREPROCESSOR)
 
 
 def name_end(directory: pathlib.Path, tokenizer: TextTokenizer, ends: Sequence[int]) -> None:

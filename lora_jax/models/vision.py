@@ -16,6 +16,7 @@ from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.names import HFName
 from lora_jax.models.vision_config import FAMILIES, modern, read_config
 from lora_jax.models.vision_config import VisionConfig as VisionConfig
+from lora_jax.models.vision_config import file_names as file_names
 from lora_jax.models.vision_config import hf_names as hf_names
 from lora_jax.models.vision_encoder import ACTIVATIONS
 from lora_jax.models.vision_encoder import Vision as Vision

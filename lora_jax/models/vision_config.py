@@ -67,6 +67,7 @@ class Family:
     """A row of the table.
 
     Args:
+      architecture: transformers' image classifier.
       prefix: of all tensors but the head's.
       layers: what stands before a layer's tensors; "#" is its number.
       modules: of a layer, what transformers calls our norms and layer scales.
@@ -75,8 +76,10 @@ class Family:
       parts: what the fields ask for, as arguments of `VisionConfig`.
       older: (in files, in transformers' memory) for each part of a name that differs, to be replaced in this order.
       joined: tensors of files that are two of the memory's, the first one's rows above the second's.
+      written: fields that say that a checkpoint lacks what only pretraining needs.
     """
 
+    architecture: str
     prefix: str
     layers: str
     modules: Mapping[str, str]
@@ -85,6 +88,7 @@ class Family:
     parts: Callable[[Mapping[str, Any]], dict[str, Any]]
     older: tuple[tuple[str, str], ...]
     joined: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _vit_parts(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,6 +116,7 @@ _OLDER_ATTENTION = (
 )
 FAMILIES = {
     "vit": Family(
+        architecture="ViTForImageClassification",
         prefix="vit.",
         layers="layers.#.",
         modules={"norm_before": "layernorm_before", "norm_after": "layernorm_after"},
@@ -126,6 +131,7 @@ FAMILIES = {
         ),
     ),
     "dinov2": Family(
+        architecture="Dinov2ForImageClassification",
         prefix="dinov2.",
         layers="encoder.layer.#.",
         modules={
@@ -142,6 +148,7 @@ FAMILIES = {
         parts=_dinov2_parts,
         older=(*_OLDER_ATTENTION, ("mlp.weights_out", "mlp.down_proj")),
         joined={"mlp.weights_in": ("mlp.gate_proj", "mlp.up_proj")},
+        written={"use_mask_token": False},
     ),
 }
 _FIELDS: Mapping[str, Any] = {
@@ -245,6 +252,18 @@ def modern(name: str, family: Family) -> str:
     for old, new in family.older:
         name = name.replace(old, new)
     return name
+
+
+def file_names(config: VisionConfig) -> dict[str, HFName]:
+    """The name of each parameter in the files that every version of transformers reads; of gated MLPs, that version 5 reads.
+
+    >>> file_names(read_config({"model_type": "vit"}))["params/encoder/layer_0/mlp/up/kernel"].name
+    'vit.encoder.layer.0.intermediate.dense.weight'
+    """
+    names = hf_names(config)
+    for old, new in reversed(FAMILIES[config.family].older):
+        names = {path: dataclasses.replace(name, name=name.name.replace(new, old)) for path, name in names.items()}
+    return names
 
 
 def hf_names(config: VisionConfig) -> dict[str, HFName]:

@@ -1,19 +1,25 @@
 """Runs of the task `images` on a tiny ViT: they learn, go on as if never stopped, and refuse what they can't use."""
 
 import json
+import pathlib
 import shutil
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import lora_jax as lj
 from lora_jax.command import cli, run
+from lora_jax.models import vision
 from tests.support import interrupting, tiny_images
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 STEPS = 120
+FAMILIES = pathlib.Path(__file__).parents[1] / "data" / "families"
+PIXELS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16, 16, 3)), jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +68,49 @@ def test_inspect(reference, capsys):
     assert set(rows) == set(lj.checkpoint.load(reference / "adapters"))
     assert rows["params/embeddings/patch/kernel"][:2] == ["4x4x3x32", "4"]
     assert float(rows["params/encoder/layer_1/mlp/up/kernel"][3]) > 0.01
+
+
+def logits(directory):
+    """Those of a merged model for the same images."""
+    loaded = vision.load(directory)
+    return loaded.labels, loaded.apply(loaded.variables, PIXELS)
+
+
+def test_export_and_import(home, reference, tmp_path, capsys):
+    loaded = vision.load(home / "model", num_labels=3)
+    adapters = lj.checkpoint.load(reference / "adapters")
+    expected = lj.lora(loaded.apply)(lj.attach(loaded.variables, adapters), PIXELS)
+    for form in ("merged", "peft"):
+        assert cli.main(["export", str(reference), "--format", form, "--out", str(tmp_path / form)]) == 0
+    labels, found = logits(tmp_path / "merged")
+    assert labels == tuple(tiny_images.LABELS)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    fields = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert fields["architectures"] == ["ViTForImageClassification"] and fields["id2label"]["1"] == "along"
+    assert "vit.encoder.layer.0.attention.attention.query.weight" in load_file(tmp_path / "merged" / "model.safetensors")
+    stored = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text())
+    assert stored == tiny_images.PREPROCESSOR
+    assert cli.main(["import", str(tmp_path / "peft"), "--model", str(home / "model"), "--out", str(tmp_path / "run")]) == 0
+    again = lj.checkpoint.load(tmp_path / "run" / "adapters")
+    assert set(again) == set(adapters)
+    found = lj.lora(loaded.apply)(lj.attach(loaded.variables, again), PIXELS)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert run.read_config(tmp_path / "run").task == "images"
+
+
+@pytest.mark.parametrize("case", ["vit", "dinov2", "dinov2_gated"])
+def test_adapters_of_peft(case, tmp_path, capsys):
+    """Imported and folded in, they give the logits that PEFT gave."""
+    shutil.copytree(FAMILIES / case / "base", tmp_path / "base")
+    (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(tiny_images.PREPROCESSOR))
+    out, run = str(tmp_path / "merged"), str(tmp_path / "run")
+    assert cli.main(["import", str(FAMILIES / case / "adapter"), "--model", str(tmp_path / "base"), "--out", run]) == 0
+    assert cli.main(["export", run, "--format", "merged", "--out", out]) == 0
+    assert ("which older versions can't read" in capsys.readouterr().err) == (case == "dinov2_gated")
+    loaded = vision.load(out)
+    pixels = load_file(FAMILIES / case / "inputs.safetensors")["pixel_values"].transpose(0, 2, 3, 1)
+    expected = load_file(FAMILIES / case / "expected.safetensors")["output"]
+    np.testing.assert_allclose(loaded.apply(loaded.variables, pixels), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_stopped_run_ends_as_one_that_was_not(home, reference, tmp_path):
