@@ -146,7 +146,7 @@ def _export_merged(
         fields = hf_export.llama_fields(source, base.model.config)
     elif config.task == "images":
         family = FAMILIES[base.model.config.family]
-        fields = hf_export.labelled_fields(source, config.labels, family.architecture) | family.written
+        fields = {**hf_export.labelled_fields(source, config.labels, family.architecture), **family.written}
     else:
         fields = hf_export.bert_fields(source, config.labels)
     dtypes = hf_export.stored_dtypes(source)

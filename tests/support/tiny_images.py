@@ -35,17 +35,17 @@ PREPROCESSOR = {
 LABELS = ("across", "along", "plain")
 
 
-def model(directory):
-    """A Hugging Face directory of an encoder alone, without a head."""
+def model(directory, fields=CONFIG, preprocessor=PREPROCESSOR):
+    """A Hugging Face directory of an encoder alone with random weights, without a head."""
     directory.mkdir(parents=True)
-    config = read_config(CONFIG)
-    variables = vision.Vision(config).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-    leaves, _ = paths.flatten(variables)
+    config = read_config(fields)
+    pixels = jnp.zeros((1, *config.image_size, config.num_channels))
+    leaves, _ = paths.flatten(vision.Vision(config).init(jax.random.key(0), pixels))
     names = {path: name for path, name in vision.hf_names(config).items() if "classifier" not in path}
     tensors = {name.name.removeprefix("vit."): name.export(np.asarray(leaves[path])) for path, name in names.items()}
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(CONFIG))
-    (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (directory / "config.json").write_text(json.dumps(fields))
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return directory
 
 
