@@ -144,12 +144,13 @@ def _random_box(
     return left, top, left + width, top + height
 
 
-def read(directory: pathlib.Path, channels: int) -> Preprocessing:
+def read(directory: pathlib.Path, channels: int, processor: str) -> Preprocessing:
     """The preprocessing of a checkpoint.
 
     Args:
       directory: the checkpoint, with a `preprocessor_config.json`.
       channels: of the model.
+      processor: the class of its image processor, where the file names none.
 
     Raises:
       MissingError: there is no such file.
@@ -157,7 +158,7 @@ def read(directory: pathlib.Path, channels: int) -> Preprocessing:
     """
     fields = checkpoint_files.read_json(directory, FILE)
     try:
-        return _parse(fields, channels)
+        return _parse({"image_processor_type": processor} | fields, channels)
     except InputError as error:
         raise InputError(f"{directory / FILE}: {error}") from None
 
@@ -165,7 +166,7 @@ def read(directory: pathlib.Path, channels: int) -> Preprocessing:
 def _parse(fields: Mapping[str, Any], channels: int) -> Preprocessing:
     if channels not in _MODES:
         raise InputError(f"the model has {channels} channels; images have {', '.join(map(str, _MODES))}")
-    kind = fields.get("image_processor_type", fields.get("feature_extractor_type"))
+    kind = fields.get("feature_extractor_type") or fields["image_processor_type"]
     if kind not in _PROCESSORS:
         raise InputError(f"the image_processor_type is {kind!r}; {', '.join(_PROCESSORS)} can be read")
     known = _PROCESSORS[kind]

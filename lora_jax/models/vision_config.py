@@ -67,7 +67,7 @@ class Family:
     """A row of the table.
 
     Args:
-      architecture: transformers' image classifier.
+      architecture: transformers' image classifier; `processor`: its image processor, where a checkpoint names none.
       prefix: of all tensors but the head's.
       layers: what stands before a layer's tensors; "#" is its number.
       modules: of a layer, what transformers calls our norms and layer scales.
@@ -80,6 +80,7 @@ class Family:
     """
 
     architecture: str
+    processor: str
     prefix: str
     layers: str
     modules: Mapping[str, str]
@@ -117,6 +118,7 @@ _OLDER_ATTENTION = (
 FAMILIES = {
     "vit": Family(
         architecture="ViTForImageClassification",
+        processor="ViTImageProcessor",
         prefix="vit.",
         layers="layers.#.",
         modules={"norm_before": "layernorm_before", "norm_after": "layernorm_after"},
@@ -132,6 +134,7 @@ FAMILIES = {
     ),
     "dinov2": Family(
         architecture="Dinov2ForImageClassification",
+        processor="BitImageProcessor",
         prefix="dinov2.",
         layers="encoder.layer.#.",
         modules={
@@ -255,7 +258,9 @@ def modern(name: str, family: Family) -> str:
 
 
 def file_names(config: VisionConfig) -> dict[str, HFName]:
-    """The name of each parameter in the files that every version of transformers reads; of gated MLPs, that version 5 reads.
+    """The name of each parameter in files, and in the memory of transformers 4, so that `peft.load` reads its adapters by them.
+
+    Both halves of a gated MLP, which are one tensor there, have the names of transformers 5.
 
     >>> file_names(read_config({"model_type": "vit"}))["params/encoder/layer_0/mlp/up/kernel"].name
     'vit.encoder.layer.0.intermediate.dense.weight'

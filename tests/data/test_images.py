@@ -28,7 +28,7 @@ DINOV2 = {
 
 def parse(directory, fields, channels=3):
     (directory / pixels.FILE).write_text(json.dumps(fields))
-    return pixels.read(directory, channels)
+    return pixels.read(directory, channels, "ViTImageProcessor")
 
 
 def picture(height, width, mode="RGB"):
@@ -38,6 +38,7 @@ def picture(height, width, mode="RGB"):
 
 PROCESSORS = {
     "vit": {"image_processor_type": "ViTImageProcessor"},
+    "no name": {"size": 9},
     "vit of before": {"feature_extractor_type": "ViTFeatureExtractor", "size": 20, "do_resize": True, "do_normalize": True},
     "sizes": {"image_processor_type": "ViTImageProcessor", "size": {"height": 12, "width": 20}, "resample": 3},
     "not rescaled": {
@@ -115,7 +116,6 @@ def test_random_crops_keep_proportions_where_the_model_does(tmp_path):
 
 BAD_FIELDS = {
     "another kind": ({"image_processor_type": "CLIPImageProcessor"}, "the image_processor_type is 'CLIPImageProcessor'; ViT"),
-    "no kind": ({"size": 8}, "the image_processor_type is None"),
     "unknown": ({"do_pad": True, "pad_size": 3}, "the fields do_pad, pad_size are not known here and may change the pixels"),
     "not resized": ({"do_resize": False}, "do_resize is False; only images that are resized"),
     "a size of one side": ({"size": {"width": 8}}, "size must be a whole number or have a height and a width"),
@@ -138,16 +138,15 @@ BAD_FIELDS = {
 @pytest.mark.parametrize("case", BAD_FIELDS)
 def test_bad_preprocessing(tmp_path, case):
     fields, message = BAD_FIELDS[case]
-    kind = {} if case == "no kind" else {"image_processor_type": "ViTImageProcessor"}
     with pytest.raises(InputError, match=rf"preprocessor_config\.json: {message}"):
-        parse(tmp_path, kind | fields)
+        parse(tmp_path, fields)
 
 
 def test_bad_channels(tmp_path):
     with pytest.raises(InputError, match="the model has 2 channels; images have 1, 3, 4"):
-        parse(tmp_path, {"image_processor_type": "ViTImageProcessor"}, channels=2)
+        parse(tmp_path, {}, channels=2)
     with pytest.raises(MissingError, match=r"has no preprocessor_config\.json"):
-        pixels.read(tmp_path / "..", 3)
+        pixels.read(tmp_path / "..", 3, "ViTImageProcessor")
 
 
 # --- folders and batches ----------------------------------------------------------------------------------------------

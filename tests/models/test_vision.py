@@ -86,6 +86,20 @@ def test_adapters_are_written_as_they_were(case, tmp_path):
         np.testing.assert_array_equal(ours[name], tensor)
 
 
+@pytest.mark.parametrize("case", ["vit", "dinov2"])
+def test_adapters_of_transformers_4(case, tmp_path):
+    loaded, adapters = adapted(case)
+    lj.peft.save(tmp_path / "adapter", adapters, names=vision.file_names(loaded.config))
+    older = {
+        "vit": "vit.encoder.layer.1.attention.attention.query",
+        "dinov2": "dinov2.encoder.layer.1.attention.attention.query",
+    }
+    assert f"base_model.model.{older[case]}.lora_A.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    again = lj.peft.load(tmp_path / "adapter", loaded.variables, names=vision.file_names(loaded.config))
+    found = lj.lora(loaded.apply)(lj.attach(loaded.variables, again), pixels(case))
+    close(found, EXPECTED[case]["output"])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_merged_weights(case):
     loaded, adapters = adapted(case)

@@ -24,6 +24,7 @@ from lora_jax.data import images, pixels
 from lora_jax.data.images import Images
 from lora_jax.data.pixels import Preprocessing
 from lora_jax.models import vision
+from lora_jax.models.vision_config import FAMILIES
 
 _HELD_OUT = 1000
 _TEST_BATCH = 64
@@ -72,7 +73,8 @@ def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = No
     model = vision.load(directory, num_labels=len(config.labels) or None, seed=config.seed, **options)
     weights = digest(directory)
     check_weights(config, directory, weights)
-    return Base(model, pixels.read(directory, model.config.num_channels), weights)
+    processor = FAMILIES[model.config.family].processor
+    return Base(model, pixels.read(directory, model.config.num_channels, processor), weights)
 
 
 def load_images(config: RunConfig) -> Images:
