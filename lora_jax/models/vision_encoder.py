@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-class Attention(nn.Module):
+class VisionAttention(nn.Module):
     """Multi-head self-attention of all patches: `(batch, length, hidden)`."""
 
     config: VisionConfig
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         return dense(config.hidden_size, name="out")(mixed)
 
 
-class MLP(nn.Module):
+class VisionMLP(nn.Module):
     """Two dense layers, or with a gate three: `(batch, length, hidden)`."""
 
     config: VisionConfig
@@ -68,7 +68,7 @@ class MLP(nn.Module):
         return dense(config.hidden_size, name="down")(hidden)
 
 
-class Layer(nn.Module):
+class VisionLayer(nn.Module):
     """One encoder layer: norms before, and what is added may be scaled."""
 
     config: VisionConfig
@@ -76,7 +76,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        for part, place, norm in ((Attention, "attention", "norm_before"), (MLP, "mlp", "norm_after")):
+        for part, place, norm in ((VisionAttention, "attention", "norm_before"), (VisionMLP, "mlp", "norm_after")):
             change = part(self.config, self.param_dtype, name=place)(_norm(self, norm)(x))
             if self.config.layer_scales:
                 scale = self.param(f"scale_{place}", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
@@ -85,7 +85,7 @@ class Layer(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class VisionEncoder(nn.Module):
     """All encoder layers."""
 
     config: VisionConfig
@@ -94,11 +94,11 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x):
         for i in range(self.config.num_hidden_layers):
-            x = Layer(self.config, self.param_dtype, name=f"layer_{i}")(x)
+            x = VisionLayer(self.config, self.param_dtype, name=f"layer_{i}")(x)
         return x
 
 
-class Embeddings(nn.Module):
+class VisionEmbeddings(nn.Module):
     """The class token and the patches of `(batch, height, width, channels)`, with positions: `(batch, length, hidden)`."""
 
     config: VisionConfig
@@ -128,8 +128,8 @@ class Vision(nn.Module):
     def __call__(self, pixel_values):
         config = self.config
         _check_pixels(config, pixel_values)
-        x = Embeddings(config, self.param_dtype, name="embeddings")(pixel_values.astype(self.param_dtype))
-        x = Encoder(config, self.param_dtype, name="encoder")(x)
+        x = VisionEmbeddings(config, self.param_dtype, name="embeddings")(pixel_values.astype(self.param_dtype))
+        x = VisionEncoder(config, self.param_dtype, name="encoder")(x)
         x = _norm(self, "norm")(x)
         read = [x[:, 0], x[:, 1:].mean(1)] if config.patches_in_head else [x[:, 0]]
         return nn.Dense(config.num_labels, param_dtype=self.param_dtype, name="classifier")(jnp.concatenate(read, axis=-1))
