@@ -14,12 +14,13 @@ from lora_jax.core import paths
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.names import HFName
-from lora_jax.models.vision_config import FAMILIES, modern, read_config
+from lora_jax.models.vision_config import FAMILIES, read_config
 from lora_jax.models.vision_config import VisionConfig as VisionConfig
-from lora_jax.models.vision_config import file_names as file_names
-from lora_jax.models.vision_config import hf_names as hf_names
 from lora_jax.models.vision_encoder import ACTIVATIONS
 from lora_jax.models.vision_encoder import Vision as Vision
+from lora_jax.models.vision_names import file_names as file_names
+from lora_jax.models.vision_names import hf_names as hf_names
+from lora_jax.models.vision_names import modern
 from lora_jax.models.weights import Reader, Sharding, put
 from lora_jax.sharding import model_shardings, on_mesh
 
