@@ -12,6 +12,7 @@ from lora_jax.core.errors import InputError
 
 _EXTRAS = {"qwix": "quant", "huggingface_hub": "hub"}
 _EXTRAS |= dict.fromkeys(("gguf", "grain", "jinja2", "matplotlib", "msgspec", "rich", "tokenizers"), "finetune")
+_EXTRAS |= {"PIL": "images"}
 
 
 _RESUME = (
@@ -74,7 +75,10 @@ def _sweep(made: argparse.ArgumentParser) -> None:
 
 def _predict(made: argparse.ArgumentParser) -> None:
     made.add_argument("run", type=pathlib.Path)
-    made.add_argument("--text", action="append", required=True, help="a text; may be given more than once")
+    given = made.add_mutually_exclusive_group(required=True)
+    given.add_argument("--text", action="append", help="a text; may be given more than once")
+    image = "an image file, for a run of --task images; may be given more than once"
+    given.add_argument("--image", action="append", type=pathlib.Path, metavar="FILE", help=image)
 
 
 def _generate(made: argparse.ArgumentParser) -> None:
@@ -121,9 +125,9 @@ def _plan(made: argparse.ArgumentParser) -> None:
 
 # The commands: the module with `NAME_command`, which is imported with all that it needs when it is called; help; options.
 _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
-    "finetune": ("finetune", "train adapters on texts", _finetune),
+    "finetune": ("finetune", "train adapters on texts or images", _finetune),
     "sweep": ("sweep", "train adapters with several options at once, in one program", _sweep),
-    "predict": ("predict", "classify texts with a run", _predict),
+    "predict": ("predict", "classify texts or images with a run", _predict),
     "generate": ("generate", "go on from a prompt with a run", _generate),
     "inspect": ("inspect", "show what a run changed, per adapted parameter", _inspect),
     "export": ("export", "write a run for other tools", _export),

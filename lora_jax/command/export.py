@@ -20,7 +20,8 @@ from lora_jax.core import files, paths
 from lora_jax.core.adapter import Adapter, Full, LowRank
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface import hub
-from lora_jax.models.encoder_families import FAMILIES
+from lora_jax.huggingface.names import HFName
+from lora_jax.models import encoder_families, vision, vision_config
 from lora_jax.training import checkpoint
 
 # What the pinned models are called on the Hugging Face hub.
@@ -40,8 +41,9 @@ _SEVERAL = (
     "the pairs have several ranks or scales, as rank_pattern and alpha_pattern say; what goes by r and lora_alpha alone, as "
     "some servers do, scales them wrongly: adapters through lj.algebra.fold_scale and pad_rank need no patterns"
 )
+_GATED = "the gated MLPs have the names that transformers 5 gives them, which older versions can't read"
 _LOSS = 0.01  # the share of the adapters' change from which on rounding is worth a note
-_TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM"}
+_TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM", "images": None}  # PEFT has none for images
 _LAST_LAYERS = (".classifier.weight", ".classifier.out_proj.weight")  # of heads, in PEFT's files
 
 
@@ -92,7 +94,7 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
         _export_peft(config, base, adapters, source, out)
         more = _several(adapters)
     else:
-        more = _rounding(_export_merged(config, base, adapters, source, out))
+        more = (*_rounding(_export_merged(config, base, adapters, source, out)), *_renamed(base))
     stored = (_GGUF,) if form == "peft" and source.is_file() else ()
     commit = (_COMMIT.format(config.model_commit),) if form == "peft" and config.model_commit else ()
     rounded = () if config.quantize is None else (_QUANTIZED[form].format(config.quantize),)
@@ -133,7 +135,7 @@ def _own_embeddings(base: Any) -> dict[str, Adapter]:
 
 def _as_stored(base: Any, source: pathlib.Path) -> Any:
     """The base's parameters in the dtypes of their tensors, of which PEFT's file may need some."""
-    dtypes, names = hf_export.stored_dtypes(source), base.model.names
+    dtypes, names = hf_export.stored_dtypes(source), _file_names(base)
     leaves, treedef = paths.flatten(base.model.variables)
     first = {path: next(iter(names[path].tensors(leaf.shape).values())) for path, leaf in leaves.items()}
     stored = (leaf.astype(hf_export.stored_dtype(dtypes, first[path], leaf.dtype)) for path, leaf in leaves.items())
@@ -151,12 +153,18 @@ def _export_merged(
     _check_pooling(base)
     if isinstance(base, lm.Base):
         fields = hf_export.llama_fields(source, base.model.config)
+    elif config.task == "images":
+        family = vision_config.FAMILIES[base.model.config.family]
+        fields = {**hf_export.labelled_fields(source, config.labels, family.architecture), **family.written}
     else:
         fields = hf_export.bert_fields(source, config.labels)
     dtypes = hf_export.stored_dtypes(source)
     with files.fresh_directory(out) as directory:
-        lost = hf_export.write(directory, base.model.variables, adapters, base.model.names, fields, dtypes)
-        hf_export.write_tokenizer(directory, base.own or source, base.tokenizer)
+        lost = hf_export.write(directory, base.model.variables, adapters, _file_names(base), fields, dtypes)
+        if config.task == "images":
+            hf_export.write_preprocessor(directory, source)
+        else:
+            hf_export.write_tokenizer(directory, base.own or source, base.tokenizer)
         if isinstance(base, lm.Base):
             generation = hf_export.generation_fields(source, base.model.config, lm.end_ids(base, config))
             hf_export.write_json(directory / "generation_config.json", generation)
@@ -176,6 +184,15 @@ def _rounding(lost: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:
     )
 
 
+def _renamed(base: Any) -> tuple[str, ...]:
+    return (_GATED,) if isinstance(base.model, vision.Loaded) and base.model.config.gated else ()
+
+
+def _file_names(base: Any) -> dict[str, HFName]:
+    """What the base's tensors are called in files, where transformers calls some otherwise in memory."""
+    return vision.file_names(base.model.config) if isinstance(base.model, vision.Loaded) else base.model.names
+
+
 def _pools_otherwise(base: Any) -> tuple[str, str] | None:
     """What the head of a sentence model reads, and transformers' class, whose head does not; `None` for all other models."""
     if not isinstance(base, classify.Base):
@@ -184,7 +201,7 @@ def _pools_otherwise(base: Any) -> tuple[str, str] | None:
     if config.pooling == "pooler" or config.head_act is not None:
         return None
     read = {"mean": "the mean of the tokens", "cls": "the first token"}[config.pooling]
-    return read, FAMILIES[config.model_type].architecture
+    return read, encoder_families.FAMILIES[config.model_type].architecture
 
 
 def _check_pooling(base: Any) -> None:
@@ -233,17 +250,18 @@ def import_(source: pathlib.Path, model: str | pathlib.Path, out: pathlib.Path, 
     if untie and task != "lm":
         raise InputError(f"{model} has no head that could be its embedding: leave --untie out")
     options: dict[str, Any] = {"task": task, "model": named, "imported": str(source), "max_length": 3, "untie": untie}
-    if task == "classify":
+    if task != "lm":
         options["labels"] = [f"LABEL_{i}" for i in range(_head_size(source))]
     config = RunConfig(**options)
     base = task_module(config).load_base(model, config)
-    options |= {"max_length": base.model.config.max_position_embeddings, "model_commit": places.commit(config, model)}
-    options["model_sha256"] = base.sha256
-    if task == "classify":
+    options |= {"model_sha256": base.sha256, "model_commit": places.commit(config, model)}
+    if task != "images":
+        options["max_length"] = base.model.config.max_position_embeddings
+    if task != "lm":
         options["labels"] = base.model.labels
     with files.fresh_directory(out) as directory:
         run.create(directory, RunConfig(**options))
-        brought = adapter_files.keep(source, model, base, directory / "base")
+        brought = () if task == "images" else adapter_files.keep(source, model, base, directory / "base")
         if brought:
             base = task_module(config).with_own(base, directory / "base")
         adapters = peft.load(source, base.model.variables, names=base.model.names)
@@ -252,9 +270,10 @@ def import_(source: pathlib.Path, model: str | pathlib.Path, out: pathlib.Path, 
 
 
 def _task_of(model: pathlib.Path) -> str:
-    """`classify` for an encoder, else `lm`, whose loader says what it can't read."""
+    """`classify` for a text encoder, `images` for a vision model, else `lm`, whose loader says what it can't read."""
     file = model / "config.json"
-    return "classify" if file.is_file() and files.read_json_object(file).get("model_type") in FAMILIES else "lm"
+    kind = files.read_json_object(file).get("model_type") if file.is_file() else None
+    return "classify" if kind in encoder_families.FAMILIES else "images" if kind in vision.FAMILY else "lm"
 
 
 def _head_size(source: pathlib.Path) -> int:

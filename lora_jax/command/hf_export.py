@@ -26,6 +26,7 @@ from lora_jax.models.encoder_families import FAMILIES
 _DTYPES: dict[Any, Any] = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _OWN: dict[Any, Any] = {jnp.dtype(dtype).name: dtype for dtype in _DTYPES.values()}
 _EMBEDDING = "model.embed_tokens.weight"
+PREPROCESSOR = "preprocessor_config.json"
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,10 +66,16 @@ def generation_fields(source: pathlib.Path, config: DecoderConfig, ends: Sequenc
 
 def bert_fields(source: pathlib.Path, labels: Sequence[str]) -> dict[str, Any]:
     """The `config.json` of an encoder with a head: the base's own with these labels."""
+    kind = checkpoint_files.read_json(source, "config.json")["model_type"]
+    return labelled_fields(source, labels, FAMILIES[kind].architecture)
+
+
+def labelled_fields(source: pathlib.Path, labels: Sequence[str], architecture: str) -> dict[str, Any]:
+    """The `config.json` of a classifier: the base's own with these labels, for this class of transformers."""
     fields = _dense_fields(source)
     fields.pop("num_labels", None)  # `id2label` says it
     return fields | {
-        "architectures": [FAMILIES[fields["model_type"]].architecture],
+        "architectures": [architecture],
         "problem_type": "single_label_classification",
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
@@ -187,6 +194,12 @@ def write_tokenizer(directory: pathlib.Path, source: pathlib.Path, tokenizer: Te
     if template is not None:
         config["chat_template"] = template
     write_json(directory / "tokenizer_config.json", config)
+
+
+def write_preprocessor(directory: pathlib.Path, source: pathlib.Path) -> None:
+    """How images become pixels, as the base has it."""
+    with files.reading(source / PREPROCESSOR):
+        shutil.copyfile(source / PREPROCESSOR, directory / PREPROCESSOR)
 
 
 def name_end(directory: pathlib.Path, tokenizer: TextTokenizer, ends: Sequence[int]) -> None:

@@ -25,7 +25,7 @@ CHANGE_THE_BASE = ("pissa", "olora", "milora")  # starts of `lora_jax.initialize
 class RunConfig:
     """The options of a run, and what ties it to its data and base model.
 
-    Beside help and bounds, a field says `task`: the one task that has it; `lm`: its default there; `sweep`: it may differ
+    Beside help and bounds, a field says `tasks`: those that have it; `lm`: its default there; `sweep`: it may differ
     between the runs of a sweep; `since`: the first format of `config.json` with it; `before`: what it was until then, where
     that is not the default; `recorded`: it is found, not given.
 
@@ -37,39 +37,49 @@ class RunConfig:
     """
 
     task: Annotated[
-        Literal["classify", "lm"],
-        option("classify: labels of texts, with a BERT; lm: next tokens, with a decoder of the Llama family", since=2),
+        Literal["classify", "lm", "images"],
+        option(
+            "classify: labels of texts, with a BERT; lm: next tokens, with a decoder of the Llama family; images: labels of "
+            "images, with a ViT or DINOv2",
+            since=2,
+        ),
     ] = "classify"
     model: Annotated[
         str | None,
         option(
             "a Hugging Face directory, a model of the hub (owner/name or owner/name@revision), or for lm a .gguf file "
-            "(default: MiniLM or SmolLM2, fetched once)"
+            "(default: MiniLM or SmolLM2, fetched once; for images none)"
         ),
     ] = None
     data: Annotated[
-        str | None, option("a .csv or .jsonl file, or for lm a .txt file (default: movie reviews, fetched once)")
+        str | None,
+        option(
+            "a .csv or .jsonl file, or for lm a .txt file (default: movie reviews, fetched once); for images a folder with a "
+            "folder for each label"
+        ),
     ] = None
-    text_field: Annotated[str, option("the column of the texts")] = "text"
-    label_field: Annotated[str, option("the column of the labels", task="classify")] = "label"
-    prompt_field: Annotated[str, option("the column of the prompts, of which nothing is learnt", task="lm", since=2)] = "prompt"
-    completion_field: Annotated[str, option("the column of the completions", task="lm", since=2)] = "completion"
+    text_field: Annotated[str, option("the column of the texts", tasks=("classify", "lm"))] = "text"
+    label_field: Annotated[str, option("the column of the labels", tasks=("classify",))] = "label"
+    prompt_field: Annotated[str, option("the column of the prompts, of which nothing is learnt", tasks=("lm",), since=2)] = (
+        "prompt"
+    )
+    completion_field: Annotated[str, option("the column of the completions", tasks=("lm",), since=2)] = "completion"
     messages_field: Annotated[
-        str, option("the column of chats: lists of objects with a role and a content", task="lm", since=2)
+        str, option("the column of chats: lists of objects with a role and a content", tasks=("lm",), since=2)
     ] = "messages"
     held_out: Annotated[
-        int, option("tokens to measure the perplexity on, at most a tenth of all", ge=1, task="lm", since=2)
+        int, option("tokens to measure the perplexity on, at most a tenth of all", ge=1, tasks=("lm",), since=2)
     ] = 4096
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],  # float16: runs of before, see `check_trainable`
         option("the base's dtype in memory: float32 or bfloat16; adapters are float32",
-               must_be="one of float32, bfloat16", task="lm", since=2),
+               must_be="one of float32, bfloat16", tasks=("lm", "images"), since=2),
     ] = "float32"  # fmt: skip
     untie: Annotated[
         bool,
         option(
             "give a head that is the embedding (tied) a kernel of its own, as adapters of one of the two need",
-            task="lm",
+            tasks=("lm",),
             since=5,
         ),
     ] = False
@@ -79,21 +89,27 @@ class RunConfig:
     block: Annotated[int | None, option("how many quantised values share a scale, 64 if left out", since=4)] = None
     scan_layers: Annotated[
         bool,
-        option("stack the layers and scan over them, which compiles once for all", both=True, task="lm", since=6),
+        option("stack the layers and scan over them, which compiles once for all", both=True, tasks=("lm",), since=6),
     ] = False
     remat: Annotated[
         Literal["none", "products", "full"],
         option("what the backward pass computes again, to save memory: none, products (all but products with weights) or full",
-               task="lm", since=6),
+               tasks=("lm",), since=6),
     ] = "none"  # fmt: skip
     attention_block: Annotated[
         int | None,
         option("compute the attention of at most so many queries at a time, to save memory", ge=1, must_be="at least 1",
-               metavar="N", task="lm", since=6),
+               metavar="N", tasks=("lm",), since=6),
     ] = None  # fmt: skip
     accumulate: Annotated[
         int,
-        option("cut each batch into so many parts, one after the other, to save memory", ge=1, metavar="N", task="lm", since=6),
+        option(
+            "cut each batch into so many parts, one after the other, to save memory",
+            ge=1,
+            metavar="N",
+            tasks=("lm", "images"),
+            since=6,
+        ),
     ] = 1
     rank: Annotated[int, option("rank of every low-rank pair", sweep=True)] = 8
     alpha: Annotated[float, option("the scale of every pair is alpha / rank", sweep=True)] = 16.0
@@ -123,14 +139,26 @@ class RunConfig:
     batch_size: Annotated[int, option("examples, or for lm packed rows, per step", ge=1, lm=2)] = 32
     steps: Annotated[int, option("training steps", ge=1, lm=60)] = 180
     max_length: Annotated[
-        int, option("texts are cut to this many tokens; for lm, the tokens of a packed row", ge=3, lm=256)
+        int,
+        option("texts are cut to this many tokens; for lm, the tokens of a packed row", ge=3, lm=256, tasks=("classify", "lm")),
     ] = 64
+    crop: Annotated[
+        float,
+        option(
+            "random crops keep at least this share of an image in training; 1: no crops", gt=0, le=1, tasks=("images",), since=7
+        ),
+    ] = 0.5
+    flip: Annotated[
+        bool, option("mirror images half of the time in training (the default)", both=True, tasks=("images",), since=7)
+    ] = True
     seed: Annotated[int, option("seed of the adapters, a new head and the order of the batches", ge=0, sweep=True)] = 0
     labels: Annotated[Sequence[str], option("the classes, in the order of the logits", recorded=True)] = ()
     data_sha256: Annotated[str, option("the digest of all texts and labels", recorded=True)] = ""
     model_sha256: Annotated[str, option("the digest of the base's weights", recorded=True)] = ""
     model_commit: Annotated[str, option("the commit of a base from the hub", recorded=True, since=7)] = ""
-    tokens_sha256: Annotated[str, option("the digest of the tokens of all texts", recorded=True, since=5)] = ""
+    tokens_sha256: Annotated[
+        str, option("the digest of the tokens of all texts, or of how images become pixels", recorded=True, since=5)
+    ] = ""
     date: Annotated[
         str, option("the day that chat templates are told, on which the run began: ISO 8601", recorded=True, since=2)
     ] = ""
@@ -173,7 +201,7 @@ class RunConfig:
         """
         from lora_jax.adapters.config import LoraConfig  # which needs JAX
 
-        train = ["re:.*/classifier/.*"] if self.task == "classify" else []
+        train = [] if self.task == "lm" else ["re:.*/classifier/.*"]
         method: Any = {"method": self.method, "scaling": self.scaling, "dora": self.dora}
         method["init"] = "kaiming" if self.init in CHANGE_THE_BASE else self.init
         if self.init in CHANGE_THE_BASE and (self.dora or self.method != "lora"):
@@ -259,9 +287,9 @@ def new_run(task: str, given: Mapping[str, Any]) -> RunConfig:
         defaults["targets"] = ()  # those of the adapters
     config = RunConfig(**{"task": task, **defaults, **given})
     for name in given:
-        own = rows[name].more.get("task", task)
-        if own != task:
-            raise InputError(f"{flag(name)} is an option of --task {own}; leave it out of --task {task}")
+        tasks = rows[name].more.get("tasks", (task,))
+        if task not in tasks:
+            raise InputError(f"{flag(name)} is an option of --task {' and '.join(tasks)}; leave it out of --task {task}")
     if config.targets:
         _ = config.lora  # which checks what it is made of
     check_trainable(config)
@@ -355,7 +383,7 @@ def _default(row: Option) -> str:
         return ""
     usual = row.default if not isinstance(row.default, tuple) else " ".join(row.default)
     of_lm = f", for lm {row.more['lm']}" if "lm" in row.more else ""
-    only = f"; {row.more['task']} only" if "task" in row.more else ""
+    only = f"; {' and '.join(row.more['tasks'])} only" if "tasks" in row.more else ""
     return f" (default: {usual}{of_lm}{only})"
 
 

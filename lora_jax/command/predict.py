@@ -1,14 +1,16 @@
-"""`lora-jax predict`: texts, classified with a run."""
+"""`lora-jax predict`: texts and images, classified with a run."""
 
 import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from lora_jax.command import run
+from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks import classify
 from lora_jax.command.tasks.registry import check_task
 from lora_jax.core.adapter import attach
@@ -19,9 +21,10 @@ from lora_jax.data import labelled
 
 def predict_command(line: argparse.Namespace) -> int:
     """`lora-jax predict`; returns the exit code."""
-    for text, found in zip(line.text, predict(line.run, line.text)):
-        best = max(found, key=lambda label: found[label])
-        print(f"{best}\t{found[best]:.3f}\t{text}")
+    found = predict(line.run, line.text) if line.text else predict_images(line.run, line.image)
+    for what, probabilities in zip(line.text or line.image, found):
+        best = max(probabilities, key=lambda label: probabilities[label])
+        print(f"{best}\t{probabilities[best]:.3f}\t{what}")
     return 0
 
 
@@ -44,4 +47,25 @@ def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, flo
     batch = labelled.pad(examples, np.arange(len(texts)), labelled.pad_lengths(examples.lengths), len(texts))
     params = attach(model.variables, adapters)
     logits = jax.jit(lora(model.apply))(params, batch["input_ids"], batch["attention_mask"])
+    return _probabilities(config, logits)
+
+
+def predict_images(directory: pathlib.Path, files: Sequence[pathlib.Path]) -> list[dict[str, float]]:
+    """The probability of each label for each image file, by the base model with the run's adapters.
+
+    Raises:
+      InputError: there is no such run, it has no checkpoint yet, its base model is gone or changed, or a file is no image.
+    """
+    from lora_jax.command.tasks import images  # which needs Pillow
+
+    config = run.read_config(directory)
+    check_task(config, "images")
+    base = images.load_base(images.base_directory(config), config)
+    params = attach(base.model.variables, run.load_adapters(directory, base.model.variables))
+    apply = jax.jit(lora(base.model.apply))
+    pixels = (base.preprocessing.pixels(base.preprocessing.open(file))[None] for file in files)
+    return _probabilities(config, np.concatenate([apply(params, image) for image in pixels]))
+
+
+def _probabilities(config: RunConfig, logits: Any) -> list[dict[str, float]]:
     return [dict(zip(config.labels, map(float, row))) for row in jax.nn.softmax(logits)]

@@ -105,23 +105,39 @@ def split(data: Texts, held_out: int, seed: int = 0) -> tuple[Texts, Texts]:
     """Training and test texts by a fixed seed; a text that occurs twice is never on both sides.
 
     Args:
-      held_out: how many rows to test on, at least.
+      held_out: how many rows to test on, at most: a text that would be on both sides is trained on.
 
     Raises:
       InputError: a class has no row left to train on, or there is nothing to test on.
     """
-    distinct = {text: i for i, text in enumerate(dict.fromkeys(data.texts))}
+    test = held_out_rows(data.texts, data.labels, held_out, seed)
+    return _rows(data, ~test), _rows(data, test)
+
+
+def held_out_rows(keys: Sequence[str], labels: Sequence[str], held_out: int, seed: int = 0) -> np.ndarray:
+    """Which rows are for the test, `(rows,)`; rows with the same key are always on the same side.
+
+    Args:
+      keys: what each row is.
+      labels: the label of each.
+      held_out: how many rows to test on, at most: a key that would be on both sides is trained on.
+      seed: what decides.
+
+    Raises:
+      InputError: a class has no row left to train on, or there is nothing to test on.
+    """
+    distinct = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     place = np.random.default_rng(seed).permutation(len(distinct))
-    places = np.array([place[distinct[text]] for text in data.texts])
+    places = np.array([place[distinct[key]] for key in keys])
     border = np.sort(places)[held_out] if held_out < len(places) else len(places)
-    train, test = _rows(data, places >= border), _rows(data, places < border)
-    lost = sorted(set(data.labels) - set(train.labels))
-    if lost or not test.labels:
+    test = places < border
+    lost = sorted(set(labels) - {label for label, is_test in zip(labels, test) if not is_test})
+    if lost or not test.any():
         raise InputError(
-            f"{len(data.labels)} rows are too few: with {len(test.labels)} held out for the test, there is no row of "
+            f"{len(labels)} rows are too few: with {test.sum()} held out for the test, there is no row of "
             f"{'the class ' + ', '.join(map(repr, lost)) if lost else 'any class'} to train on; add rows"
         )
-    return train, test
+    return test
 
 
 def _rows(data: Texts, wanted: np.ndarray) -> Texts:

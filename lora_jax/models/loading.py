@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface import checkpoint_files, hub
 from lora_jax.huggingface.names import HFName
-from lora_jax.models import bert, llama
+from lora_jax.models import bert, llama, vision
 from lora_jax.models.decoder import Remat
 from lora_jax.models.weights import Sharding
 
@@ -39,6 +39,7 @@ class Loaded(Protocol):
 _LOADERS: dict[str, Callable[..., Loaded]] = {
     **dict.fromkeys(llama.FAMILY, llama.load),
     **dict.fromkeys(bert.FAMILY, bert.load),
+    **dict.fromkeys(vision.FAMILY, vision.load),
 }
 _GGUF = "llama"
 
@@ -53,6 +54,7 @@ def load(
     scan_layers: bool | None = None,
     remat: Remat | None = None,
     attention_block: int | None = None,
+    dense_experts: bool | None = None,
     tie: bool | None = None,
     num_labels: int | None = None,
     seed: int | None = None,
@@ -66,9 +68,10 @@ def load(
       quantize: `"nf4"`, `"int4"`, `"int8"` or `"fp8"`: the kernels of the layers are quantised as they are read.
       block: how many values share a scale (64 by default); only with `quantize`.
       sharding: where the parameters go: one sharding for all, or a function of (path, shape).
-      scan_layers: of decoders: see `models.llama.load`, as for the next three.
+      scan_layers: of decoders: see `models.llama.load`, as for the next four.
       remat: of decoders.
       attention_block: of decoders.
+      dense_experts: of decoders.
       tie: of decoders.
       num_labels: of classifiers: the number of classes; see `models.bert.load`.
       seed: of classifiers: the seed of a new head.
@@ -87,6 +90,7 @@ def load(
         "scan_layers": scan_layers,
         "remat": remat,
         "attention_block": attention_block,
+        "dense_experts": dense_experts,
         "tie": tie,
         "num_labels": num_labels,
         "seed": seed,

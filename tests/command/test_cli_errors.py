@@ -228,7 +228,7 @@ def test_another_tokenizer(stopped, capsys):
 
 
 def test_predict(stopped, capsys):
-    refused(["predict", stopped], "the following arguments are required: --text", capsys)
+    refused(["predict", stopped], "one of the arguments --text --image is required", capsys)
     refused(["predict", stopped, "--text", " "], "a text is empty", capsys)
     refused([], "the following arguments are required: command", capsys)
 

@@ -45,6 +45,8 @@ CONFIG = """{
  "batch_size": 2,
  "steps": 60,
  "max_length": 256,
+ "crop": 0.5,
+ "flip": true,
  "seed": 0,
  "labels": [],
  "data_sha256": "",

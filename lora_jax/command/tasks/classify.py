@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tokenizers
 from jax.sharding import Mesh
 
@@ -17,7 +16,7 @@ from lora_jax import sharding
 from lora_jax.adapters.init import init
 from lora_jax.command.metrics import ACCURACY
 from lora_jax.command.options import RunConfig
-from lora_jax.command.tasks import places
+from lora_jax.command.tasks import labels, places
 from lora_jax.command.tasks.base import Session, Task, check_data, check_tokens, check_weights, digest
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
@@ -119,7 +118,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     source = base_directory(config)
     base = load_base(source, config, mesh)
     found: Any = {"model_sha256": base.sha256, "model_commit": places.commit(config, source)}
-    config = dataclasses.replace(config, labels=_order(config.labels, base.model), **found)
+    config = dataclasses.replace(config, labels=labels.order(config.labels, base.model.labels), **found)
     parts = labelled.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
     training, test = (labelled.encode(base.tokenizer, part, config.labels, config.max_length) for part in parts)
     config = check_tokens(config, [*training.tokens, *test.tokens])
@@ -139,7 +138,6 @@ def _task(
 ) -> Task:
     lengths = labelled.pad_lengths(np.concatenate([training.lengths, test.lengths]))
     test_lengths = labelled.pad_lengths(test.lengths, _TEST_LENGTHS)
-    counts = np.unique(test.labels, return_counts=True)[1]
     head = "a new head" if model.new else "the checkpoint's head"
     base = pathlib.Path(config.model).name if config.model else "MiniLM"
     test_size = sharding.round_up(mesh, _TEST_BATCH)
@@ -161,7 +159,7 @@ def _task(
         ),
         held_out=f"{len(test)} texts",
         title=f"{base} on {pathlib.Path(config.data).name if config.data else 'movie reviews'}",
-        baseline=("most frequent class", float(counts.max() / counts.sum())),
+        baseline=labels.baseline(test.labels),
     )
 
 
@@ -170,18 +168,9 @@ def cut_texts(count: int, max_length: int) -> tuple[str, ...]:
     return (f"{count:,} texts were longer than {max_length} tokens and were cut at their end",) if count else ()
 
 
-def _order(labels: Any, model: bert.Loaded) -> tuple[str, ...]:
-    """The labels in the order of the checkpoint's head where it knows them, else sorted."""
-    return model.labels if sorted(model.labels) == sorted(labels) else tuple(labels)
-
-
 def _loss(apply: Any, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
-    logits = lora(apply, key=key)(params, batch["input_ids"], batch["attention_mask"])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
+    return labels.cross_entropy(lora(apply, key=key)(params, batch["input_ids"], batch["attention_mask"]), batch)
 
 
 def _correct(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """How many labels are right; NaN where a logit is not finite, of which `argmax` would make a label."""
-    logits = lora(apply)(params, batch["input_ids"], batch["attention_mask"])
-    correct = (logits.argmax(-1) == batch["labels"]).sum()
-    return jnp.where(jnp.isfinite(logits).all(), correct, jnp.nan)
+    return labels.count_correct(lora(apply)(params, batch["input_ids"], batch["attention_mask"]), batch)

@@ -9,7 +9,7 @@ from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks.base import Session
 from lora_jax.core.errors import InputError
 
-_COMMANDS = {"classify": "predict", "lm": "generate"}
+_COMMANDS = {"classify": "predict", "lm": "generate", "images": "predict --image"}
 
 
 def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:

@@ -1,0 +1,171 @@
+"""The task `images`: a ViT or DINOv2 with a head, on a folder of images for each label."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lora_jax import sharding
+from lora_jax.adapters.init import init
+from lora_jax.command.metrics import ACCURACY
+from lora_jax.command.options import RunConfig
+from lora_jax.command.tasks import labels, places
+from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.errors import InputError
+from lora_jax.core.transform import lora
+from lora_jax.data import images, pixels
+from lora_jax.data.images import Images
+from lora_jax.data.pixels import Preprocessing
+from lora_jax.models import vision
+from lora_jax.models.vision_config import FAMILIES
+
+_HELD_OUT = 1000
+_TEST_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model and how its images become pixels; a run has no files of its own in their place, so `own` is `None`."""
+
+    model: vision.Loaded
+    preprocessing: Preprocessing
+    sha256: str
+    own: None = None
+
+
+def location(config: RunConfig) -> pathlib.Path:
+    """Where the run's base model is.
+
+    Raises:
+      InputError: the options do not say.
+    """
+    if config.model is None:
+        raise InputError("--task images has no model of its own: give --model, a Hugging Face directory of a ViT or DINOv2")
+    return pathlib.Path(config.model)
+
+
+def base_directory(config: RunConfig) -> pathlib.Path:
+    """Where the run's base model is, fetched if it is on the hub.
+
+    Raises:
+      InputError: the options do not say, it could not be fetched, or it is no longer where the run found it.
+    """
+    return places.find(config, lambda: location(config))
+
+
+def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = None, own: pathlib.Path | None = None) -> Base:
+    """The base model with a head for the run's labels, on the mesh if there is one; a run of images has no `own` files.
+
+    Raises:
+      InputError: the directory does not hold a ViT or DINOv2 and its preprocessing, or another one than the run was made with.
+    """
+    assert own is None
+    place = None if mesh is None else sharding.by_path(functools.partial(vision.shardings, mesh))
+    options: Any = {"dtype": jnp.dtype(config.dtype), "sharding": place, "quantize": config.quantize, "block": config.block}
+    model = vision.load(directory, num_labels=len(config.labels) or None, seed=config.seed, **options)
+    weights = digest(directory)
+    check_weights(config, directory, weights)
+    processor = FAMILIES[model.config.family].processor
+    return Base(model, pixels.read(directory, model.config.num_channels, processor), weights)
+
+
+def load_images(config: RunConfig) -> Images:
+    """The run's data.
+
+    Raises:
+      InputError: the options do not say where, or it can't be read, or is not what the run was made with.
+    """
+    if config.data is None:
+        raise InputError("--task images has no data of its own: give --data, a folder with a folder of images for each label")
+    places.check_there(config, "data")
+    found = images.read(config.data)
+    check_data(config, found.digest())
+    return found
+
+
+def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
+    """Check everything and bring it into memory, on the mesh if there is one.
+
+    Raises:
+      InputError: any of it can't be used.
+    """
+    source, found = base_directory(config), load_images(config)
+    config = dataclasses.replace(config, labels=config.labels or found.classes(), data_sha256=found.digest())
+    base = load_base(source, config, mesh)
+    known: Any = {"model_sha256": base.sha256, "model_commit": places.commit(config, source)}
+    config = dataclasses.replace(config, labels=labels.order(config.labels, base.model.labels), **known)
+    config = _check_preprocessing(config, base.preprocessing)
+    images.check(found, base.preprocessing)
+    training, test = images.split(found, min(_HELD_OUT, len(found) // 3))
+    task = _task(config, base, training, test, mesh)
+    return Session(config, task, functools.partial(_init, base), base.model.names)
+
+
+def _check_preprocessing(config: RunConfig, preprocessing: Preprocessing) -> RunConfig:
+    """The options with the digest of how images become pixels.
+
+    Raises:
+      InputError: the run was made with other pixels.
+    """
+    found = hashlib.sha256(repr(dataclasses.astuple(preprocessing)).encode()).hexdigest()
+    if config.tokens_sha256 not in ("", found):
+        raise InputError(
+            f"the {pixels.FILE} of the run's model has changed, so the run can't go on: put it back, or start a new one"
+        )
+    return dataclasses.replace(config, tokens_sha256=found)
+
+
+def _init(base: Base, config: RunConfig) -> dict[str, Adapter]:
+    """The adapters that a run begins with; where the head is new, its seed is the run's."""
+    image = jax.ShapeDtypeStruct((2, *base.preprocessing.shape), jnp.float32)
+    variables = vision.with_new_head(base.model, config.seed).variables
+    return init(jax.random.key(config.seed), config.lora, base.model.apply, variables, image)
+
+
+def _task(config: RunConfig, base: Base, training: Images, test: Images, mesh: Mesh | None) -> Task:
+    model, preprocessing, test_size = base.model, base.preprocessing, sharding.round_up(mesh, _TEST_BATCH)
+    head = "a new head" if model.new else "the checkpoint's head"
+    height, width, _ = preprocessing.shape
+    batches = functools.partial(images.train_batches, training, config.labels, preprocessing, config.batch_size)
+    assert config.model is not None and config.data is not None
+    return Task(
+        variables=model.variables,
+        loss=functools.partial(_loss, model.apply),
+        train_batches=lambda seed: batches(seed, least=config.crop, flip=config.flip, mesh=mesh),
+        measure=functools.partial(_correct, model.apply),
+        test_batches=lambda: images.eval_batches(test, config.labels, preprocessing, test_size, mesh),
+        test_count=-(-len(test) // test_size),
+        score=lambda correct: float(correct) / len(test),
+        metric=ACCURACY,
+        per_step=config.batch_size,
+        unit="examples",
+        description=(
+            f"{len(training)} images to train on, {len(test)} to test on, of {height} x {width} pixels",
+            _changes(config),
+            f"{head} for the labels {', '.join(config.labels)}",
+        ),
+        held_out=f"{len(test)} images",
+        title=f"{pathlib.Path(config.model).name} on {pathlib.Path(config.data).name}",
+        accumulate=config.accumulate,
+        baseline=labels.baseline(test.indices(config.labels)),
+    )
+
+
+def _changes(config: RunConfig) -> str:
+    crops = f"random crops of {config.crop:.0%} to all of an image" if config.crop < 1 else "no crops"
+    return f"in training: {crops}, {'mirrored half of the time' if config.flip else 'never mirrored'}"
+
+
+def _loss(apply: Any, params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+    return labels.cross_entropy(lora(apply, key=key)(params, batch["pixel_values"]), batch)
+
+
+def _correct(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return labels.count_correct(lora(apply)(params, batch["pixel_values"]), batch)
