@@ -21,7 +21,7 @@ from lora_jax.core.adapter import Adapter, Full, LowRank
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface import hub
 from lora_jax.huggingface.names import HFName
-from lora_jax.models import encoder_families, vision, vision_config
+from lora_jax.models import encoder_families, llama, vision, vision_config
 from lora_jax.training import checkpoint
 
 # What the pinned models are called on the Hugging Face hub.
@@ -190,7 +190,9 @@ def _renamed(base: Any) -> tuple[str, ...]:
 
 def _file_names(base: Any) -> dict[str, HFName]:
     """What the base's tensors are called in files, where transformers calls some otherwise in memory."""
-    return vision.file_names(base.model.config) if isinstance(base.model, vision.Loaded) else base.model.names
+    if isinstance(base.model, vision.Loaded):
+        return vision.file_names(base.model.config)
+    return llama.file_names(base.model) if isinstance(base.model, llama.Loaded) else base.model.names
 
 
 def _pools_otherwise(base: Any) -> tuple[str, str] | None:

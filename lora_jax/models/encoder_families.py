@@ -56,9 +56,9 @@ IGNORED = {
     "initializer_range", "label2id", "language", "length_penalty", "max_length", "name", "num_beams", "num_key_value_heads",
     "num_return_sequences", "output_attentions", "output_hidden_states", "output_past", "pad_token_id", "pooler_fc_size",
     "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type", "problem_type",
-    "quantization_config", "repetition_penalty", "return_dict", "sbert_ce_default_activation_function", "sentence_transformers", "sep_token_id",
-    "temperature", "tie_weights_", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
-    "transformers_version", "use_bfloat16", "use_cache",
+    "quantization_config", "repetition_penalty", "return_dict", "sbert_ce_default_activation_function",
+    "sentence_transformers", "sep_token_id", "temperature", "tie_weights_", "tie_word_embeddings", "tokenizer_class", "top_k",
+    "top_p", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16", "use_cache",
 }  # fmt: skip
 # What is read where it has this value, and refused where it has another.
 ONLY = {

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -258,7 +258,9 @@ def load(
         _check_tied(tensors, tied, head.name, embedding.name)
     config = dataclasses.replace(config, tie_word_embeddings=tied if tie is None else tie)
     table = parameters(config, scan_layers)
-    names = {path: name for path, (_, name) in table.items()} | stored(config, scan_layers)
+    names = {path: name for path, (_, name) in table.items()}
+    if not any(name in tensors.shapes for path in stored(config, scan_layers) for name in _tensor_names(table[path])):
+        names |= stored(config, scan_layers)
     if tied and not config.tie_word_embeddings:
         names["params/lm_head/kernel"] = HFName(embedding.name, head.axes)
     wanted = {names[path]: shape for path, (shape, _) in table.items()}
@@ -266,6 +268,16 @@ def load(
     reader = Reader(tensors, jnp.dtype(dtype), sharding, quantize, block)
     leaves = {path: reader.read(path, names[path], shape) for path, (shape, _) in table.items()}
     return _loaded(config, dtype, scan_layers, remat, attention_block, dense_experts, leaves)
+
+
+def _tensor_names(entry: tuple[tuple[int, ...], HFName]) -> Iterable[str]:
+    shape, name = entry
+    return name.tensors(shape).values()
+
+
+def file_names(model: Loaded) -> dict[str, HFName]:
+    """What the parameters are called in files, where transformers joins tensors of experts in memory."""
+    return model.names | stored(model.config, model.model.scan_layers)
 
 
 def init(

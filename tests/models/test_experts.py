@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import lora_jax as lj
+from lora_jax.core import paths
 from lora_jax.core.errors import InputError
 from lora_jax.models import llama
 from lora_jax.models.experts import Experts, balance_loss
@@ -59,6 +61,21 @@ def test_a_mesh_changes_nothing(case, axes):
     there = dataclasses.replace(loaded.on_mesh(mesh), variables=place)
     assert there.model.activations == batch_sharding(mesh)
     assert distance(gradients(there, adapters), want) < 5e-5  # sums in another order
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["one by one", "joined"])
+@pytest.mark.parametrize("case", CASES)
+def test_files_have_experts_one_by_one_or_joined(case, joined, tmp_path):
+    loaded = llama.load(DATA / case / "base", scan_layers=True)
+    leaves, names = paths.flatten(loaded.variables)[0], loaded.names if joined else llama.file_names(loaded)
+    tensors = {
+        tensor: np.ascontiguousarray(names[path].export(np.asarray(leaf), index))
+        for path, leaf in leaves.items()
+        for index, tensor in names[path].tensors(leaf.shape).items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((DATA / case / "base" / "config.json").read_bytes())
+    assert distance(llama.load(tmp_path, scan_layers=True).variables, loaded.variables) == 0
 
 
 def step_flops(experts, chosen):

@@ -15,6 +15,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.models import families, llama
 from lora_jax.models.config_fields import OF_NO_ACCOUNT
 from tests.support.identity import distance, random_adapters
+from tests.support.marks import checkerboard, every_other
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "families"
 CASES = (
@@ -34,8 +35,7 @@ def truth(case):
     return jnp.asarray(ids, jnp.int32), expected["base_output"], expected["output"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "form"), checkerboard(CASES, FORMS))
 def test_logits_are_those_of_transformers_and_peft(case, form):
     ids, base, adapted = truth(case)
     loaded = llama.load(DATA / case / "base", **FORMS[form])
@@ -55,7 +55,7 @@ def experts_of(case, dtype, ids):
     return np.sort(jax.lax.top_k(logits.astype(jnp.float32), loaded.config.experts.chosen)[1])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", every_other(CASES))
 def test_bfloat16(case):
     """Up to the token of a row, if any, that rounding sends to another expert, as it does in transformers."""
     ids, base, _ = truth(case)
@@ -70,8 +70,7 @@ def test_bfloat16(case):
     assert np.linalg.norm((got - base)[same]) < 2e-2 * np.linalg.norm(base[same])
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "form"), checkerboard(CASES, FORMS))
 def test_adapters_are_written_as_they_were_read(case, form, tmp_path):
     loaded = llama.load(DATA / case / "base", **FORMS[form])
     adapters = lj.peft.load(DATA / case / "adapter", loaded.variables, names=loaded.names)
@@ -82,7 +81,7 @@ def test_adapters_are_written_as_they_were_read(case, form, tmp_path):
         np.testing.assert_allclose(written[name], tensor, rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", every_other(CASES))
 def test_padding_on_the_left_changes_nothing(case):
     ids, base, _ = truth(case)
     loaded = llama.load(DATA / case / "base")
@@ -90,8 +89,7 @@ def test_padding_on_the_left_changes_nothing(case):
     assert relative(jax.jit(loaded.apply)(loaded.variables, padded, mask)[:, 3:], base) < 1e-5
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "form"), checkerboard(CASES, FORMS))
 def test_greedy_tokens_with_a_cache_are_those_without(case, form):
     ids, count = truth(case)[0], 20
     loaded = llama.load(DATA / case / "base", **FORMS[form])
@@ -120,7 +118,7 @@ def test_parameters_are_those_of_the_module_and_of_the_file(case, scan_layers):
     assert config == loaded.config
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", every_other(CASES))
 def test_losses_are_those_of_the_logits(case):
     ids, base, _ = truth(case)
     loaded = llama.load(DATA / case / "base")

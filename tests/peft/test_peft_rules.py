@@ -21,7 +21,7 @@ DATA = pathlib.Path(__file__).parents[1] / "data" / "peft"
 SIZES = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
 BERT = transformers.BertConfig(vocab_size=9, max_position_embeddings=10, **SIZES)
 GPT2 = transformers.GPT2Config(vocab_size=9, n_positions=10, n_embd=8, n_layer=3, n_head=2)
-LLAMA = transformers.DecoderConfig(vocab_size=9, max_position_embeddings=10, attention_bias=True, **SIZES)
+LLAMA = transformers.LlamaConfig(vocab_size=9, max_position_embeddings=10, attention_bias=True, **SIZES)
 VIT = transformers.ViTConfig(image_size=4, patch_size=2, **SIZES)
 FLAX = {
     "FlaxBertModel": (BERT, rules.FLAX_BERT),

@@ -38,8 +38,14 @@ def setup(asked, sizes):
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("llama-3-8b", 8.030), ("llama-3-70b", 70.554), ("qwen2.5-7b", 7.616), ("mistral-7b", 7.242), ("smollm2-135m", 0.1345)],
-)
+    [
+        ("llama-3-8b", 8.030), ("llama-3-70b", 70.554), ("llama-3.2-1b", 1.236), ("llama-3.2-3b", 3.213), ("qwen2.5-7b", 7.616),
+        ("qwen3-0.6b", 0.596), ("qwen3-4b", 4.022), ("qwen3-8b", 8.191), ("qwen3-32b", 32.762), ("qwen3-30b-a3b", 30.532),
+        ("mistral-7b", 7.242), ("mistral-nemo-12b", 12.248), ("mixtral-8x7b", 46.703), ("gemma-3-1b", 1.000), ("phi-4", 14.660),
+        ("gemma-3-4b", 3.880), ("gemma-3-12b", 11.766), ("gemma-3-27b", 27.009), ("gpt-oss-20b", 20.915), ("gpt-oss-120b", 116.829),
+        ("smollm2-135m", 0.1345),
+    ],
+)  # fmt: skip
 def test_named_shapes(name, billions):
     """As the models' cards and checkpoints count them."""
     table = llama.parameters(presets.named(name), scan_layers=True)

@@ -31,6 +31,7 @@ import lora_jax as lj
 from lora_jax.models import bert, llama
 
 TOLERANCE = 1e-4
+FAMILIES = pathlib.Path(__file__).parents[1] / "data" / "families"
 OURS = ("lora_", "vera_", "modules_to_save", "trainable_tokens_delta")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 32}
 IDS = np.random.default_rng(7).integers(1, 64, (2, 9))
@@ -51,13 +52,18 @@ def make_encoder(model_type, **fields):
     return t.AutoModelForSequenceClassification.from_config(config)
 
 
+def make_family(name):
+    config = t.AutoConfig.from_pretrained(FAMILIES / name / "base", attn_implementation="eager")
+    return t.AutoModelForCausalLM.from_config(config)
+
+
 def make_distilbert():
     sizes = {"vocab_size": 64, "dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 48, "max_position_embeddings": 32}
     return t.DistilBertForSequenceClassification(t.DistilBertConfig(num_labels=3, **sizes))
 
 
 def make_llama(tied=False):
-    return t.LlamaForCausalLM(t.DecoderConfig(num_hidden_layers=3, num_key_value_heads=2, tie_word_embeddings=tied, **SIZES))
+    return t.LlamaForCausalLM(t.LlamaConfig(num_hidden_layers=3, num_key_value_heads=2, tie_word_embeddings=tied, **SIZES))
 
 
 def make_gpt2():
@@ -169,6 +175,13 @@ CASES = {
     ),
     "mixtral": Case(make_mixtral, peft_twins.load_mixtral, EXPERTS),
 }
+DECODERS = (
+    "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama_yarn", "mixtral", "olmo2", "phi3", "phi3_longrope", "qwen3",
+    "qwen3_moe", "smollm3", "starcoder2",
+)  # fmt: skip
+for number, family in enumerate(DECODERS):
+    made = lj.LoraConfig(rank=3, alpha=5, targets=["re:.*/layer.*/kernel"])
+    CASES[f"family {family}"] = Case(make_family, load_llama(number % 2 == 1), made, kw={"name": family})
 
 
 def moved(adapters):
