@@ -93,6 +93,7 @@ def _some_slide(fields: Fields, chosen: Callable[[int], bool], default: int | No
 
 
 def _qwen_window(fields: Fields) -> dict[str, Any]:
+    fields.only("use_mrope", False)
     first = fields.maybe_whole("max_window_layers", 28, least=0) or 0
     if fields.flag("use_sliding_window"):
         return _some_slide(fields, lambda i: i >= first, 4096)
@@ -101,6 +102,8 @@ def _qwen_window(fields: Fields) -> dict[str, Any]:
 
 
 def _llama(fields: Fields) -> dict[str, Any]:
+    fields.ignore("is_llama_config")
+    fields.only("rope_interleaved", False)
     return _bias(fields) | {"mlp_bias": fields.flag("mlp_bias")}
 
 
@@ -167,6 +170,7 @@ def _gemma1(fields: Fields) -> dict[str, Any]:
 
 
 def _gemma2(fields: Fields) -> dict[str, Any]:
+    fields.ignore("sliding_window_size")  # beside sliding_window
     caps = {"attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping"}
     defaults = {"attention_cap": 50.0, "logit_cap": 30.0}
     scale = fields.number("query_pre_attn_scalar", 256) ** -0.5
@@ -220,6 +224,10 @@ def _granite(fields: Fields) -> dict[str, Any]:
 
 
 def _phi3(fields: Fields) -> dict[str, Any]:
+    for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        fields.only(name, False)
+    for name in ("full_attn_mod", "interpolate_factor"):
+        fields.only(name, 1)
     return {"fused": "blocks"} | _all_slide(fields)
 
 

@@ -179,6 +179,27 @@ def test_every_field_is_honoured_or_refused(case, tmp_path):
             assert changed != config, f"{name}: {other!r} changes nothing"
 
 
+OF_THE_HUB = {
+    "SmolLM2": ("llama_yarn", {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {}}, {"rope_interleaved": True}),
+    "Qwen 2.5": ("qwen3", {"use_mrope": False}, {"use_mrope": True}),
+    "Phi 3": ("phi3", {"attention_bias": False, "auto_map": {}, "original_max_position_embeddings": 4096}, {"attention_bias": True}),
+    "Phi 4 mini": ("phi3", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False}, {"lm_head_bias": True}),
+    "Gemma 2": ("gemma2", {"hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 4, "cache_implementation": "hybrid"}, {"x": 1}),
+    "StarCoder 2": ("starcoder2", {"mlp_type": "default", "norm_type": "layer_norm", "layer_norm_epsilon": 1e-5}, {"mlp_type": "x"}),
+    "gpt-oss": ("gpt_oss", {"experts_per_token": 2, "initial_context_length": 4096}, {"experts": 2}),
+    "GPT-2": ("gpt2", {"n_ctx": 64, "task_specific_params": {}}, {"scale_attn_by_inverse_layer_idx": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", OF_THE_HUB)
+def test_fields_of_configurations_on_the_hub(model):
+    case, extra, odd = OF_THE_HUB[model]
+    fields = json.loads((DATA / case / "base" / "config.json").read_text())
+    assert families.read_config(fields | extra) == families.read_config(fields)
+    with pytest.raises(InputError, match=next(iter(odd))):
+        families.read_config(fields | extra | odd)
+
+
 @pytest.mark.parametrize("case", ["qwen3", "qwen3_moe", "smollm3"])
 def test_windows_that_are_switched_on(case):
     fields = json.loads((DATA / case / "base" / "config.json").read_text()) | {"use_sliding_window": True, "sliding_window": 3}
