@@ -63,7 +63,7 @@ class Norm(nn.Module):
         wide, to_last = x.astype(jnp.float32), (1,) * (x.ndim - 1) + (-1,)
         if kind == "layer":
             wide = wide - wide.mean(-1, keepdims=True)
-        normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.norm_eps)
+        normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.rms_norm_eps)
         if kind == "offset":
             return (normed * (1 + scale.astype(jnp.float32)).reshape(to_last)).astype(x.dtype)
         scaled = normed.astype(x.dtype) * scale.reshape(to_last)

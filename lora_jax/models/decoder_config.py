@@ -28,6 +28,7 @@ class DecoderConfig:
 
     Args:
       model_type: the family, as a Hugging Face `config.json` calls it.
+      rms_norm_eps: what is added under the root of each norm, of whatever kind.
       norm: `"rms"`: `x / rms(x)` times a scale; `"offset"`: times 1 + scale; `"layer"`: LayerNorm with scale and bias.
       norms: whether attention and MLP have a norm before them, after them, or both.
       parallel: both read the layer's input, and their outputs are added to it together.
@@ -67,16 +68,24 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Scaling | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
     norm: Norm = "rms"
-    norm_eps: float = 1e-6
     norms: Norms = "before"
     parallel: bool = False
     gated: bool = True
     activation: str = "silu"
     fused: Literal["blocks", "heads"] | None = None
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
     qk_norm: Literal["heads", "width"] | None = None
     query_scale: float | None = None
     sinks: bool = False
@@ -86,18 +95,10 @@ class DecoderConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     learnt_positions: bool = False
-    rope_theta: float = 10000.0
-    rope_scaling: Scaling | None = None
     rotary_dim: int | None = None
     sliding_rope: Rope | None = None
     unrotated_layers: tuple[int, ...] = ()
-    sliding_window: int | None = None
-    sliding_layers: tuple[int, ...] = ()
     experts: Experts | None = None
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
     source: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self):
@@ -105,7 +106,7 @@ class DecoderConfig:
             check_number(name, getattr(self, name), int)
         if self.num_hidden_layers > MOST_LAYERS:
             raise InputError(f"num_hidden_layers is {self.num_hidden_layers}; at most {MOST_LAYERS} can be read")
-        for name in ("norm_eps", "rope_theta"):
+        for name in ("rms_norm_eps", "rope_theta"):
             check_number(name, getattr(self, name), float)
         for name, allowed in (("norm", get_args(Norm)), ("norms", get_args(Norms)), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in allowed:
@@ -140,6 +141,10 @@ class DecoderConfig:
         """The window of each layer."""
         sliding = set(self.sliding_layers)
         return tuple(self.sliding_window if i in sliding else None for i in range(self.num_hidden_layers))
+
+    def frequencies(self) -> Any:
+        """The rotary frequencies of layers that do not slide, for a short text: `(rotated / 2,)` in float32."""
+        return Rope(self.rope_theta, self.rope_scaling).frequencies(self.rotated, 1)
 
     @property
     def ropes(self) -> tuple[Rope | None, ...]:

@@ -328,7 +328,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(
         architecture="Starcoder2ForCausalLM",
         parts=_starcoder2,
-        fields={"norm_eps": "norm_epsilon"},
+        fields={"rms_norm_eps": "norm_epsilon"},
         defaults={
             "hidden_act": "gelu_pytorch_tanh",
             "num_key_value_heads": 2,
@@ -342,7 +342,7 @@ FAMILIES: dict[str, Family] = {
         architecture="GPTNeoXForCausalLM",
         parts=_gpt_neox,
         partial=True,
-        fields={"norm_eps": "layer_norm_eps"},
+        fields={"rms_norm_eps": "layer_norm_eps"},
         defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
         ignored=("hidden_dropout", "classifier_dropout"),
         names={
@@ -364,7 +364,7 @@ FAMILIES: dict[str, Family] = {
             "num_hidden_layers": "n_layer",
             "num_attention_heads": "n_head",
             "max_position_embeddings": "n_positions",
-            "norm_eps": "layer_norm_epsilon",
+            "rms_norm_eps": "layer_norm_epsilon",
             "activation": "activation_function",
         },
         defaults={"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
@@ -405,7 +405,7 @@ def read_config(fields: Mapping[str, Any]) -> DecoderConfig:
     if model_type not in FAMILIES:
         raise InputError(f"the model_type is {model_type!r}; this loader reads {', '.join(map(repr, FAMILY))}")
     family = FAMILIES[model_type]
-    read = Fields(fields, {"activation": "hidden_act", "norm_eps": "rms_norm_eps", **family.fields}, family.defaults)
+    read = Fields(fields, {"activation": "hidden_act", **family.fields}, family.defaults)
     parts = family.parts(read)
     heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
     sizes: dict[str, Any] = {
@@ -416,7 +416,7 @@ def read_config(fields: Mapping[str, Any]) -> DecoderConfig:
         "max_position_embeddings": read.whole("max_position_embeddings", 2048),
         **{name: read.whole(name) for name in ("vocab_size", "num_hidden_layers")},
         "intermediate_size": parts.get("intermediate_size") or read.whole("intermediate_size"),
-        "norm_eps": read.number("norm_eps", 1e-6),
+        "rms_norm_eps": read.number("rms_norm_eps", 1e-6),
         "activation": parts.get("activation") or _activation(read.get("activation") or "silu"),
         "tie_word_embeddings": read.flag("tie_word_embeddings"),
         "bos_token_id": next(iter(token_ids(fields, "bos_token_id")), None),
@@ -479,4 +479,4 @@ def _llama_fields(config: DecoderConfig) -> dict[str, Any]:
         kinds = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
         extra = {"use_sliding_window": True, "sliding_window": config.sliding_window, "layer_types": kinds}
     sizes = {name: getattr(config, name) for name in (*SIZES, "model_type")}
-    return {**sizes, "rms_norm_eps": config.norm_eps, "hidden_act": "silu", **rope, **extra}
+    return {**sizes, "rms_norm_eps": config.rms_norm_eps, "hidden_act": "silu", **rope, **extra}

@@ -52,7 +52,7 @@ def read_config(tensors: GgufFile) -> DecoderConfig:
         num_key_value_heads=number("attention.head_count_kv", heads),
         head_dim=head_dim,
         max_position_embeddings=number("context_length"),
-        norm_eps=_shortest(metadata.get(f"{kind}.attention.layer_norm_rms_epsilon", 1e-6)),
+        rms_norm_eps=_shortest(metadata.get(f"{kind}.attention.layer_norm_rms_epsilon", 1e-6)),
         rope_theta=_shortest(metadata.get(f"{kind}.rope.freq_base", 10000.0)),
         rope_scaling=_scaling(tensors, kind),
         qkv_bias=bias or kind == "qwen2",

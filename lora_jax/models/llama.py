@@ -19,8 +19,8 @@ from lora_jax.huggingface.names import HFName
 from lora_jax.models import gguf_files
 from lora_jax.models.decoder import COLUMNS, REMAT, ROWS, Remat, init_cache, shaped_logits
 from lora_jax.models.decoder import Cache as Cache
-from lora_jax.models.decoder import Decoder as Decoder
-from lora_jax.models.decoder_config import DecoderConfig as DecoderConfig
+from lora_jax.models.decoder import Decoder as Llama
+from lora_jax.models.decoder_config import DecoderConfig as LlamaConfig
 from lora_jax.models.decoder_parameters import parameters as parameters
 from lora_jax.models.decoder_parameters import stored
 from lora_jax.models.experts import balance_loss
@@ -47,10 +47,10 @@ class Loaded:
       config: its sizes.
     """
 
-    model: Decoder
+    model: Llama
     variables: Any
     names: dict[str, HFName]
-    config: DecoderConfig
+    config: LlamaConfig
 
     def apply(
         self,
@@ -191,7 +191,7 @@ def shardings(mesh: jax.sharding.Mesh, variables: Any) -> Any:
     return model_shardings(mesh, variables, columns=COLUMNS, rows=ROWS)
 
 
-def sizes(source: str | pathlib.Path) -> DecoderConfig:
+def sizes(source: str | pathlib.Path) -> LlamaConfig:
     """The sizes of a Hugging Face directory's or GGUF file's model, without its weights.
 
     Raises:
@@ -209,11 +209,11 @@ def load(
     scan_layers: bool = False,
     remat: Remat | None = None,
     attention_block: int | None = None,
-    dense_experts: bool = False,
     tie: bool | None = None,
     sharding: Sharding = None,
     quantize: str | None = None,
     block: int | None = None,
+    dense_experts: bool = False,
 ) -> Loaded:
     """Read a Hugging Face directory (`config.json`, and `model.safetensors` or an index of several) or a GGUF file.
 
@@ -230,12 +230,12 @@ def load(
         products with weights; `"full"`: all of a layer but its input.
       attention_block: compute the attention of at most so many queries at a time, and its scores again in the backward pass:
         no scores of all tokens are held then.
-      dense_experts: let every expert see every token, which pays off where a layer has few more than a token goes through.
       tie: whether the head is the embedding; `None`: as in the checkpoint. `False` gives a tied checkpoint a head of its own.
       sharding: where the parameters go: one sharding for all, or a function of (path, shape).
       quantize: `"nf4"`, `"int4"`, `"int8"` or `"fp8"`: the kernels of the layers are quantised, as `lora_jax.quantize` does;
         embedding, head, norms and biases are not. Such a model is for `lora(loaded.apply)`.
       block: how many values share a scale (64 by default); only with `quantize`.
+      dense_experts: let every expert see every token, which pays off where a layer has few more than a token goes through.
 
     Raises:
       MissingError: the source, or one of its files, is missing.
@@ -281,7 +281,7 @@ def file_names(model: Loaded) -> dict[str, HFName]:
 
 
 def init(
-    config: DecoderConfig,
+    config: LlamaConfig,
     key: jax.Array,
     *,
     dtype: Any = jnp.float32,
@@ -293,7 +293,7 @@ def init(
     """A model with random weights: kernels and embeddings from a normal distribution of deviation 0.02.
 
     >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=3, max_position_embeddings=8)
-    >>> config = DecoderConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=2, **sizes)
+    >>> config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=2, **sizes)
     >>> tiny = init(config, jax.random.key(0))
     >>> tiny.apply(tiny.variables, jnp.ones((2, 5), jnp.int32)).shape
     (2, 5, 8)
@@ -313,7 +313,7 @@ def init(
 
 
 def abstract(
-    config: DecoderConfig,
+    config: LlamaConfig,
     *,
     dtype: Any = jnp.float32,
     scan_layers: bool = False,
@@ -333,7 +333,7 @@ def _check_remat(remat: Any) -> None:
 
 
 def _loaded(
-    config: DecoderConfig,
+    config: LlamaConfig,
     dtype: Any,
     scan_layers: bool,
     remat: Remat | None,
@@ -349,11 +349,11 @@ def _loaded(
             node = node.setdefault(parent, {})
         node[last] = leaf
     names = {path: name for path, (_, name) in parameters(config, scan_layers).items()}
-    model = Decoder(config, jnp.dtype(dtype), scan_layers, remat, attention_block, dense_experts=dense_experts)
+    model = Llama(config, jnp.dtype(dtype), scan_layers, remat, attention_block, dense_experts=dense_experts)
     return Loaded(model, variables, names, config)
 
 
-def _read_directory(directory: pathlib.Path) -> DecoderConfig:
+def _read_directory(directory: pathlib.Path) -> LlamaConfig:
     config, generation = _parsed(directory / "config.json", read_config), directory / "generation_config.json"
     ends = _parsed(generation, lambda fields: token_ids(fields, "eos_token_id")) if generation.is_file() else ()
     return dataclasses.replace(config, eos_token_ids=ends or config.eos_token_ids)
@@ -367,7 +367,7 @@ def _parsed(file: pathlib.Path, parse: Callable[[Mapping[str, Any]], Any]) -> An
         raise InputError(f"{file}: {error}") from None
 
 
-def _check_layers(tensors: Any, config: DecoderConfig) -> None:
+def _check_layers(tensors: Any, config: LlamaConfig) -> None:
     """As many layers as the configuration says, before anything is made for each."""
     one = parameters(dataclasses.replace(config, num_hidden_layers=1, **_NO_LAYERS))
     template = one["params/layer_0/self_attn/o_proj/kernel"][1].name

@@ -51,7 +51,7 @@ class ModelOptions:
         stored: Any = {"quantize": self.quantize, "block": self.block, "tie": tie, "sharding": place}
         return _on(mesh, llama.load(source, **stored, **self._computed()))
 
-    def shapes(self, config: llama.DecoderConfig, mesh: Any = None) -> llama.Loaded:
+    def shapes(self, config: llama.LlamaConfig, mesh: Any = None) -> llama.Loaded:
         """The same without weights, each parameter a `jax.ShapeDtypeStruct`, from the model's sizes."""
         model = llama.abstract(config, **self._computed())
         variables = model.variables
@@ -132,7 +132,7 @@ class DecoderStep:
         return loss
 
 
-def projections(config: llama.DecoderConfig) -> tuple[str, ...]:
+def projections(config: llama.LlamaConfig) -> tuple[str, ...]:
     """The modules of a model's layers whose kernels adapters are usually for: all but the routers of experts.
 
     >>> from lora_jax.models import presets

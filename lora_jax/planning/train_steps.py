@@ -75,7 +75,7 @@ class Step:
 
 
 def prepare(
-    step: DecoderStep, config: llama.DecoderConfig, tx: optax.GradientTransformation = OPTIMIZER, device: Any = None
+    step: DecoderStep, config: llama.LlamaConfig, tx: optax.GradientTransformation = OPTIMIZER, device: Any = None
 ) -> Setup:
     """The shapes of a step on a model of these sizes.
 

@@ -56,6 +56,7 @@ def jaxpr_of_plan(home, mesh, **given):
         **given,
     )
     devices = jax.devices()[: 1 if mesh is None else mesh.size]
+    request = request.for_model(plan.read_sizes(request.model))
     step = request.step(request.make_mesh(devices))
     step = train_steps.low_rank(train_steps.prepare(step, plan.read_sizes(request.model), device=devices[0]))
     return step.jitted.trace(*step.args).jaxpr

@@ -101,7 +101,7 @@ def test_sharding(model, scan_layers):
 
 
 def test_no_second_copy_is_held(tmp_path):
-    config = llama.DecoderConfig(
+    config = llama.LlamaConfig(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=24, num_attention_heads=4,
         num_key_value_heads=4, head_dim=64, max_position_embeddings=64,
     )  # fmt: skip

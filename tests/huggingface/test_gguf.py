@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_jax.huggingface.gguf_reader import GgufFile
-from lora_jax.models import gguf_files, llama, rotary
+from lora_jax.models import gguf_files, llama
 from lora_jax.models.families import read_config
 from tests.support.gguf_write import ALPHABET, BASE, DATA, TEMPLATE, write
 
@@ -69,8 +69,8 @@ def test_the_rope_scaling_of_llama_3(tmp_path, factor):
     config = read_config({**json.loads((BASE / "config.json").read_text()), "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192}})  # fmt: skip
-    plain = rotary.plain(config.rope_theta, config.head_dim)
-    divisors = {"rope_freqs.weight": plain / config.rope_scaling.scale(plain)}
+    plain = dataclasses.replace(config, rope_scaling=None).frequencies()
+    divisors = {"rope_freqs.weight": plain / config.frequencies()}
     file = write(tmp_path / "tiny.gguf", "base", extra=divisors, add_rope_freq_base=5e5)
     assert llama.load(file).config.rope_scaling == config.rope_scaling
     other = write(tmp_path / "other.gguf", "base", extra={"rope_freqs.weight": np.float32([1, 2, 3, 9])})

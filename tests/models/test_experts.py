@@ -81,7 +81,7 @@ def test_files_have_experts_one_by_one_or_joined(case, joined, tmp_path):
 def step_flops(experts, chosen):
     sizes = dict(vocab_size=8, hidden_size=64, intermediate_size=16, num_hidden_layers=2, max_position_embeddings=16)
     own = Experts(count=experts, chosen=chosen, width=64, layers=(0, 1))
-    config = llama.DecoderConfig(
+    config = llama.LlamaConfig(
         model_type="mixtral", num_attention_heads=2, num_key_value_heads=1, head_dim=8, experts=own, **sizes
     )
     loaded = llama.abstract(config)

@@ -43,7 +43,11 @@ def test_a_gguf_file(tmp_path):
     [
         (BERT, {"scan_layers": False}, "scan_layers: a model of the type 'bert' has no such option; .* has num_labels, seed"),
         (BERT, {"remat": "full", "tie": True}, "remat, tie: a model of the type 'bert'"),
-        (LLAMA, {"num_labels": 0}, "num_labels: a model of the type 'llama' .* has scan_layers, remat, attention_block, tie"),
+        (
+            LLAMA,
+            {"num_labels": 0},
+            "num_labels: a model of the type 'llama' .* has scan_layers, remat, attention_block, dense_experts, tie",
+        ),
     ],
 )
 def test_an_option_of_another_family(source, options, says):

@@ -53,7 +53,7 @@ def write(file, name, quantise=None, tokens=None, extra=None, architecture=None,
         "add_value_length": config.head_dim,
         "add_rope_dimension_count": config.head_dim,
         "add_rope_freq_base": config.rope_theta,
-        "add_layer_norm_rms_eps": config.norm_eps,
+        "add_layer_norm_rms_eps": config.rms_norm_eps,
     }
     for method, value in {**sizes, **metadata}.items():
         getattr(writer, method)(value)

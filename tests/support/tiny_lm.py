@@ -26,11 +26,11 @@ def sentence(draw):
 def sizes(**changes):
     known = dict(
         model_type="llama", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
         qkv_bias=False, output_bias=False, mlp_bias=False, tie_word_embeddings=True, sliding_window=None, sliding_layers=(),
         bos_token_id=None, eos_token_ids=(2,), pad_token_id=None,
     )  # fmt: skip
-    return llama.DecoderConfig(**{**known, **changes})
+    return llama.LlamaConfig(**{**known, **changes})
 
 
 def tokenizer():

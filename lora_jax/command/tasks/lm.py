@@ -56,7 +56,7 @@ def base_directory(config: RunConfig) -> pathlib.Path:
     return places.find(config, lambda: fetch.fetch(fetch.SMOLLM2) / _SMOLLM2)
 
 
-def sizes(config: RunConfig) -> llama.DecoderConfig:
+def sizes(config: RunConfig) -> llama.LlamaConfig:
     """The sizes of the run's base, without its weights.
 
     Raises:
@@ -66,7 +66,7 @@ def sizes(config: RunConfig) -> llama.DecoderConfig:
     return dataclasses.replace(found, tie_word_embeddings=found.tie_word_embeddings and not config.untie)
 
 
-def check_length(config: RunConfig, found: llama.DecoderConfig) -> None:
+def check_length(config: RunConfig, found: llama.LlamaConfig) -> None:
     """Raise an InputError where a row is longer than the base's positions."""
     if config.max_length > found.max_position_embeddings:
         raise InputError(f"max_length {config.max_length} is above the {found.max_position_embeddings} positions of the model")
