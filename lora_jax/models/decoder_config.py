@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from lora_jax.core.errors import InputError
 from lora_jax.models.experts import Experts
@@ -142,9 +143,9 @@ class DecoderConfig:
         sliding = set(self.sliding_layers)
         return tuple(self.sliding_window if i in sliding else None for i in range(self.num_hidden_layers))
 
-    def frequencies(self) -> Any:
+    def frequencies(self) -> np.ndarray:
         """The rotary frequencies of layers that do not slide, for a short text: `(rotated / 2,)` in float32."""
-        return Rope(self.rope_theta, self.rope_scaling).frequencies(self.rotated, 1)
+        return np.asarray(Rope(self.rope_theta, self.rope_scaling).frequencies(self.rotated, 1))
 
     @property
     def ropes(self) -> tuple[Rope | None, ...]:
