@@ -238,6 +238,12 @@ def _starcoder2(fields: Fields) -> dict[str, Any]:
     return {"norm": "layer", "gated": False, "mlp_bias": bias, "qkv_bias": bias, "output_bias": bias} | _all_slide(fields)
 
 
+def _stablelm(fields: Fields) -> dict[str, Any]:
+    for name in ("use_parallel_residual", "qk_layernorm"):
+        fields.only(name, False)
+    return {"norm": "layer", "qkv_bias": fields.flag("use_qkv_bias")}
+
+
 def _gpt_neox(fields: Fields) -> dict[str, Any]:
     parallel = fields.flag("use_parallel_residual", True)
     parts = {"norm": "layer", "gated": False, "fused": "heads", "mlp_bias": True, "parallel": parallel}
@@ -337,6 +343,14 @@ FAMILIES: dict[str, Family] = {
         },
         ignored=("residual_dropout", "embedding_dropout", "layer_norm_epsilon"),
         names=_PLAIN_MLP,
+    ),
+    "stablelm": Family(
+        architecture="StableLmForCausalLM",
+        parts=_stablelm,
+        partial=True,
+        fields={"rms_norm_eps": "layer_norm_eps"},
+        defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+        ignored=("hidden_dropout",),
     ),
     "gpt_neox": Family(
         architecture="GPTNeoXForCausalLM",

@@ -19,8 +19,8 @@ from tests.support.marks import checkerboard, every_other
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "families"
 CASES = (
-    "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama_yarn", "mixtral", "olmo2", "phi3", "phi3_longrope", "qwen3",
-    "qwen3_moe", "smollm3", "starcoder2",
+    "gemma", "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama_yarn", "mistral_dynamic", "mixtral", "olmo2",
+    "olmo3", "phi3", "phi3_longrope", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 FORMS = {"unrolled": {}, "scanned": {"scan_layers": True, "remat": "full"}}
 
@@ -89,7 +89,8 @@ def test_padding_on_the_left_changes_nothing(case):
     assert relative(jax.jit(loaded.apply)(loaded.variables, padded, mask)[:, 3:], base) < 1e-5
 
 
-@pytest.mark.parametrize(("case", "form"), checkerboard(CASES, FORMS))
+# With dynamic scaling the frequencies of a longer text are others, and keys in a cache keep those that they were made with.
+@pytest.mark.parametrize(("case", "form"), checkerboard([case for case in CASES if "dynamic" not in case], FORMS))
 def test_greedy_tokens_with_a_cache_are_those_without(case, form):
     ids, count = truth(case)[0], 20
     loaded = llama.load(DATA / case / "base", **FORMS[form])
@@ -150,6 +151,7 @@ NO_ACCOUNT = {
     "gpt2": {"resid_pdrop", "embd_pdrop", "attn_pdrop", "reorder_and_upcast_attn"} | SUMMARY,
     "gpt_neox": {"num_key_value_heads", "classifier_dropout", "hidden_dropout", "is_decoder"},
     "mixtral": {"router_jitter_noise"},
+    "stablelm": {"hidden_dropout"},
     "phi3": {"original_max_position_embeddings", "embd_pdrop", "resid_pdrop"},
     "phi3_longrope": {"original_max_position_embeddings", "embd_pdrop", "resid_pdrop"},  # the first beside the rotary settings'
     "qwen3": {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},  # the last two need each other
