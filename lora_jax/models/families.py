@@ -260,6 +260,7 @@ def _gpt2(fields: Fields) -> dict[str, Any]:
     return parts | {"intermediate_size": inner, "query_scale": scale, "qkv_bias": True, "output_bias": True}
 
 
+_GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
 _PLAIN_MLP = {"mlp/up_proj": "mlp.c_fc", "mlp/down_proj": "mlp.c_proj"}
 _EXPERTS = {f"experts/{name}_proj": f"mlp.experts.{name}_proj" for name in ("gate_up", "down")} | {"experts/router": "mlp.gate"}
 
@@ -296,7 +297,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
         parts=_gpt_oss,
-        defaults={"head_dim": 64, "num_key_value_heads": 8, "rope_theta": 150_000.0},
+        defaults={"head_dim": 64, "num_key_value_heads": 8, "rope_theta": 150_000.0, "rope_parameters": _GPT_OSS_ROPE},
         ignored=("initial_context_length",),
         names=_EXPERTS | {"experts/router": "mlp.router"},
     ),

@@ -66,8 +66,8 @@ def read_ropes(fields: Fields, theta: float, sliding_theta: float | None = None)
 
 
 def _settings(fields: Fields) -> dict[str, Any]:
-    scaling, settings = fields.get("rope_scaling"), fields.get("rope_parameters") or {}
-    settings = settings or scaling or {}
+    scaling, settings = fields.get("rope_scaling"), fields.get("rope_parameters")
+    settings = scaling or settings or {}
     if not isinstance(settings, dict):
         raise InputError(f"rope_parameters must be an object, not {settings!r}")
     return settings
@@ -97,26 +97,20 @@ def _rope(settings: Mapping[str, Any], fields: Fields, theta: float) -> Rope:
 
 
 def _scaling(made: type[Scaling], settings: Mapping[str, Any], fields: Fields) -> Scaling:
-    longest = fields.whole("max_position_embeddings", 2048)
-    original = fields.maybe_whole("original_max_position_embeddings") or longest
-    if made is DynamicRope:
-        original = longest
-    known = {**settings, "original_max_position_embeddings": settings.get("original_max_position_embeddings") or original}
-    known["original_max_position_embeddings"] = original if made is DynamicRope else known["original_max_position_embeddings"]
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(made):
-        value = known.get(field.name)
-        if value is None and field.default is not dataclasses.MISSING:
-            continue
-        values[field.name] = _value(field, value)
-    stretch = known.get("factor") or longest / known["original_max_position_embeddings"]
+    longest, usual = fields.whole("max_position_embeddings", 2048), fields.maybe_whole("original_max_position_embeddings")
+    original = settings.get("original_max_position_embeddings") or usual or longest
+    known = {**settings, "original_max_position_embeddings": longest if made is DynamicRope else original}
+    values: dict[str, Any] = {
+        field.name: _value(field, known.get(field.name))
+        for field in dataclasses.fields(made)
+        if known.get(field.name) is not None or field.default is dataclasses.MISSING
+    }
     if made is YarnRope:
-        values["factor"] = stretch
-        values.setdefault("attention_factor", _yarn_factor(known, stretch))
+        values.setdefault("attention_factor", _yarn_factor(settings, values["factor"]))
     if made is LongRope:
-        long = stretch > 1
-        within = math.log(known["original_max_position_embeddings"])
-        values.setdefault("attention_factor", math.sqrt(1 + math.log(stretch) / within) if long else 1.0)
+        stretch = settings.get("factor") or longest / original
+        factor = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+        values.setdefault("attention_factor", factor)
     return made(**values)
 
 
