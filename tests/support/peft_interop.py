@@ -1,6 +1,6 @@
 """What `lora_jax.peft.save` writes loads in PEFT: no warning, no missing or unexpected key, the same logits.
 
-Run in an environment of its own (Python 3.11: torch 2.13.0, peft 0.21.2, transformers 5.23.0, and lora_jax):
+Run in an environment of its own (Python 3.11: torch 2.13.0, peft 0.21.2, transformers 5.24.0, and lora_jax):
 
     python tests/support/peft_interop.py
 
