@@ -13,6 +13,7 @@ from lora_jax.command.tasks import lm
 from lora_jax.core import files
 from lora_jax.core.errors import InputError
 from lora_jax.data import tokenizer as text_tokenizer
+from lora_jax.huggingface import checkpoint_files
 from lora_jax.models import gguf_files
 from lora_jax.peft import files as peft_files
 
@@ -25,7 +26,7 @@ def own_files(source: pathlib.Path, model: pathlib.Path) -> list[str]:
     Raises:
       InputError: one can't be read.
     """
-    return [name for name in hf_export.TOKENIZER_FILES if (source / name).is_file() and not _is_same(source, model, name)]
+    return [name for name in checkpoint_files.TOKENIZER if (source / name).is_file() and not _is_same(source, model, name)]
 
 
 def keep(source: pathlib.Path, model: pathlib.Path, base: Any, directory: pathlib.Path) -> tuple[str, ...]:

@@ -157,7 +157,8 @@ def _export_merged(
         family = vision_config.FAMILIES[base.model.config.family]
         fields = {**hf_export.labelled_fields(source, config.labels, family.architecture), **family.written}
     else:
-        fields = hf_export.bert_fields(source, config.labels)
+        architecture = encoder_families.FAMILIES[base.model.config.model_type].architecture
+        fields = hf_export.labelled_fields(source, config.labels, architecture)
     dtypes = hf_export.stored_dtypes(source)
     with files.fresh_directory(out) as directory:
         lost = hf_export.write(directory, base.model.variables, adapters, _file_names(base), fields, dtypes)

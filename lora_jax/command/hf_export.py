@@ -21,24 +21,11 @@ from lora_jax.huggingface.dequantized import open_tensors
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import gguf_files, llama
 from lora_jax.models.decoder_config import DecoderConfig
-from lora_jax.models.encoder_families import FAMILIES
 
 _DTYPES: dict[Any, Any] = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _OWN: dict[Any, Any] = {jnp.dtype(dtype).name: dtype for dtype in _DTYPES.values()}
 _EMBEDDING = "model.embed_tokens.weight"
-PREPROCESSOR = "preprocessor_config.json"
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 
 def llama_fields(source: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
@@ -62,12 +49,6 @@ def generation_fields(source: pathlib.Path, config: DecoderConfig, ends: Sequenc
     special = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
     fields = files.read_json_object(file) if file.is_file() else {name: id for name, id in special.items() if id is not None}
     return fields | ({"eos_token_id": ends[0] if len(ends) == 1 else list(ends)} if ends else {})
-
-
-def bert_fields(source: pathlib.Path, labels: Sequence[str]) -> dict[str, Any]:
-    """The `config.json` of an encoder with a head: the base's own with these labels."""
-    kind = checkpoint_files.read_json(source, "config.json")["model_type"]
-    return labelled_fields(source, labels, FAMILIES[kind].architecture)
 
 
 def labelled_fields(source: pathlib.Path, labels: Sequence[str], architecture: str) -> dict[str, Any]:
@@ -182,7 +163,7 @@ def _name_shards(directory: pathlib.Path, shards: Sequence[tuple[Sequence[str], 
 def write_tokenizer(directory: pathlib.Path, source: pathlib.Path, tokenizer: TextTokenizer | tokenizers.Tokenizer) -> None:
     """The base's tokenizer files; for a `.gguf` file ones that say the same."""
     if source.is_dir():
-        for name in TOKENIZER_FILES:
+        for name in checkpoint_files.TOKENIZER:
             if (source / name).is_file():
                 with files.reading(source / name):
                     shutil.copyfile(source / name, directory / name)
@@ -198,8 +179,8 @@ def write_tokenizer(directory: pathlib.Path, source: pathlib.Path, tokenizer: Te
 
 def write_preprocessor(directory: pathlib.Path, source: pathlib.Path) -> None:
     """How images become pixels, as the base has it."""
-    with files.reading(source / PREPROCESSOR):
-        shutil.copyfile(source / PREPROCESSOR, directory / PREPROCESSOR)
+    with files.reading(source / checkpoint_files.PREPROCESSOR):
+        shutil.copyfile(source / checkpoint_files.PREPROCESSOR, directory / checkpoint_files.PREPROCESSOR)
 
 
 def name_end(directory: pathlib.Path, tokenizer: TextTokenizer, ends: Sequence[int]) -> None:

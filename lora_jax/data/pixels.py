@@ -17,7 +17,6 @@ from lora_jax.core.errors import InputError
 from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.names import listing
 
-FILE = "preprocessor_config.json"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _WIDE_MODES = ("I", "F")  # and "I;16", ...: Pillow cuts their values off at 255
 _RATIO = 4 / 3  # the sides of a random crop are out of proportion by this at most
@@ -156,11 +155,11 @@ def read(directory: pathlib.Path, channels: int, processor: str) -> Preprocessin
       MissingError: there is no such file.
       InputError: a field is out of range, or asks for what is not known here.
     """
-    fields = checkpoint_files.read_json(directory, FILE)
+    fields = checkpoint_files.read_json(directory, checkpoint_files.PREPROCESSOR)
     try:
         return _parse({"image_processor_type": processor} | fields, channels)
     except InputError as error:
-        raise InputError(f"{directory / FILE}: {error}") from None
+        raise InputError(f"{directory / checkpoint_files.PREPROCESSOR}: {error}") from None
 
 
 def _parse(fields: Mapping[str, Any], channels: int) -> Preprocessing:

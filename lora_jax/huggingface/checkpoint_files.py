@@ -15,6 +15,11 @@ from lora_jax.core.errors import InputError, MissingError
 from lora_jax.huggingface.names import HFName, listing
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PREPROCESSOR = "preprocessor_config.json"
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _BYTES = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E8M0": jnp.float8_e8m0fnu}  # which safetensors has not for NumPy
 

@@ -18,16 +18,8 @@ _FILES = (
     checkpoint_files.INDEX,
     "modules.json",
     "1_Pooling/config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
+    checkpoint_files.PREPROCESSOR,
+    *checkpoint_files.TOKENIZER,
 )
 
 

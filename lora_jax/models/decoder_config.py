@@ -1,26 +1,19 @@
 """What a decoder is made of: its sizes, and its parts, each chosen for itself."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-import flax.linen as nn
-import jax
 import numpy as np
 
 from lora_jax.core.errors import InputError
+from lora_jax.models.activations import FUNCTIONS
 from lora_jax.models.experts import Experts
 from lora_jax.models.rotary import Rope, Scaling
 
 MOST_LAYERS = 10_000  # a broken file must not ask for more work than any real one
 Norm = Literal["rms", "offset", "layer"]
 Norms = Literal["before", "after", "both"]
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nn.silu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_tanh": nn.gelu,
-    "relu": nn.relu,
-}
+ACTIVATIONS = {name: FUNCTIONS[name] for name in ("silu", "gelu", "gelu_pytorch_tanh", "relu")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax.core.errors import InputError
 from lora_jax.models.encoder_config import ACTIVATIONS, BertConfig
+from lora_jax.models.rotary import Rope, rotate, turns
 
 # --- layers -----------------------------------------------------------------------------------------------------------
 
@@ -24,15 +25,15 @@ class Attention(nn.Module):
     has_norm: bool
 
     @nn.compact
-    def __call__(self, x, bias, angles):
-        mix = functools.partial(self._mix, bias=bias, angles=angles)
+    def __call__(self, x, bias, rotation):
+        mix = functools.partial(self._mix, bias=bias, rotation=rotation)
         return _residual(self, x, mix) if self.has_norm else x + mix(x)
 
-    def _mix(self, x, bias, angles):
+    def _mix(self, x, bias, rotation):
         config = self.config
         query, key, value = self._projections(x)
-        if angles is not None:
-            query, key = _rotate(query, angles), _rotate(key, angles)
+        if rotation is not None:
+            query, key = rotate(query, *rotation), rotate(key, *rotation)
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         weights = nn.softmax(scores / math.sqrt(config.head_dim) + bias).astype(value.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
@@ -81,8 +82,8 @@ class Layer(nn.Module):
     has_norm: bool
 
     @nn.compact
-    def __call__(self, x, bias, angles):
-        x = Attention(self.config, self.param_dtype, self.has_norm, name="attention")(x, bias, angles)
+    def __call__(self, x, bias, rotation):
+        x = Attention(self.config, self.param_dtype, self.has_norm, name="attention")(x, bias, rotation)
         return MLP(self.config, self.param_dtype, name="mlp")(x)
 
 
@@ -102,15 +103,15 @@ class Encoder(nn.Module):
             x = layer(x, *kinds[i in config.local_layers])
         return _norm(self, "norm")(x) if config.norm_first else x
 
-    def _places(self, mask: jax.Array, is_local: bool) -> tuple[jax.Array, jax.Array | None]:
-        """What is added to the scores in a kind of layer, and the angles of its positions."""
+    def _places(self, mask: jax.Array, is_local: bool) -> tuple[jax.Array, Any]:
+        """What is added to the scores in a kind of layer, and the cosines and sines of its positions."""
         config, places = self.config, np.arange(mask.shape[1])
         seen = mask[:, None, None, :]
         if is_local and config.window is not None:
             seen = seen & (np.abs(places[:, None] - places) <= config.window)[None, None]
         theta = config.local_rope_theta if is_local else config.rope_theta
-        angles = None if theta is None else _angles(places, theta, config.head_dim)
-        return jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min), angles
+        rotation = None if theta is None else turns(Rope(theta), config.head_dim, jnp.asarray(places)[None])
+        return jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min), rotation
 
 
 class Embeddings(nn.Module):
@@ -213,20 +214,6 @@ def _positions(input_ids: jax.Array, padding_id: int | None) -> tuple[int, jax.A
         return 0, jnp.arange(input_ids.shape[-1])[None]
     real = (input_ids != padding_id).astype(jnp.int32)
     return padding_id + 1, jnp.cumsum(real, axis=-1) * real + padding_id
-
-
-def _angles(places: np.ndarray, theta: float, head_dim: int) -> jax.Array:
-    """The angles of rotary positions: `(length, head_dim / 2)`."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = 1 / np.float32(theta) ** exponents
-    return jnp.asarray(places.astype(np.float32)[:, None] * frequencies[None])
-
-
-def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turn the pairs (i, i + half) of each head, of `(batch, length, heads, head_dim)`."""
-    cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _unit(x: jax.Array) -> jax.Array:

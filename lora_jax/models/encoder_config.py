@@ -1,27 +1,16 @@
 """The sizes and parts of an encoder, and what the fields of a `config.json` say of them that takes more than copying."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-
 from lora_jax.core.errors import InputError
+from lora_jax.models.activations import FUNCTIONS
 
 Fields = Mapping[str, Any]
 Pooling = Literal["mean", "cls", "pooler"]
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "tanh": jnp.tanh,
-}
+ACTIVATIONS = {name: FUNCTIONS[name] for name in ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "tanh")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,16 +19,14 @@ from typing import Any
 
 from lora_jax.core.errors import InputError
 from lora_jax.models.config_fields import Fields
-from lora_jax.models.decoder_config import MOST_LAYERS, SIZES, DecoderConfig
+from lora_jax.models.decoder_config import ACTIVATIONS, MOST_LAYERS, SIZES, DecoderConfig
 from lora_jax.models.experts import Experts
 from lora_jax.models.rope_fields import read_rope, read_ropes
 from lora_jax.models.rotary import LinearRope
 
 Parts = Callable[[Fields], dict[str, Any]]
-_ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu",
-    "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-}  # fmt: skip
+_ACTIVATIONS = {name: name for name in ACTIVATIONS} | {"swish": "silu"}
+_ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), "gelu_pytorch_tanh")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +164,7 @@ def _gemma(fields: Fields) -> dict[str, Any]:
 def _gemma1(fields: Fields) -> dict[str, Any]:
     """Its first files say "gelu", and mean the approximation by tanh."""
     act = fields.get("hidden_activation") or fields.get("hidden_act") or "gelu_pytorch_tanh"
-    return _gemma(fields) | ({"activation": "gelu_tanh"} if act == "gelu" else {"activation": _activation(act)})
+    return _gemma(fields) | ({"activation": "gelu_pytorch_tanh"} if act == "gelu" else {"activation": _activation(act)})
 
 
 def _gemma2(fields: Fields) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,8 +32,6 @@ from lora_jax.models.generation import generate as generate
 from lora_jax.models.weights import Reader, Sharding, parts
 from lora_jax.sharding import batch_sharding, model_shardings
 from lora_jax.training.losses import token_cross_entropy
-
-_NO_LAYERS: dict[str, Any] = {"sliding_layers": (), "unrotated_layers": ()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, so that `jax.jit(loaded.apply)` works
@@ -259,8 +257,9 @@ def load(
     config = dataclasses.replace(config, tie_word_embeddings=tied if tie is None else tie)
     table = parameters(config, scan_layers)
     names = {path: name for path, (_, name) in table.items()}
-    if not any(name in tensors.shapes for path in stored(config, scan_layers) for name in _tensor_names(table[path])):
-        names |= stored(config, scan_layers)
+    one_by_one = stored(config, scan_layers)
+    if not any(name in tensors.shapes for path in one_by_one for name in names[path].tensors(table[path][0]).values()):
+        names |= one_by_one
     if tied and not config.tie_word_embeddings:
         names["params/lm_head/kernel"] = HFName(embedding.name, head.axes)
     wanted = {names[path]: shape for path, (shape, _) in table.items()}
@@ -268,11 +267,6 @@ def load(
     reader = Reader(tensors, jnp.dtype(dtype), sharding, quantize, block)
     leaves = {path: reader.read(path, names[path], shape) for path, (shape, _) in table.items()}
     return _loaded(config, dtype, scan_layers, remat, attention_block, dense_experts, leaves)
-
-
-def _tensor_names(entry: tuple[tuple[int, ...], HFName]) -> Iterable[str]:
-    shape, name = entry
-    return name.tensors(shape).values()
 
 
 def file_names(model: Loaded) -> dict[str, HFName]:
@@ -369,7 +363,7 @@ def _parsed(file: pathlib.Path, parse: Callable[[Mapping[str, Any]], Any]) -> An
 
 def _check_layers(tensors: Any, config: LlamaConfig) -> None:
     """As many layers as the configuration says, before anything is made for each."""
-    one = parameters(dataclasses.replace(config, num_hidden_layers=1, **_NO_LAYERS))
+    one = parameters(dataclasses.replace(config, num_hidden_layers=1))
     template = one["params/layer_0/self_attn/o_proj/kernel"][1].name
     before, after = template.split(".0.", 1)
     count = sum(name.startswith(f"{before}.") and name.endswith(f".{after}") for name in tensors.shapes)

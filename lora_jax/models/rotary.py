@@ -4,6 +4,7 @@ Pairs of a head's values are turned by `position * frequency`, with the frequenc
 (https://arxiv.org/abs/2104.09864).
 """
 
+import abc
 import dataclasses
 import math
 from typing import Any
@@ -16,7 +17,7 @@ from lora_jax.core.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scaling:
+class Scaling(abc.ABC):
     """How the frequencies are changed; the classes below say how.
 
     Args:
@@ -25,13 +26,9 @@ class Scaling:
 
     attention_factor: float = 1.0
 
-    def scale(self, frequencies: np.ndarray) -> Any:
-        """The scaled frequencies, `(dim / 2,)`."""
-        raise NotImplementedError
-
+    @abc.abstractmethod
     def frequencies(self, theta: float, dim: int, length: Any) -> Any:
         """The scaled frequencies `(dim / 2,)` of texts of `length` tokens."""
-        return self.scale(plain(theta, dim))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +37,9 @@ class LinearRope(Scaling):
 
     factor: float
 
-    def scale(self, frequencies: np.ndarray) -> np.ndarray:
+    def frequencies(self, theta: float, dim: int, length: Any) -> np.ndarray:
         """The scaled frequencies."""
-        return frequencies / self.factor
+        return plain(theta, dim) / self.factor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,8 +54,12 @@ class Llama3Rope(Scaling):
     high_freq_factor: float
     original_max_position_embeddings: int
 
-    def scale(self, frequencies: np.ndarray) -> np.ndarray:
+    def frequencies(self, theta: float, dim: int, length: Any) -> np.ndarray:
         """The scaled frequencies."""
+        return self.scale(plain(theta, dim))
+
+    def scale(self, frequencies: np.ndarray) -> np.ndarray:
+        """These frequencies, scaled."""
         low, high, original = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
         length = 2 * np.pi / frequencies
         smooth = np.clip((original / length - low) / (high - low), 0, 1)

@@ -15,9 +15,9 @@ from lora_jax.core.errors import InputError
 from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.dequantized import open_tensors
 from lora_jax.huggingface.names import HFName
+from lora_jax.models.activations import FUNCTIONS
 from lora_jax.models.vision_config import FAMILIES, read_config
 from lora_jax.models.vision_config import VisionConfig as VisionConfig
-from lora_jax.models.vision_encoder import ACTIVATIONS
 from lora_jax.models.vision_encoder import Vision as Vision
 from lora_jax.models.vision_names import file_names as file_names
 from lora_jax.models.vision_names import hf_names as hf_names
@@ -156,8 +156,8 @@ class _Tensors:
 def _config(directory: pathlib.Path, fields: Mapping[str, Any], num_labels: int | None) -> VisionConfig:
     try:
         config = read_config(fields, num_labels)
-        if config.hidden_act not in ACTIVATIONS:
-            raise InputError(f"hidden_act {config.hidden_act!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
+        if config.hidden_act not in FUNCTIONS:
+            raise InputError(f"hidden_act {config.hidden_act!r} is not one of {', '.join(sorted(FUNCTIONS))}")
     except InputError as error:
         raise InputError(f"{directory / 'config.json'}: {error}") from None
     return config

@@ -228,7 +228,7 @@ def _pair(name: str, value: Any) -> Size:
     """A height and a width, which may be written as one number."""
     pair = tuple(value) if isinstance(value, list) else (value, value)
     _check(name, pair, Size)
-    return pair  # type: ignore[return-value]
+    return pair  # type: ignore[return-value]  the check has seen that it is one
 
 
 def _check(name: str, value: Any, kind: Any) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,25 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import InputError
+from lora_jax.models.activations import FUNCTIONS
 from lora_jax.models.vision_config import Size, VisionConfig
-
-_exact_gelu = functools.partial(nn.gelu, approximate=False)
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": _exact_gelu,
-    "gelu_python": _exact_gelu,
-    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), nn.gelu),
-    "hardswish": nn.hard_swish,
-    "leaky_relu": nn.leaky_relu,
-    "linear": lambda x: x,
-    "mish": lambda x: x * nn.tanh(nn.softplus(x)),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "relu": nn.relu,
-    "relu6": nn.relu6,
-    "sigmoid": nn.sigmoid,
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "tanh": nn.tanh,
-}
 
 
 class VisionAttention(nn.Module):
@@ -64,7 +46,7 @@ class VisionMLP(nn.Module):
         if config.gated:
             hidden = nn.silu(dense(config.intermediate_size, name="gate")(x)) * hidden
         else:
-            hidden = ACTIVATIONS[config.hidden_act](hidden)
+            hidden = FUNCTIONS[config.hidden_act](hidden)
         return dense(config.hidden_size, name="down")(hidden)
 
 

@@ -12,6 +12,7 @@ from transformers import BitImageProcessor, ViTImageProcessor
 from lora_jax import sharding
 from lora_jax.core.errors import InputError, MissingError
 from lora_jax.data import images, pixels
+from lora_jax.huggingface import checkpoint_files
 from tests.support import tiny_images
 
 DINOV2 = {
@@ -27,7 +28,7 @@ DINOV2 = {
 
 
 def parse(directory, fields, channels=3):
-    (directory / pixels.FILE).write_text(json.dumps(fields))
+    (directory / checkpoint_files.PREPROCESSOR).write_text(json.dumps(fields))
     return pixels.read(directory, channels, "ViTImageProcessor")
 
 

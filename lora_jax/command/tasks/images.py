@@ -23,6 +23,7 @@ from lora_jax.core.transform import lora
 from lora_jax.data import images, pixels
 from lora_jax.data.images import Images
 from lora_jax.data.pixels import Preprocessing
+from lora_jax.huggingface import checkpoint_files
 from lora_jax.models import vision
 from lora_jax.models.vision_config import FAMILIES
 
@@ -117,7 +118,8 @@ def _check_preprocessing(config: RunConfig, preprocessing: Preprocessing) -> Run
     found = hashlib.sha256(repr(dataclasses.astuple(preprocessing)).encode()).hexdigest()
     if config.tokens_sha256 not in ("", found):
         raise InputError(
-            f"the {pixels.FILE} of the run's model has changed, so the run can't go on: put it back, or start a new one"
+            f"the {checkpoint_files.PREPROCESSOR} of the run's model has changed, so the run can't go on: put it back, or start "
+            "a new one"
         )
     return dataclasses.replace(config, tokens_sha256=found)
 
