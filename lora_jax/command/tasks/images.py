@@ -118,8 +118,8 @@ def _check_preprocessing(config: RunConfig, preprocessing: Preprocessing) -> Run
     found = hashlib.sha256(repr(dataclasses.astuple(preprocessing)).encode()).hexdigest()
     if config.tokens_sha256 not in ("", found):
         raise InputError(
-            f"the {checkpoint_files.PREPROCESSOR} of the run's model has changed, so the run can't go on: put it back, or start "
-            "a new one"
+            f"the {checkpoint_files.PREPROCESSOR} of the run's model has changed, so the run can't go on: put it back, or "
+            "start a new one"
         )
     return dataclasses.replace(config, tokens_sha256=found)
 
