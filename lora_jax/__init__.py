@@ -1,4 +1,11 @@
-"""Functional LoRA for JAX and Flax: low-rank adapters for any JAX function, without ever forming W + AB."""
+"""Functional LoRA for JAX and Flax: low-rank adapters for any JAX function, without ever forming W + AB.
+
+`init` makes adapters of a `LoraConfig`, `attach` puts them beside their parameters, and `lora(fn)` runs `fn` on that tree;
+`merge` folds them in. `explain` says what can be adapted, and `summary` what is.
+
+Training: `train`, `optim`, `losses`, `checkpoint`. Several sets: `many`, `algebra`, `combine`. Other starts: `initializers`.
+Quantised bases: `quant`. Flax NNX: `nnx`. Hugging Face: `models`, `peft`. Meshes: `sharding`. Below: `paths`, `rules`.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -41,7 +48,7 @@ if TYPE_CHECKING:
     from lora_jax.training import train as train
     from lora_jax.training.optim import optimizer as optimizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _PLACES = {
     "active_from": "lora_jax.core.methods.alora:active_from",
     "Adapter": "lora_jax.core.adapter:Adapter",

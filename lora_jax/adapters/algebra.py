@@ -1,4 +1,4 @@
-"""Adapters as changes `scale A B` that can be added, scaled and truncated.
+"""Arithmetic of adapters as changes `scale A B`: they can be added, scaled, truncated, and found from a full fine-tune.
 
 What is done with them is done on their factors; only `delta_matrices` forms an `A B`, for those who need the kernel's changes
 themselves.
@@ -17,11 +17,29 @@ from lora_jax.core import paths
 from lora_jax.core.adapter import PARTS, Adapter, Full, Layout, LowRank, attach, is_adapted, wide_dtype
 from lora_jax.core.errors import InputError
 
+__all__ = [
+    "add",
+    "difference",
+    "effective_rank",
+    "fold_scale",
+    "interpolate",
+    "needed_rank",
+    "negate",
+    "pad_rank",
+    "scale",
+    "singular_values",
+    "truncate",
+]
+
 Adapters = Mapping[str, Adapter]
 
 
 def scale(adapters: Adapters, factor: float) -> dict[str, LowRank]:
     """`factor` times each change.
+
+    Args:
+      adapters: plain pairs, by path.
+      factor: any number.
 
     Raises:
       InputError: an adapter is not a plain pair: a multiple of a `Full`, of a magnitude or of a bias is no adapter of its kind.
@@ -36,8 +54,19 @@ def scale(adapters: Adapters, factor: float) -> dict[str, LowRank]:
 
 
 def negate(adapters: Adapters) -> dict[str, LowRank]:
-    """Minus each change, so that `add(adapters, negate(adapters))` changes nothing (forgetting by negation, task arithmetic,
-    https://arxiv.org/abs/2212.04089)."""
+    """Minus each change: forgetting by negation, as in task arithmetic (https://arxiv.org/abs/2212.04089).
+
+    Args:
+      adapters: plain pairs, by path.
+
+    Raises:
+      InputError: an adapter is not a plain pair.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> pair = lj.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)), scale=2.0)
+    >>> float(abs(add({"w": pair}, negate({"w": pair}))["w"].delta()).max())
+    0.0
+    """
     return scale(adapters, -1.0)
 
 
@@ -60,7 +89,21 @@ def add(*sets: Adapters) -> dict[str, LowRank]:
 
 
 def interpolate(first: Adapters, second: Adapters, t: float) -> dict[str, LowRank]:
-    """`(1 - t)` times the first set's changes and t times the second's."""
+    """`(1 - t)` times the first set's changes and t times the second's.
+
+    Args:
+      first: plain pairs, by path.
+      second: likewise; a parameter need not be in both.
+      t: 0 for the first set, 1 for the second; any number.
+
+    Raises:
+      InputError: as `add`.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> pair = lambda scale: lj.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)), scale=scale)
+    >>> float(interpolate({"w": pair(2.0)}, {"w": pair(6.0)}, 0.25)["w"].delta()[0, 0])
+    3.0
+    """
     return add(scale(first, 1.0 - t), scale(second, t))
 
 
@@ -69,6 +112,9 @@ def fold_scale(adapters: Adapters) -> dict[str, Adapter]:
 
     Each scale is moved into B, VeRA's vectors into A and B; there is no dropout, and nothing is marked frozen. Not for
     training: B's gradient is then not multiplied with the scale, and what the method keeps as it is would be trained.
+
+    Args:
+      adapters: `{path: adapter}`, of any kinds.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> pair = lj.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)), scale=2.0)
@@ -94,6 +140,10 @@ def scale_folded(pair: LowRank) -> LowRank:
 
 def pad_rank(adapters: Adapters, rank: int) -> dict[str, Adapter]:
     """Every pair with zeros up to a rank, so that sets of different ranks share one compiled program, or can be stacked.
+
+    Args:
+      adapters: `{path: adapter}`; what is no pair stays as it is.
+      rank: the new rank of each.
 
     Raises:
       InputError: a pair has a higher rank; it is named.
@@ -131,6 +181,7 @@ def truncate(adapters: Adapters, *, rank: int | None = None, energy: float | Non
     `A B = Qa (Ra Rb^T) Qb^T` by two QR decompositions; the singular values of `A B` are those of the small core.
 
     Args:
+      adapters: `{path: adapter}`; what is no pair stays as it is.
       rank: the new rank; a pair of a lower one keeps its own.
       energy: instead of a rank, the share of the squared singular values to keep, for each matrix of a stack by itself. Needs
         concrete arrays.
@@ -156,10 +207,8 @@ def _truncated(pair: LowRank, rank: int | None, energy: float | None) -> LowRank
     pair, ranks = pair.folded(), None
     u, s, vt = _svd(pair)
     if energy is not None:
-        squares = np.asarray(s, np.float64) ** 2
-        share = np.cumsum(squares, -1) / np.maximum(squares.sum(-1, keepdims=True), 1e-300)
-        kept = np.where(squares.any(-1), 1 + (share < energy - 1e-12).sum(-1), 1)
-        kept = np.minimum(kept, true_ranks(pair))  # 0 only where it was: a matrix of rank 0 is not adapted at all
+        # 0 only where it was: a matrix of rank 0 is not adapted at all.
+        kept = np.minimum(needed_rank(s, energy), true_ranks(pair))
         rank, ranks = max(1, int(kept.max())), tuple(map(int, kept.reshape(-1)))
         s = jnp.where(jnp.arange(s.shape[-1])[None] < kept[:, None], s, 0)
     elif pair.ranks is not None:
@@ -171,6 +220,9 @@ def _truncated(pair: LowRank, rank: int | None, energy: float | None) -> LowRank
 
 def singular_values(adapters: Adapters) -> dict[str, jax.Array]:
     """The singular values of each change `scale A B`, `(*batch, r)` from the largest down; `A B` is never formed.
+
+    Args:
+      adapters: `{path: adapter}`; what is no pair is left out.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> pair = lj.LowRank(jnp.array([[3.0], [4.0]]), jnp.array([[0.0, 2.0]]), lj.Layout((), (0,), (1,)), scale=0.5)
@@ -186,8 +238,32 @@ def singular_values(adapters: Adapters) -> dict[str, jax.Array]:
     return found
 
 
+def needed_rank(values: Any, energy: float) -> np.ndarray:
+    """The smallest rank, 1 or more, that keeps a share of the squared norm.
+
+    Args:
+      values: concrete singular values `(*batch, r)`, from the largest down.
+      energy: the share, above 0 and at most 1.
+
+    Returns:
+      `(*batch)`.
+
+    >>> needed_rank(jnp.array([[3.0, 2.0, 1.0], [1.0, 0.0, 0.0]]), 0.9).tolist()
+    [2, 1]
+    """
+    squares = np.asarray(values, np.float64) ** 2
+    share = np.cumsum(squares, -1) / np.maximum(squares.sum(-1, keepdims=True), 1e-300)
+    return np.where(squares.any(-1), 1 + (share < energy - 1e-12).sum(-1), 1)
+
+
 def effective_rank(values: jax.Array) -> jax.Array:
     """exp of the entropy of the singular values over their sum (Roy and Vetterli, 2007), on the last axis; 0 if all are zero.
+
+    Args:
+      values: singular values `(*batch, r)`.
+
+    Returns:
+      `(*batch)`.
 
     >>> float(effective_rank(jnp.array([2.0, 2.0, 0.0])).round(5))
     2.0

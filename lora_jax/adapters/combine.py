@@ -7,21 +7,17 @@ those with `_svd` mix the changes `s A B` themselves and truncate the result.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters import algebra
+from lora_jax.adapters.words import Majority, Method
 from lora_jax.core import paths
 from lora_jax.core.adapter import LowRank
 from lora_jax.core.errors import InputError
 
-Method = Literal[
-    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
-    "magnitude_prune", "magnitude_prune_svd",
-]  # fmt: skip
-Majority = Literal["total", "frequency"]
 Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (arrays (sets, ...), weights (sets,), key) -> (...)
 
 
@@ -49,10 +45,11 @@ def combine(
     Args:
       sets: adapter sets; a parameter need not be in all of them.
       weights: one for each.
+      method: how, as above.
       rank: of the result, for `svd` and the `_svd` methods; `None`: the highest of the sets.
       density: the share of values to keep, for the methods that trim or drop.
       majority: by what a sign is elected, the `"total"` of the values or the `"frequency"` of their signs.
-      key: for the methods that drop at random.
+      key: a PRNG key, for the methods that drop at random.
 
     Returns:
       `{path: pair}` of scale 1.

@@ -169,7 +169,12 @@ class LoraConfig:
         return hash(self.to_json())
 
     def scale(self, rank: int, alpha: float) -> float:
-        """The factor s of the low-rank term: alpha / rank or alpha / sqrt(rank)."""
+        """The factor s of the low-rank term: alpha / rank or alpha / sqrt(rank).
+
+        Args:
+          rank: of a pair.
+          alpha: of the same.
+        """
         return float(alpha / (rank if self.scaling == "lora" else rank**0.5))
 
     def to_json(self) -> str:
@@ -182,7 +187,10 @@ class LoraConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "LoraConfig":
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote, of this version or an older one.
+
+        Args:
+          text: JSON.
 
         Raises:
           InputError: the text is not JSON, has another format version, or a field that is unknown, missing or invalid.

@@ -46,8 +46,10 @@ def init(
       fn: any function whose first argument is the parameter tree.
       variables: the tree; its arrays, and those of `args`, may be `jax.ShapeDtypeStruct`s, and so are then the adapters.
         Where parameters have a `NamedSharding`, their adapters are made as `sharding.adapter_shardings` says.
+      args: what `fn` takes after it.
       on_unsupported: `"materialize"`: kernels that are named, or that products use, too, are adapted although a use of theirs
         is not low-rank, for `lora(fn, on_unsupported="materialize")`. Where no use tells their axes, `config.layouts` does.
+      kwargs: what `fn` takes by name.
 
     Returns:
       `{path: adapter}` with `a: (*batch, *in, r)` and `b: (*batch, r, *out)`. With `method="vera"` adapters share arrays:

@@ -75,6 +75,11 @@ def unmerge(merged: Any, adapters: Mapping[str, Adapter], *, quantized: Quantize
     Raises:
       InputError: a kernel is quantised, an adapter does not fit the tree, or is a `Full` or has a magnitude, so that the merged
         tree does not hold the old value.
+
+    >>> import lora_jax as lj
+    >>> pair = lj.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)), scale=0.5)
+    >>> unmerge(merge({"w": jnp.zeros((2, 3))}, {"w": pair}), {"w": pair})["w"].tolist()
+    [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
     lost = [path for path, a in adapters.items() if not isinstance(a, LowRank) or a.magnitude is not None]
     if lost:

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from lora_jax.adapters.words import DTYPES as DTYPES
+from lora_jax.adapters.words import DTYPES
 from lora_jax.adapters.words import check as check
 from lora_jax.core import paths
 from lora_jax.core.errors import InputError
-from lora_jax.core.quantized import by_blocks, nf4_codes, qwix
-from lora_jax.core.quantized import dense as dense
+from lora_jax.core.quantized import by_blocks, dense, nf4_codes, qwix
 from lora_jax.core.quantized import dense_shape as dense_shape
+
+__all__ = ["DTYPES", "dense", "quantization_error", "quantize"]
 
 
 def quantize(variables: Any, targets: Sequence[Any], dtype: str = "nf4", *, block: int | None = 64) -> Any:
@@ -127,6 +128,10 @@ def quantization_error(variables: Any, quantized: Any) -> dict[str, float]:
     Args:
       variables: the dense parameters.
       quantized: the same tree after `quantize`.
+
+    Raises:
+      InputError: two leaves of a tree have one path.
+      ImportError: qwix is not installed.
 
     >>> params = {"w": jax.random.normal(jax.random.key(0), (64, 32))}
     >>> {path: round(error, 3) for path, error in quantization_error(params, quantize(params, ["w"])).items()}

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from lora_jax.core.adapter import ADAPTER, PARTS, Adapter, LowRank, check
 from lora_jax.core.collections import not_parameters
 from lora_jax.core.errors import InputError
 from lora_jax.core.text_table import text_table
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +67,36 @@ class Summary:
         return (
             f"{text_table(table, 'lllrrrrr')}\n"
             f"{self.trainable:,} trainable of {self.parameters:,} parameters ({share:.2f}%); "
-            f"adapters {_size(self.adapter_bytes)} beside a base of {_size(self.parameter_bytes)}; "
-            f"Adam's state {_size(self.optimizer_bytes)}{_without_adapter(self.unadapted)}"
+            f"adapters {size_text(self.adapter_bytes)} beside a base of {size_text(self.parameter_bytes)}; "
+            f"Adam's state {size_text(self.optimizer_bytes)}{_without_adapter(self.unadapted)}"
         )
+
+    def folded(self) -> "Summary":
+        """The same with one row for all parameters whose paths differ in their numbers alone, as those of layers do.
+
+        >>> pair = SummaryRow("layer_0/w", (4, 4), "LowRank", "2", "1", 16, 16, 64)
+        >>> pairs = (pair, dataclasses.replace(pair, path="layer_1/w"))
+        >>> [row] = Summary(pairs, 32, 128, 32, 128, 256, {}).folded().rows
+        >>> row.path, row.shape, row.trainable
+        ('layer_*/w (2 of them)', (4, 4), 32)
+        """
+        alike = _alike((row.path, (row.shape, row.kind, row.rank, row.scale), row) for row in self.rows)
+        return dataclasses.replace(self, rows=tuple(_together(pattern, some) for (pattern, _), some in alike.items()))
 
 
 def summary(variables: Any, adapters: Mapping[str, Adapter]) -> Summary:
     """Counts and bytes, per adapted parameter and in all. Arrays may be `jax.ShapeDtypeStruct`s.
 
+    Args:
+      variables: the base tree.
+      adapters: `{path: adapter}`.
+
+    Returns:
+      A `Summary`, which prints as a table.
+
     Raises:
       InputError: an adapter has no parameter in the tree, or does not fit it.
+      TypeError: an adapter is none.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> pair = lj.LowRank(jnp.ones((1266, 8)), jnp.ones((8, 64)), lj.Layout((), (0,), (1,)), scale=2.0)
@@ -117,14 +139,28 @@ def _without_adapter(unadapted: Mapping[str, tuple[int, ...]]) -> str:
       table 9x4
       layer_*/w 4x4 (2 of them)
     """
-    alike: dict[Any, list[str]] = {}
-    for path, shape in unadapted.items():
-        alike.setdefault((re.sub(r"\d+", "*", path), "x".join(map(str, shape))), []).append(path)
+    alike = _alike((path, "x".join(map(str, shape)), path) for path, shape in unadapted.items())
     lines = [
         f"\n  {some[0]} {shape}" if len(some) == 1 else f"\n  {pattern} {shape} ({len(some)} of them)"
         for (pattern, shape), some in alike.items()
     ]
     return "".join(["\nwithout an adapter:", *lines]) if lines else ""
+
+
+def _alike(items: Iterable[tuple[str, Any, _T]]) -> dict[tuple[str, Any], list[_T]]:
+    """Items with their paths and what they must share, together where the paths differ in their numbers alone."""
+    found: dict[tuple[str, Any], list[_T]] = {}
+    for path, shared, item in items:
+        found.setdefault((re.sub(r"\d+", "*", path), shared), []).append(item)
+    return found
+
+
+def _together(pattern: str, rows: list[SummaryRow]) -> SummaryRow:
+    """Rows that are alike as one, with the sums of their numbers."""
+    if len(rows) == 1:
+        return rows[0]
+    sums = {name: sum(getattr(row, name) for row in rows) for name in ("parameters", "trainable", "bytes")}
+    return dataclasses.replace(rows[0], path=f"{pattern} ({len(rows)} of them)", **sums)
 
 
 def _row(path: str, shape: tuple[int, ...], adapter: Adapter) -> SummaryRow:
@@ -160,10 +196,10 @@ def _bytes(array: Any) -> int:
     return -(-math.prod(array.shape) * jax.dtypes.itemsize_bits(array.dtype) // 8)
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     """Bytes in the largest unit that keeps them at 1 or more.
 
-    >>> _size(512), _size(3 * 2**20)
+    >>> size_text(512), size_text(3 * 2**20)
     ('512 B', '3.0 MiB')
     """
     value, unit = float(count), "B"

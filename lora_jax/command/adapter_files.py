@@ -110,8 +110,8 @@ def _embeddings(source: pathlib.Path, base: lm.Base) -> dict[str, np.ndarray]:
     """The embedding and the head in an adapter file, by their names, if they are of another size than the base's."""
     _, tensors = peft_files.read(source)
     found = {}
-    for module in ("model.embed_tokens", "lm_head"):
-        tensor = tensors.get(f"{module}.weight", tensors.get(f"{module}.base_layer.weight"))
+    for name in (base.model.names["params/embed_tokens/embedding"].name, "lm_head.weight"):
+        tensor = tensors.get(name, tensors.get(f"{name.removesuffix('.weight')}.base_layer.weight"))
         if tensor is not None and len(tensor) != base.model.config.vocab_size:
-            found[f"{module}.weight"] = np.ascontiguousarray(tensor)
+            found[name] = np.ascontiguousarray(tensor)
     return found

@@ -7,7 +7,7 @@ from typing import Any
 
 import rich.console
 
-from lora_jax.command.options import RunConfig
+from lora_jax.command.options import DECODERS, RunConfig
 from lora_jax.command.tasks import lm
 from lora_jax.planning import memory_estimate, plan, topology, train_steps
 from lora_jax.planning.topology import Topology
@@ -54,7 +54,7 @@ def settled(config: RunConfig, given: Collection[str], axes: Mapping[str, int], 
       axes: of the mesh; without one, none.
       target: the devices.
     """
-    if config.task != "lm" or target.platform == "cpu":
+    if config.task not in DECODERS or target.platform == "cpu":
         return config
     ways = [
         dataclasses.replace(config, **{name: value for name, value in {**_ACCELERATED, **memory}.items() if name not in given})
@@ -68,6 +68,8 @@ def settled(config: RunConfig, given: Collection[str], axes: Mapping[str, int], 
 
 def _sizes(ways: Sequence[RunConfig], axes: Mapping[str, int]) -> Iterator[int]:
     """About what each run's step holds on a chip; they differ in what they keep, and have the same arguments."""
+    if ways[0].task == "dpo":  # a row for each of two answers
+        ways = [dataclasses.replace(way, batch_size=2 * way.batch_size) for way in ways]
     mesh, first = plan.mesh_of(axes, None) if axes else None, ways[0]
     if not first.targets:  # those of --adapter, which are not read yet
         ways = [dataclasses.replace(way, targets="all-linear") for way in ways]

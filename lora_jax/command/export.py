@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,28 +12,38 @@ import numpy as np
 import safetensors
 
 from lora_jax import peft
-from lora_jax.command import adapter_files, hf_export, run
-from lora_jax.command.options import RunConfig, model_source
+from lora_jax.command import adapter_files, gguf_export, hf_export, metrics, model_card, run
+from lora_jax.command.arguments import model_source
+from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks import classify, lm, places
 from lora_jax.command.tasks.registry import task_module
 from lora_jax.core import files, paths
 from lora_jax.core.adapter import Adapter, Full, LowRank
 from lora_jax.core.errors import InputError
-from lora_jax.huggingface import hub
+from lora_jax.huggingface import hub, hub_push
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import encoder_families, llama, vision, vision_config
 from lora_jax.training import checkpoint
 
 # What the pinned models are called on the Hugging Face hub.
 _ORIGINALS = {"classify": "sentence-transformers/all-MiniLM-L6-v2", "lm": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_ORIGINALS["dpo"] = _ORIGINALS["lm"]
 _GGUF = (
     "the adapters were trained on the weights of a GGUF file, which PEFT can't apply them to; on the model that the file was "
-    "made from, the outputs differ as its weights do (--format merged has the file's own)"
+    "made from, the outputs differ as its weights do (lora-jax export --format merged has the file's own)"
 )
 _COMMIT = "the adapters were trained on the commit {} of the base, which adapter_config.json can't say: give it as revision="
+_LOCAL = (
+    "the base was trained on from a directory or file: adapter_config.json names it {!r}, without the path on that machine, so "
+    "load it from where it is on yours"
+)
+_BESIDE = (
+    "the adapters were trained beside kernels quantised to {}; with the base as it is stored, or quantised by another library, "
+    "the outputs differ by what the quantisation changes"
+)
 _QUANTIZED = {
-    "peft": "the adapters were trained beside kernels quantised to {}; with the base as it is stored, or quantised by another "
-    "library, the outputs differ by what the quantisation changes",
+    "peft": _BESIDE,
+    "gguf": _BESIDE,
     "merged": "the adapters were trained beside kernels quantised to {} and are folded into the base as it is stored, so that "
     "the outputs differ by what the quantisation changes",
 }
@@ -43,16 +53,24 @@ _SEVERAL = (
 )
 _GATED = "the gated MLPs have the names that transformers 5 gives them, which older versions can't read"
 _LOSS = 0.01  # the share of the adapters' change from which on rounding is worth a note
-_TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM", "images": None}  # PEFT has none for images
+_TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM", "dpo": "CAUSAL_LM", "images": None}  # PEFT has none for images
 _LAST_LAYERS = (".classifier.weight", ".classifier.out_proj.weight")  # of heads, in PEFT's files
 
 
 def export_command(line: argparse.Namespace) -> int:
     """`lora-jax export`; returns the exit code."""
     out = line.out or line.run / line.format
-    notes = export(line.run, line.format, out)
+    if line.push_to_hub is not None:
+        hub_push.check(line.push_to_hub, line.private)
+    elif line.private or line.commit_message is not None:
+        raise InputError("--private and --commit-message need --push-to-hub: give it, or leave them out")
+    notes = export(line.run, line.format, out, line.push_to_hub, line.base_model)
     size = sum(file.stat().st_size for file in out.iterdir())
-    return _report(f"written: {out} ({size:,} bytes)", notes)
+    _report(f"written: {out} ({size:,} bytes)", notes)
+    if line.push_to_hub is not None:
+        message = line.commit_message or ("Upload model" if line.format == "merged" else "Upload adapters")
+        print(f"pushed: {hub_push.push(out, line.push_to_hub, private=line.private, message=message)}")
+    return 0
 
 
 def import_command(line: argparse.Namespace) -> int:
@@ -68,13 +86,17 @@ def _report(done: str, notes: Sequence[str]) -> int:
     return 0
 
 
-def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, ...]:
-    """Write a run's adapters as a PEFT directory, or the base with the adapters folded in as a Hugging Face directory.
+def export(
+    directory: pathlib.Path, form: str, out: pathlib.Path, repository: str | None = None, base_model: str | None = None
+) -> tuple[str, ...]:
+    """Write a run's adapters for PEFT or llama.cpp, or the base with the adapters folded in as a Hugging Face directory.
 
     Args:
       directory: the run.
-      form: `"peft"` or `"merged"`, which is the base as it is stored also where the run quantised it.
+      form: `"peft"`, `"gguf"`, or `"merged"`, which is the base as it is stored also where the run quantised it.
       out: a directory that is not there yet, or empty.
+      repository: where on the hub the directory will be, as its model card says; the path of a base is left out then.
+      base_model: what the hub calls the base, where the run has it from elsewhere.
 
     Returns:
       What the user should know about the files.
@@ -84,25 +106,39 @@ def export(directory: pathlib.Path, form: str, out: pathlib.Path) -> tuple[str, 
     """
     config = run.read_config(directory)
     files.check_empty(out)
+    hub_base = _hub_base(config, form, base_model)
+    if form == "gguf":
+        gguf_export.check(directory, config)
     task = task_module(config)
     source = task.base_directory(config)
     # The sum of kernel and adapter is made in float32 and rounded once, to the base's own dtype.
     plain = dataclasses.replace(config, dtype="float32", quantize=None, block=None)
     base = task.load_base(source, plain, own=run.own_base(directory))
     adapters = run.load_adapters(directory, base.model.variables)
-    if form == "peft":
-        _export_peft(config, base, adapters, source, out)
-        more = _several(adapters)
-    else:
-        more = (*_rounding(_export_merged(config, base, adapters, source, out)), *_renamed(base))
-    stored = (_GGUF,) if form == "peft" and source.is_file() else ()
-    commit = (_COMMIT.format(config.model_commit),) if form == "peft" and config.model_commit else ()
-    rounded = () if config.quantize is None else (_QUANTIZED[form].format(config.quantize),)
-    return (*_notes(base), *stored, *commit, *rounded, *more)
+    notes = _notes(base) if config.quantize is None else (*_notes(base), _QUANTIZED[form].format(config.quantize))
+    if form == "merged":
+        return (*notes, *_rounding(_export_merged(config, base, adapters, source, out)), *_renamed(base))
+    if form == "gguf":
+        with files.fresh_directory(out) as fresh:
+            return (*notes, *gguf_export.write(fresh, config, base, adapters, pathlib.PurePath(hub_base or source).name))
+    name = hub_base or source.name
+    stored = (_GGUF,) if source.is_file() else ()
+    local = (_LOCAL.format(name),) if repository is not None and hub_base is None else ()
+    commit = (_COMMIT.format(config.model_commit),) if config.model_commit else ()
+    notes += (*stored, *local, *commit, *_several(adapters))
+    of_run = {"config": config, "lines": metrics.read(directory), "name": directory.resolve().name, "repository": repository}
+    card = model_card.Card(**of_run, notes=notes, base=name, is_of_the_hub=hub_base is not None)
+    _export_peft(config, base, adapters, source, out, card)
+    return notes
 
 
 def _export_peft(
-    config: RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
+    config: RunConfig,
+    base: Any,
+    adapters: Mapping[str, Adapter],
+    source: pathlib.Path,
+    out: pathlib.Path,
+    card: model_card.Card,
 ) -> None:
     tables = _own_embeddings(base)
     with files.fresh_directory(out) as directory:
@@ -111,19 +147,26 @@ def _export_peft(
             directory,
             {**tables, **adapters},
             names=base.model.names,
-            base_model=_base_model(config, source),
+            base_model=card.base if card.is_of_the_hub or card.repository is not None else str(source),
             task_type=_TASK_TYPES[config.task],
             variables=_as_stored(base, source),
             changed=tables,
         )
         if base.own is not None:
             hf_export.write_tokenizer(directory, base.own, base.tokenizer)
+        card.write(directory)
 
 
-def _base_model(config: RunConfig, source: pathlib.Path) -> str:
-    """What PEFT is to load the base from."""
+def _hub_base(config: RunConfig, form: str, given: str | None) -> str | None:
+    """The base's repository on the hub, if it is from there or was given."""
+    if given is not None:
+        if form == "merged":
+            raise InputError("--base-model is for the formats peft and gguf, which name a base: leave it out")
+        if hub.parse(given) != hub.HubName(given, None):
+            raise InputError(f"--base-model is OWNER/NAME, what the hub calls the base, not {given!r}")
+        return given
     name = places.hub_name(config)
-    return _ORIGINALS[config.task] if config.model is None else str(source) if name is None else name.repository
+    return _ORIGINALS[config.task] if config.model is None else None if name is None else name.repository
 
 
 def _own_embeddings(base: Any) -> dict[str, Adapter]:
@@ -151,8 +194,10 @@ def _export_merged(
     config: RunConfig, base: Any, adapters: Mapping[str, Adapter], source: pathlib.Path, out: pathlib.Path
 ) -> dict[str, tuple[float, float]]:
     _check_pooling(base)
+    others: Iterable[tuple[str, np.ndarray]] = ()
     if isinstance(base, lm.Base):
         fields = hf_export.llama_fields(source, base.model.config)
+        others = hf_export.other_parts(source, base.model.config)
     elif config.task == "images":
         family = vision_config.FAMILIES[base.model.config.family]
         fields = {**hf_export.labelled_fields(source, config.labels, family.architecture), **family.written}
@@ -161,10 +206,9 @@ def _export_merged(
         fields = hf_export.labelled_fields(source, config.labels, architecture)
     dtypes = hf_export.stored_dtypes(source)
     with files.fresh_directory(out) as directory:
-        lost = hf_export.write(directory, base.model.variables, adapters, _file_names(base), fields, dtypes)
-        if config.task == "images":
-            hf_export.write_preprocessor(directory, source)
-        else:
+        lost = hf_export.write(directory, base.model.variables, adapters, _file_names(base), fields, dtypes, others)
+        hf_export.write_preprocessor(directory, source)
+        if config.task != "images":
             hf_export.write_tokenizer(directory, base.own or source, base.tokenizer)
         if isinstance(base, lm.Base):
             generation = hf_export.generation_fields(source, base.model.config, lm.end_ids(base, config))
@@ -186,13 +230,13 @@ def _rounding(lost: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:
 
 
 def _renamed(base: Any) -> tuple[str, ...]:
-    return (_GATED,) if isinstance(base.model, vision.Loaded) and base.model.config.gated else ()
+    return (_GATED,) if isinstance(base.model.config, vision.VisionConfig) and base.model.config.gated else ()
 
 
 def _file_names(base: Any) -> dict[str, HFName]:
     """What the base's tensors are called in files, where transformers calls some otherwise in memory."""
-    if isinstance(base.model, vision.Loaded):
-        return vision.file_names(base.model.config)
+    if isinstance(base.model.config, vision.VisionConfig):
+        return vision.file_names(base.model.names, base.model.config)
     return llama.file_names(base.model) if isinstance(base.model, llama.Loaded) else base.model.names
 
 
@@ -269,7 +313,15 @@ def import_(source: pathlib.Path, model: str | pathlib.Path, out: pathlib.Path, 
             base = task_module(config).with_own(base, directory / "base")
         adapters = peft.load(source, base.model.variables, names=base.model.names)
         checkpoint.save(directory / "adapters", adapters, step=0)
-    return (*_notes(base), *brought)
+    return (*_notes(base), *_named(source, named), *brought)
+
+
+def _named(source: pathlib.Path, model: str) -> tuple[str, ...]:
+    """What PEFT's files call the base, where that is another name than the one that was given."""
+    named, given = files.read_json_object(source / "adapter_config.json").get("base_model_name_or_path"), hub.parse(model)
+    if not isinstance(named, str) or hub.parse(named) is None or (given is not None and given.repository == named):
+        return ()
+    return (f"the adapters name {named} as their base; files of `lora-jax export --base-model {named}` name it, too",)
 
 
 def _task_of(model: pathlib.Path) -> str:

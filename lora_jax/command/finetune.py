@@ -6,10 +6,12 @@ on with another mesh or number of processes: the batches are the same, and so ar
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Collection, Sequence
+import signal
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,25 +23,29 @@ from jax.sharding import Mesh
 from lora_jax import sharding
 from lora_jax.adapters import initializers, merging
 from lora_jax.adapters.summary import summary
-from lora_jax.command import device_options, metrics, options, processes, run, run_plan, starting
+from lora_jax.command import arguments, config_files, device_options, metrics, options, processes, run, run_plan, starting
+from lora_jax.command import trackers as tracking
 from lora_jax.command.hosts import Hosts
+from lora_jax.command.meter import StepFlops
 from lora_jax.command.options import RunConfig
+from lora_jax.command.report import page
 from lora_jax.command.signals import Interrupted, Signals
 from lora_jax.command.tasks.base import Session
 from lora_jax.command.tasks.registry import prepare
-from lora_jax.command.trainer import Diverged, Run, Trainer, optimizer
+from lora_jax.command.trainer import Diverged, Run, Trainer, optimizer, reported
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter, LowRank
 from lora_jax.core.errors import InputError
-from lora_jax.training import checkpoint, recipe, train
+from lora_jax.planning.decoder_step import check_rows
+from lora_jax.training import checkpoint, train
 
 Adapters = dict[str, Adapter]
 
 
 def finetune_command(line: argparse.Namespace) -> int:
     """`lora-jax finetune`; returns the exit code."""
-    given = options.given_run(line)
-    hosts = Hosts(**options.given(line, Hosts))
+    given = config_files.given_run(line)
+    hosts = Hosts(**arguments.given(line, Hosts))
     _check_plan(line)
     if line.resume is not None:
         more = options.more_steps(given.pop("steps")) if "steps" in given else 0
@@ -51,6 +57,9 @@ def finetune_command(line: argparse.Namespace) -> int:
     if line.plan:
         return run_plan.plan_run(given, hosts, line.topology)
     config = options.new_run(given.pop("task", "classify"), given)
+    if line.print_config:
+        print(config_files.text(config), end="")
+        return 0
     with hosts.connected():
         return _run(config, line.out, hosts, given=given)
 
@@ -58,6 +67,8 @@ def finetune_command(line: argparse.Namespace) -> int:
 def _check_plan(line: argparse.Namespace) -> None:
     if line.topology is not None and not line.plan:
         raise InputError("--topology says for which chips to --plan: give that, too")
+    if line.print_config and (line.plan or line.resume is not None or line.out is not None):
+        raise InputError("--print-config prints the options of a new run: leave --plan, --resume and --out out")
     if line.plan and (line.resume is not None or line.out is not None):
         raise InputError("--plan makes no run, and is for a new one: leave --resume and --out out")
 
@@ -83,7 +94,8 @@ def _run(
         else:
             start(config, directory, console, mesh)
     except Interrupted as error:
-        return error.report(f"go on with: lora-jax finetune --resume {directory}")
+        how = "the run is finished, and its report is made by" if error.finished else "go on with"
+        return error.report(f"{how}: lora-jax finetune --resume {directory}")
     except Diverged as error:
         return error.report()
     return 0
@@ -98,6 +110,8 @@ def start(config: RunConfig, directory: pathlib.Path, console: rich.console.Cons
       Diverged: it has no finite result.
     """
     session = starting.with_adapter(_prepare(config, directory, mesh))
+    if config.epochs is not None:
+        console.out(f"{config.epochs:g} epochs are {session.config.steps} steps", highlight=False)
     adapters = session.init(session.config)
     processes.first(lambda: run.create(directory, session.config))
     _train(*_begin(session, adapters, directory), directory, console)
@@ -110,8 +124,8 @@ def resume(directory: pathlib.Path, console: rich.console.Console, mesh: Mesh | 
       directory: the run.
       console: where to print.
       mesh: the devices.
-      more: train a finished run for so many steps more, with its optimiser's state and a learning rate that rises and falls
-        once more.
+      more: train a finished run for so many steps more, with its optimiser's state; the learning rate follows its schedule once
+        more.
 
     Raises:
       InputError: there is no run, its data or base model is gone or changed, or there are more steps for one that isn't
@@ -147,15 +161,21 @@ def _read(directory: pathlib.Path, more: int) -> RunConfig:
             f"{directory} was imported from {config.imported}: there is no training to go on with; begin a run with its "
             f"adapters: lora-jax finetune --adapter {config.imported}"
         )
+    if config.made:
+        raise InputError(
+            f"{directory} was made of other runs by `lora-jax {config.made['command']}`: there is no training to go on with; "
+            f"begin a run with its adapters: lora-jax finetune --adapter {directory}"
+        )
     options.check_trainable(config)
     if not more:
         return config
     step = _last_step(directory)
-    if step < config.steps:
+    stopped = metrics.is_stale(metrics.best(metrics.read(directory), config.finished), config.patience)
+    if step < config.steps and not stopped:
         raise InputError(
             f"{directory} is at step {step} of {config.steps}: go on without --steps, which trains a finished run further"
         )
-    return dataclasses.replace(config, steps=config.steps + more, finished=[*config.finished, config.steps])
+    return dataclasses.replace(config, steps=step + more, finished=[*config.finished, step])
 
 
 def _prepare(config: RunConfig | None, directory: pathlib.Path, mesh: Mesh | None, more: int = 0) -> Session:
@@ -166,7 +186,9 @@ def _prepare(config: RunConfig | None, directory: pathlib.Path, mesh: Mesh | Non
             config = _read(directory, more)
         elif processes.is_first():
             run.check_free(directory)
+        tracking.check_installed(config)
         sharding.check_batch(mesh, config.batch_size)
+        check_rows(config.batch_size, config.accumulate, mesh)
         session = prepare(config, mesh)
     axes = "" if mesh is None else ",".join(f"{name}={size}" for name, size in mesh.shape.items())
     mine = dataclasses.asdict(session.config) | {"resume": resume, "directory": str(directory.absolute()), "mesh": axes}
@@ -198,34 +220,50 @@ def _begin(session: Session, adapters: Adapters, directory: pathlib.Path) -> tup
 class _Program:
     """A run by itself, on the devices of its base; it goes on from its newest checkpoint, if there is one."""
 
-    def __init__(self, session: Session, adapters: Adapters, manager: checkpoint.Manager):
-        self._config, self._task, self._manager = session.config, session.task, manager
+    def __init__(self, session: Session, adapters: Adapters, manager: checkpoint.Manager, best: checkpoint.Manager):
+        self._config, self._task, self._manager, self._best = session.config, session.task, manager, best
         config, task, tx = session.config, session.task, optimizer(session.config)
         self._batches = task.train_batches(config.seed)
         self.state = train.init_state(adapters, tx, key=jax.random.key(config.seed))
-        self.saved, self.loss = _latest_step(manager), None
+        self.saved, self.last = _latest_step(manager), {}
         if self.saved is not None:
             found = manager.restore(tx=tx, variables=task.variables)
             assert found.state is not None
-            self.state, self.loss = found.state, found.data["loss"]
-            self._batches.set_state(found.data["position"])
-        self._train_step = recipe.train_step(task.loss, tx, accumulate=task.accumulate, like=self.state)
-        self._measure = train.make_eval_step(task.measure)
+            self.state, self.last = found.state, dict(found.data)
+            self._batches.set_state(self.last.pop("position"))
+        how: Any = {"accumulate": config.accumulate, "max_grad_norm": config.max_grad_norm or None}
+        self._train_step = train.make_train_step(task.loss, tx, like=self.state, **how)
+        self.eval_step = train.make_eval_step(task.measure)
+        self._flops = StepFlops(self._train_step)
+        self.devices = jax.tree.leaves(self.state.adapters)[0].sharding.device_set
 
-    def advance(self) -> tuple[np.ndarray, np.ndarray]:
-        """One training step; its loss, and how many steps were skipped so far."""
-        self.state, found = self._train_step(self.state, self._task.variables, next(self._batches))
-        return np.asarray([float(found["loss"])]), np.asarray([int(found["skipped"])])
+    def advance(self) -> Mapping[str, np.ndarray]:
+        """One training step; its loss and more, and how many steps were skipped so far."""
+        batch = next(self._batches)
+        self._flops.taken(batch)
+        self.state, found = self._train_step(self.state, self._task.variables, batch)
+        return {name: np.asarray(value)[None] for name, value in reported(found).items()}
 
     def measure(self, batch: Any) -> np.ndarray:
         """What the task measures on a held-out batch."""
-        return np.asarray(sharding.gather(self._measure(self.state.adapters, self._task.variables, batch)))[None]
+        return np.asarray(sharding.gather(self.eval_step(self.state.adapters, self._task.variables, batch)))[None]
 
-    def snapshot(self, step: int, losses: Sequence[float | None]) -> Sequence[Callable[[], None]]:
+    def flops(self) -> int | None:
+        """Of the products of the last step."""
+        return self._flops.last(self.state, self._task.variables)
+
+    def snapshot(self, step: int, last: Sequence[Mapping[str, float | None]]) -> Sequence[Callable[[], None]]:
         """A copy of the state, which is written in the background once it is called."""
-        state, data = _copy(self.state), {"position": self._batches.get_state(), "loss": losses[0]}
+        state, data = jax.block_until_ready(_copy(self.state)), {"position": self._batches.get_state(), "loss": None, **last[0]}
         save = functools.partial(self._manager.save, config=self._config.lora, step=step, state=state, data=data)
         return [lambda: save(state.adapters)]
+
+    def keep(self, step: int, better: Sequence[bool]) -> None:
+        """Keep the adapters as the best, unless they are already; the checkpoint is written first."""
+        if any(better) and _latest_step(self._best) != step:
+            self._manager.wait()
+            self._best.save(self.state.adapters, config=self._config.lora, step=step)
+            self._best.wait()
 
 
 @jax.jit
@@ -246,24 +284,58 @@ def _latest_step(manager: checkpoint.Manager) -> int | None:
 
 def _train(session: Session, adapters: Adapters, directory: pathlib.Path, console: rich.console.Console) -> None:
     config, task = session.config, session.task
-    console.out(summary(task.variables, adapters), highlight=False)
+    console.out(summary(task.variables, adapters).folded(), highlight=False)
     console.out("\n".join([*task.description, *_phase(config), f"run: {directory}"]), highlight=False)
-    with checkpoint.Manager(directory / "adapters", keep=2) as manager, Signals() as signals:
-        program = _Program(session, adapters, manager)
-        with metrics.Log(directory, program.saved or 0, task.metric, write=processes.is_first()) as log:
-            one = Run(config, directory, log, program.loss, int(program.state.skipped))
-            trainer = Trainer(task, [one], program, save_every=config.save_every, saved=program.saved)
+    folders = directory / "adapters", directory / "best"
+    with (
+        checkpoint.Manager(folders[0], keep=2) as manager,
+        checkpoint.Manager(folders[1], keep=1) as best,
+        contextlib.ExitStack() as listening,
+    ):
+        signals = listening.enter_context(Signals())
+        program = _Program(session, adapters, manager, best)
+        with (
+            metrics.Log(directory, program.saved or 0, task.metric, write=processes.is_first()) as log,
+            tracking.begin(config, directory, log, f"go on with --resume {directory}, or start without it") as trackers,
+        ):
+            one = Run(config, directory, log, trackers, program.last, int(program.state.skipped))
+            trainer = Trainer(task, [one], program, save_every=config.checkpoint_steps, saved=program.saved)
             try:
                 trainer.train(console, signals)
+                signals.check()  # one that came after the last step
             except Interrupted:
                 manager.wait()  # in all processes, before one of them ends
+                trackers.end(None)
                 raise
-            if processes.is_first():
-                trainer.draw()
-                _report(session, program.state.adapters, one, trainer.step, console)
-            if one.fault is not None:
-                manager.wait()
-                raise _diverged(one, trainer.step, manager.latest_step())
+            listening.close()
+            manager.wait()
+            before = None if config.adapter is not None and program.saved is not None else adapters
+            try:
+                _finish(session, before, one, trainer, program, console)
+            except KeyboardInterrupt:
+                raise Interrupted(signal.SIGINT, finished=one.fault is None) from None
+
+
+def _finish(
+    session: Session, before: Adapters | None, one: Run, trainer: Trainer, program: _Program, console: rich.console.Console
+) -> None:
+    """What is made of a run that has ended: the report, which may fail, after all else.
+
+    Raises:
+      Diverged: the run has no finite result.
+    """
+    task, ended = session.task, program.state.adapters
+    one.trackers.end(trainer.summary(one) if one.fault is None else None)
+    if processes.is_first():
+        trainer.draw()
+        _report(session, ended, one, trainer, console)
+    at_hand = None if one.config.keeps_best or one.fault is not None else ended
+    with console.status(f"writing {page.FILE}"):
+        written = page.attempt(one, task, before, {task.measure: program.eval_step}, at_hand)
+    if written:
+        console.out(f"report: {one.directory / page.FILE}", highlight=False)
+    if one.fault is not None:
+        raise _diverged(one, trainer.step)
 
 
 def _phase(config: RunConfig) -> list[str]:
@@ -271,27 +343,29 @@ def _phase(config: RunConfig) -> list[str]:
     if not config.finished:
         return []
     ended, rate = config.finished[-1], f"{config.learning_rate:g}"
-    return [f"steps {ended + 1} to {config.steps}: the learning rate rises to {rate} and falls to 0 once more"]
+    return [f"steps {ended + 1} to {config.steps}: the learning rate follows its schedule once more, up to {rate}"]
 
 
-def _diverged(one: Run, step: int, kept: int | None) -> Diverged:
-    """The error for a run that diverged at a step, from its newest checkpoint."""
-    left = (
-        "It has no adapters: none were good" if kept is None else f"Its adapters are those of step {kept}, the last good ones"
-    )
+def _diverged(one: Run, step: int) -> Diverged:
+    """The error for a run that diverged at a step."""
     return Diverged(
-        f"{one.directory} diverged at step {step}: {one.fault}. {left}. Start again with a lower --learning-rate than "
-        f"{one.config.learning_rate:g}, or look for bad numbers in the base or the data"
+        f"{one.directory} diverged at step {step}: {one.fault}. {page.left(one)}. Start again with a lower --learning-rate "
+        f"than {one.config.learning_rate:g}, or look for bad numbers in the base or the data"
     )
 
 
-def _report(session: Session, adapters: Adapters, one: Run, step: int, console: rich.console.Console) -> None:
+def _report(session: Session, adapters: Adapters, one: Run, trainer: Trainer, console: rich.console.Console) -> None:
     task, log = session.task, one.log
-    before, after = log.score(0), log.score(step)
+    if one.is_stale and trainer.step < trainer.steps:
+        console.out(f"stopped at step {trainer.step}: {session.config.patience} tests in a row were no better than the best")
+    step = one.kept_step
+    kept = "" if step == trainer.step else f" (of step {step}, the best)"
+    before, after = log.score(0), log.score(step) + kept
     found = summary(task.variables, adapters)
     adapter, whole = found.adapter_bytes, found.parameter_bytes
+    details = "".join(f"{text}\n" for text in log.details(0, step))
     console.out(
-        f"{task.metric.held_out} on {task.held_out}: {before} before, {after} after\n"
+        f"{task.metric.held_out} on {task.held_out}: {before} before, {after} after\n{details}"
         f"adapter: {adapter:,} bytes, base: {whole:,} bytes ({adapter / whole:.2%})\n"
         f"metrics and picture: {one.directory / 'metrics.jsonl'}, {one.directory / 'curve.png'}",
         highlight=False,

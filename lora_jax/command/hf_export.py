@@ -1,9 +1,10 @@
 """Hugging Face model directories, written so that they are there in full or not at all."""
 
+import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +20,11 @@ from lora_jax.data.tokenizer import TextTokenizer
 from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.dequantized import open_tensors
 from lora_jax.huggingface.names import HFName
-from lora_jax.models import gguf_files, llama
+from lora_jax.models import families, gguf_files, llama
 from lora_jax.models.decoder_config import DecoderConfig
 
 _DTYPES: dict[Any, Any] = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _OWN: dict[Any, Any] = {jnp.dtype(dtype).name: dtype for dtype in _DTYPES.values()}
-_EMBEDDING = "model.embed_tokens.weight"
 SHARD_BYTES = 5_000_000_000
 
 
@@ -33,7 +33,7 @@ def llama_fields(source: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
     if source.is_file():
         return llama.hf_config(config)
     changed = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
-    return _dense_fields(source) | changed
+    return families.replaced(_dense_fields(source), changed)
 
 
 def _dense_fields(source: pathlib.Path) -> dict[str, Any]:
@@ -71,12 +71,25 @@ def stored_dtypes(source: pathlib.Path) -> dict[str, Any]:
     """
     if source.is_file():
         return {}
-    tensors, fields = open_tensors(source), checkpoint_files.read_json(source, "config.json")
+    tensors, fields = _open(source), checkpoint_files.read_json(source, "config.json")
     own = _OWN.get(fields.get("dtype") or fields.get("torch_dtype"), jnp.float32)
     found = {name: _DTYPES.get(tensors.dtype(name), own) for name in tensors.shapes}
-    if _EMBEDDING in found:
-        found.setdefault("lm_head.weight", found[_EMBEDDING])
+    for embedding in [name for name in found if name.endswith("model.embed_tokens.weight")]:
+        found.setdefault("lm_head.weight", found[embedding])
     return found
+
+
+def other_parts(source: pathlib.Path, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors beside the decoder's of a larger model, an image encoder's say."""
+    spare = families.FAMILIES[config.model_type].spare
+    if spare:
+        tensors = _open(source)
+        yield from ((name, tensors.read(name)) for name in tensors.shapes if name.startswith(spare))
+
+
+def _open(source: pathlib.Path) -> Any:
+    """The tensors of a directory as they are called in memory."""
+    return open_tensors(source, families.rename(checkpoint_files.read_json(source, "config.json")["model_type"]))
 
 
 def stored_dtype(dtypes: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -91,6 +104,7 @@ def write(
     names: Mapping[str, HFName],
     fields: Mapping[str, Any],
     dtypes: Mapping[str, Any],
+    others: Iterable[tuple[str, np.ndarray]] = (),
 ) -> dict[str, tuple[float, float]]:
     """`config.json` and the weights with the adapters folded in, in several files if there is more than `SHARD_BYTES`.
 
@@ -101,6 +115,7 @@ def write(
       names: `{path: HFName}`.
       fields: of `config.json`.
       dtypes: by tensor, as `stored_dtypes` has them; float32 where there is none.
+      others: tensors that are written as they are.
 
     Returns:
       The Frobenius norm of what rounding to the dtype took from each tensor that the adapters change, and of the change.
@@ -118,7 +133,8 @@ def write(
         shards.append((list(held), sum(tensor.nbytes for tensor in held.values())))
         held.clear()
 
-    for name, exact, base in _tensors(variables, adapters, names):
+    kept = ((name, tensor, None) for name, tensor in others)
+    for name, exact, base in itertools.chain(_tensors(variables, adapters, names), kept):
         tensor = np.ascontiguousarray(exact.astype(stored_dtype(dtypes, name, np.float32)))
         if base is not None:
             lost[name] = _norm(tensor.astype(np.float32) - exact), _norm(exact - base)
@@ -178,9 +194,11 @@ def write_tokenizer(directory: pathlib.Path, source: pathlib.Path, tokenizer: Te
 
 
 def write_preprocessor(directory: pathlib.Path, source: pathlib.Path) -> None:
-    """How images become pixels, as the base has it."""
-    with files.reading(source / checkpoint_files.PREPROCESSOR):
-        shutil.copyfile(source / checkpoint_files.PREPROCESSOR, directory / checkpoint_files.PREPROCESSOR)
+    """How images become pixels, as the base has it, if it does."""
+    for name in (checkpoint_files.PREPROCESSOR, checkpoint_files.PROCESSOR):
+        if (source / name).is_file():
+            with files.reading(source / name):
+                shutil.copyfile(source / name, directory / name)
 
 
 def name_end(directory: pathlib.Path, tokenizer: TextTokenizer, ends: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-from lora_jax.core.errors import InputError
+from lora_jax.core.errors import InputError, within
 from lora_jax.core.fields import check, option
 
 if TYPE_CHECKING:
@@ -84,10 +84,8 @@ class Hosts:
         """
         from lora_jax.sharding import make_mesh
 
-        try:
+        with within(f"--mesh {self.mesh}"):
             return None if self.mesh is None else make_mesh(self.axes)
-        except InputError as error:
-            raise InputError(f"--mesh {self.mesh}: {error}") from None
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:

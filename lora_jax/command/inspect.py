@@ -1,4 +1,4 @@
-"""Using and examining a finished run: what `lora-jax predict` and `lora-jax inspect` do."""
+"""What a run changed: what `lora-jax inspect` does."""
 
 import argparse
 import dataclasses
@@ -36,6 +36,7 @@ class Row:
       scale: the factor of the pair; `None` if it is trained whole.
       change: ||dW|| / ||W||, Frobenius; `None` where the base is not at hand, or zero.
       effective_rank: exp of the entropy of dW's normalised singular values; `None` if dW is not known.
+      values: these singular values, from the largest down; `None` likewise.
     """
 
     path: str
@@ -44,15 +45,17 @@ class Row:
     scale: float | None
     change: float | None
     effective_rank: float | None
+    values: np.ndarray | None = None
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     rank = "whole" if row.rank is None else str(row.rank)
     shape = "x".join(map(str, row.shape))
-    return row.path, shape, rank, _show(row.scale, ".4g"), _show(row.change, ".4f"), _show(row.effective_rank, ".2f")
+    return row.path, shape, rank, show(row.scale, ".4g"), show(row.change, ".4f"), show(row.effective_rank, ".2f")
 
 
-def _show(value: float | None, form: str) -> str:
+def show(value: float | None, form: str) -> str:
+    """A number, or what stands for one that is not known."""
     return "-" if value is None else format(value, form)
 
 
@@ -74,7 +77,8 @@ def _rows(adapters: Mapping[str, Adapter], weights: Mapping[str, Any]) -> list[R
     matrices = [one for each in whole for one in _one_by_one(*each)]
     spectra = _spectra(matrices)
     spreads = jax.jit(lambda values: jax.tree.map(algebra.effective_rank, values))(spectra)
-    return [_row(*one, spectra.get(one[0]), spreads.get(one[0])) for one in matrices]
+    rows = [_row(*one, spectra.get(one[0]), spreads.get(one[0])) for one in matrices]
+    return sorted(rows, key=lambda row: paths.in_order(row.path))
 
 
 def _base_at_hand(directory: pathlib.Path, config: run.RunConfig) -> Any:
@@ -120,7 +124,7 @@ def _row(path: str, adapter: Adapter, weight: Any, values: Any, spread: Any) -> 
         shape, rank, scale = value.shape, None, None
     size = 0.0 if weight is None else float(np.linalg.norm(np.asarray(weight, np.float64)))
     change = None if values is None or not size else float(np.linalg.norm(values)) / size
-    return Row(path, shape, rank, scale, change, None if spread is None else float(spread))
+    return Row(path, shape, rank, scale, change, None if spread is None else float(spread), values)
 
 
 def _folded(weight: np.ndarray, adapter: Adapter) -> np.ndarray:

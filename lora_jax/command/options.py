@@ -1,23 +1,28 @@
 """The options of a run and of its commands: one table each, from which command lines, checks and `config.json` are made."""
 
-import argparse
 import dataclasses
 import datetime
 import json
 import pathlib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lora_jax.adapters import words
 from lora_jax.core import files
-from lora_jax.core.errors import InputError
-from lora_jax.core.fields import LARGEST, Option, check, option, table
+from lora_jax.core.errors import InputError, meant, within
+from lora_jax.core.fields import LARGEST, check, option, table
+from lora_jax.data.layouts import Columns
 
 if TYPE_CHECKING:
     from lora_jax.adapters.config import LoraConfig
+    from lora_jax.training.schedules import Schedule
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
+TASKS = ("classify", "lm", "dpo", "images")
+DECODERS = ("lm", "dpo")  # those with a decoder
+FIELDS = ("text_field", "label_field", "prompt_field", "completion_field", "messages_field", "chosen_field", "rejected_field")
+TRACKERS = ("tensorboard", "wandb")
 CHANGE_THE_BASE = ("pissa", "olora", "milora")  # starts of `lora_jax.initializers`
 
 
@@ -37,10 +42,10 @@ class RunConfig:
     """
 
     task: Annotated[
-        Literal["classify", "lm", "images"],
+        Literal["classify", "lm", "dpo", "images"],
         option(
-            "classify: labels of texts, with a BERT; lm: next tokens, with a decoder of the Llama family; images: labels of "
-            "images, with a ViT or DINOv2",
+            "classify: labels of texts, with an encoder; lm: next tokens, with a decoder; dpo: preferred answers, with one; "
+            "images: labels of images, with a ViT or DINOv2",
             since=2,
         ),
     ] = "classify"
@@ -52,34 +57,55 @@ class RunConfig:
         ),
     ] = None
     data: Annotated[
-        str | None,
+        str | Sequence[str] | None,
         option(
-            "a .csv or .jsonl file, or for lm a .txt file (default: movie reviews, fetched once); for images a folder with a "
-            "folder for each label"
+            "files (.csv, .jsonl, .json, .parquet, .arrow, for lm .txt) or folders of them (default: movie reviews, fetched "
+            "once); for images a folder with a folder for each label",
+            metavar="FILE",
         ),
     ] = None
+    weights: Annotated[
+        Sequence[float],
+        option("how often an epoch draws the examples of each --data, in their order (default: once)", metavar="WEIGHT",
+               tasks=("classify", *DECODERS), since=8, must_be="positive numbers", parse=words.decimals),
+    ] = ()  # fmt: skip
+    columns: Annotated[
+        Columns,
+        option(
+            "which columns to take where there are those of several kinds of data: text, pairs, messages (own: one of these), "
+            "sharegpt, alpaca, question or instruction",
+            tasks=("lm",),
+            since=8,
+            before="own",
+        ),
+    ] = "any"
     text_field: Annotated[str, option("the column of the texts", tasks=("classify", "lm"))] = "text"
     label_field: Annotated[str, option("the column of the labels", tasks=("classify",))] = "label"
-    prompt_field: Annotated[str, option("the column of the prompts, of which nothing is learnt", tasks=("lm",), since=2)] = (
+    prompt_field: Annotated[str, option("the column of the prompts, of which nothing is learnt", tasks=DECODERS, since=2)] = (
         "prompt"
     )
     completion_field: Annotated[str, option("the column of the completions", tasks=("lm",), since=2)] = "completion"
     messages_field: Annotated[
         str, option("the column of chats: lists of objects with a role and a content", tasks=("lm",), since=2)
     ] = "messages"
+    chosen_field: Annotated[str, option("the column of the chosen answers", tasks=("dpo",), since=8)] = "chosen"
+    rejected_field: Annotated[str, option("the column of the rejected answers", tasks=("dpo",), since=8)] = "rejected"
+    eval_data: Annotated[
+        str | None, option("held-out data, of the same form as --data; without it, a part of that is held out", since=8)
+    ] = None
     held_out: Annotated[
         int, option("tokens to measure the perplexity on, at most a tenth of all", ge=1, tasks=("lm",), since=2)
     ] = 4096
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],  # float16: runs of before, see `check_trainable`
         option("the base's dtype in memory: float32 or bfloat16; adapters are float32",
-               must_be="one of float32, bfloat16", tasks=("lm", "images"), since=2),
+               must_be="one of float32, bfloat16", tasks=(*DECODERS, "images"), since=2),
     ] = "float32"  # fmt: skip
     untie: Annotated[
         bool,
         option(
             "give a head that is the embedding (tied) a kernel of its own, as adapters of one of the two need",
-            tasks=("lm",),
+            tasks=DECODERS,
             since=5,
         ),
     ] = False
@@ -89,17 +115,17 @@ class RunConfig:
     block: Annotated[int | None, option("how many quantised values share a scale, 64 if left out", since=4)] = None
     scan_layers: Annotated[
         bool,
-        option("stack the layers and scan over them, which compiles once for all", both=True, tasks=("lm",), since=6),
+        option("stack the layers and scan over them, which compiles once for all", both=True, since=6),
     ] = False
     remat: Annotated[
         Literal["none", "products", "full"],
         option("what the backward pass computes again, to save memory: none, products (all but products with weights) or full",
-               tasks=("lm",), since=6),
+               since=6),
     ] = "none"  # fmt: skip
     attention_block: Annotated[
         int | None,
         option("compute the attention of at most so many queries at a time, to save memory", ge=1, must_be="at least 1",
-               metavar="N", tasks=("lm",), since=6),
+               metavar="N", tasks=DECODERS, since=6),
     ] = None  # fmt: skip
     accumulate: Annotated[
         int,
@@ -107,16 +133,43 @@ class RunConfig:
             "cut each batch into so many parts, one after the other, to save memory",
             ge=1,
             metavar="N",
-            tasks=("lm", "images"),
             since=6,
         ),
     ] = 1
+    balance_loss: Annotated[
+        float,
+        option("add so many times the balance loss to the loss of a mixture of experts, so that all its experts stay in use",
+               ge=0, le=LARGEST, metavar="COEF", tasks=("lm",), since=8),
+    ] = 0.0  # fmt: skip
     rank: Annotated[int, option("rank of every low-rank pair", sweep=True)] = 8
     alpha: Annotated[float, option("the scale of every pair is alpha / rank", sweep=True)] = 16.0
     targets: Annotated[
         str | Sequence[str],
         option("kernels to adapt: patterns, or one of the words all-linear and attention", metavar="PATTERN"),
     ] = "all-linear"
+    exclude: Annotated[
+        Sequence[str], option("kernels that get no pair, whatever --targets says", metavar="PATTERN", since=8)
+    ] = ()
+    layers: Annotated[
+        Sequence[int] | None,
+        option("the layers to adapt: numbers from 0 on, and ranges such as 8-15", metavar="LAYER", since=8,
+               must_be="whole numbers of at least 0, each once", parse=words.numbers),
+    ] = None  # fmt: skip
+    rank_pattern: Annotated[
+        Mapping[str, int],
+        option("other ranks for some kernels; the first match wins", metavar="PATTERN=RANK", since=8,
+               must_be="whole numbers by pattern", parse=words.by_pattern),
+    ] = dataclasses.field(default_factory=dict)  # fmt: skip
+    alpha_pattern: Annotated[
+        Mapping[str, float],
+        option("other alphas for some kernels; the first match wins", metavar="PATTERN=ALPHA", since=8,
+               must_be="numbers by pattern", parse=words.by_pattern),
+    ] = dataclasses.field(default_factory=dict)  # fmt: skip
+    train: Annotated[
+        Sequence[str],
+        option("parameters to train whole, beside a classifier's head", metavar="PATTERN", since=8),
+    ] = ()
+    dropout: Annotated[float, option("the rate of dropout on the input of every pair", ge=0, since=8)] = 0.0
     adapter: Annotated[
         str | None,
         option(
@@ -134,13 +187,69 @@ class RunConfig:
     init: Annotated[str, option(f"how pairs start: kaiming, gaussian, orthogonal, {', '.join(CHANGE_THE_BASE)}", since=3)] = (
         "kaiming"
     )
-    learning_rate: Annotated[float, option("peak learning rate", gt=0, le=LARGEST, lm=1e-3, sweep=True)] = 2e-3
+    loss: Annotated[
+        Literal["sigmoid", "ipo", "hinge", "orpo"],
+        option("the loss of preferences: DPO's (sigmoid), or another", tasks=("dpo",), since=8),
+    ] = "sigmoid"
+    beta: Annotated[
+        float, option("how strongly preferences hold to the base; for orpo the weight of the odds", gt=0, le=LARGEST,
+                      tasks=("dpo",), since=8)
+    ] = 0.1  # fmt: skip
+    label_smoothing: Annotated[
+        float, option("how often a preference is wrong, below 0.5; for sigmoid", ge=0, le=0.49, tasks=("dpo",), since=8)
+    ] = 0.0
+    learning_rate: Annotated[float, option("peak learning rate", gt=0, le=LARGEST, lm=1e-3, dpo=5e-4, sweep=True)] = 2e-3
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant", "wsd"],
+        option("what the learning rate does after its warm-up; wsd: constant, and linear in the last fifth", since=8),
+    ] = "cosine"
+    warmup: Annotated[
+        int | None,
+        option("steps in which the learning rate rises, a sixteenth of all if left out", ge=0, metavar="STEPS", since=8),
+    ] = None
+    min_rate: Annotated[float, option("the learning rate at the end", ge=0, le=LARGEST, since=8)] = 0.0
+    optimizer: Annotated[Literal["adamw", "adafactor", "lamb", "lion", "muon", "sgd"], option("the optimiser", since=8)] = (
+        "adamw"
+    )
+    weight_decay: Annotated[
+        float, option("times the learning rate; never of biases, norms and magnitudes", ge=0, le=LARGEST, since=8)
+    ] = 1e-4
+    max_grad_norm: Annotated[float, option("clip gradients to this norm; 0: do not", ge=0, le=LARGEST, since=8)] = 1.0
     lora_plus: Annotated[float | None, option("B's learning rate over A's (LoRA+)", gt=0, le=LARGEST, since=3)] = None
-    batch_size: Annotated[int, option("examples, or for lm packed rows, per step", ge=1, lm=2)] = 32
-    steps: Annotated[int, option("training steps", ge=1, lm=60)] = 180
+    batch_size: Annotated[int, option("examples, for lm packed rows, for dpo pairs, per step", ge=1, lm=2, dpo=4)] = 32
+    steps: Annotated[int, option("training steps", ge=1, lm=60, dpo=40)] = 180
+    epochs: Annotated[
+        float | None, option("instead of --steps: how many times to go through the data", gt=0, le=LARGEST, since=8)
+    ] = None
+    eval_every: Annotated[
+        int | None, option("steps between two tests, a third of all if left out", ge=1, metavar="STEPS", since=8)
+    ] = None
+    save_every: Annotated[
+        int | None, option("steps between two checkpoints, a tenth of all or 20 if left out", ge=1, metavar="STEPS", since=8)
+    ] = None
+    keep: Annotated[
+        Literal["last", "best"], option("the adapters that a run ends with: the last, or the best of all tests", since=8)
+    ] = "last"
+    patience: Annotated[
+        int | None,
+        option("stop after so many tests in a row that were no better than the best, and keep that", ge=1, metavar="TESTS",
+               since=8),
+    ] = None  # fmt: skip
+    track: Annotated[
+        Sequence[str],
+        option(
+            "send the metrics to tensorboard (RUN/tensorboard) or wandb (RUN/wandb) or both, too", metavar="TRACKER", since=8
+        ),
+    ] = ()
     max_length: Annotated[
         int,
-        option("texts are cut to this many tokens; for lm, the tokens of a packed row", ge=3, lm=256, tasks=("classify", "lm")),
+        option(
+            "texts are cut to this many tokens; for lm, the tokens of a packed row",
+            ge=3,
+            lm=256,
+            dpo=128,
+            tasks=("classify", *DECODERS),
+        ),
     ] = 64
     crop: Annotated[
         float,
@@ -169,6 +278,11 @@ class RunConfig:
     warmup_from: Annotated[
         int, option("of n steps of warm-up, step i has (i + this) / n of the rate", ge=0, recorded=True, since=5, before=0)
     ] = 1
+    made: Annotated[
+        Mapping[str, Any],
+        option("the command, runs and options that the adapters were made with; no data, and no meaning in options of training",
+               recorded=True, since=8),
+    ] = dataclasses.field(default_factory=dict)  # fmt: skip
     imported: Annotated[
         str | None,
         option("the PEFT directory of the adapters; no data, and no meaning in options of training", recorded=True, since=2),
@@ -180,17 +294,41 @@ class RunConfig:
             raise InputError(
                 f"accumulate={self.accumulate} does not divide batch_size={self.batch_size} into equal parts: take a divisor"
             )
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise InputError(f"label_smoothing is for loss='sigmoid', not for {self.loss!r}: leave it out")
+        if self.task == "dpo" and self.init in CHANGE_THE_BASE:
+            raise InputError(f"init={self.init!r} changes the base, which is the reference of preferences: leave it out")
         if self.lora_plus is not None and self.method != "lora":
             raise InputError(f"lora_plus is for method='lora', which trains A and B, not for {self.method!r}")
         if self.adapter is not None and self.init in CHANGE_THE_BASE:
             raise InputError(f"init={self.init!r} changes the base, to which the pairs of --adapter belong: leave one out")
         words.check_base(self.quantize, self.block)
+        _check_track(self.track)
+        if len(set(self.sources)) < len(self.sources):
+            raise InputError("data names a file twice: name it once, with a weight")
+        if self.weights and (len(self.weights) != len(self.sources) or not all(0 < x <= LARGEST for x in self.weights)):
+            raise InputError(
+                f"weights must be positive numbers, one for each of the {len(self.sources)} data, not {list(self.weights)}"
+            )
+        if self.min_rate > self.learning_rate:
+            raise InputError(f"min_rate={self.min_rate:g} is above learning_rate={self.learning_rate:g}, from which it falls")
         if self.quantize is not None and self.init in CHANGE_THE_BASE:
             raise InputError(
                 f"init={self.init!r} takes a part off the base's kernels, which quantize={self.quantize!r} has rounded: leave "
                 "one of the two out"
             )
         object.__setattr__(self, "targets", words.targets(self.targets))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The files and folders of the data; none where it is the task's own."""
+        return () if self.data is None else (self.data,) if isinstance(self.data, str) else tuple(self.data)
+
+    @property
+    def data_name(self) -> str:
+        """The data in words."""
+        names = [pathlib.Path(source).name for source in self.sources] or ["movie reviews"]
+        return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
     @property
     def lora(self) -> "LoraConfig":
@@ -201,12 +339,26 @@ class RunConfig:
         """
         from lora_jax.adapters.config import LoraConfig  # which needs JAX
 
-        train = [] if self.task == "lm" else ["re:.*/classifier/.*"]
+        head = [] if self.task in DECODERS else ["re:.*/classifier/.*"]
         method: Any = {"method": self.method, "scaling": self.scaling, "dora": self.dora}
+        where: Any = {name: getattr(self, name) for name in ("exclude", "layers", "rank_pattern", "alpha_pattern", "dropout")}
         method["init"] = "kaiming" if self.init in CHANGE_THE_BASE else self.init
         if self.init in CHANGE_THE_BASE and (self.dora or self.method != "lora"):
             raise InputError(f"init={self.init!r} is for plain pairs: leave dora and method out")
-        return LoraConfig(rank=self.rank, alpha=self.alpha, targets=self.targets, train=train, **method)
+        train = [*head, *self.train]
+        return LoraConfig(rank=self.rank, alpha=self.alpha, targets=self.targets, train=train, **where, **method)
+
+    @property
+    def rates(self) -> "Schedule":
+        """How the learning rate goes.
+
+        Raises:
+          InputError: options of it do not go together.
+        """
+        from lora_jax.training.schedules import Schedule  # which needs JAX
+
+        more: Any = {"min_rate": self.min_rate, "warmup_from": self.warmup_from}
+        return Schedule(kind=self.schedule, warmup=self.warmup, **more)
 
     @property
     def day(self) -> datetime.date:
@@ -222,7 +374,7 @@ class RunConfig:
 
     @property
     def phases(self) -> list[int]:
-        """The steps of each time that the run was trained: each has a learning rate that rises and falls.
+        """The steps of each time that the run was trained: in each the learning rate follows its schedule.
 
         >>> RunConfig(steps=100, finished=[60]).phases
         [60, 40]
@@ -231,14 +383,19 @@ class RunConfig:
         return [end - begin for begin, end in zip((0, *self.finished), ends)]
 
     @property
-    def test_every(self) -> int:
+    def test_steps(self) -> int:
         """Steps between two tests."""
-        return max(1, -(-self.steps // 3))
+        return self.eval_every or max(1, -(-self.steps // 3))
 
     @property
-    def save_every(self) -> int:
+    def checkpoint_steps(self) -> int:
         """Steps between two checkpoints."""
-        return max(1, min(20, self.steps // 10))
+        return self.save_every or max(1, min(20, self.steps // 10))
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run ends with the adapters of its best test."""
+        return self.keep == "best" or self.patience is not None
 
     def to_json(self) -> str:
         """The configuration as JSON text with a format version."""
@@ -263,13 +420,24 @@ class RunConfig:
         fields = {name: row.more.get("before", row.default) for name, row in new.items()} | fields
         if odd := set(rows) ^ set(fields):
             raise InputError(f"{source} has missing or unknown fields: {', '.join(sorted(odd))}")
-        try:
+        with within(source):
             return cls(**fields)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
+
+
+def _check_track(track: Sequence[str]) -> None:
+    for name in track:
+        if name not in TRACKERS:
+            raise InputError(f"track must be one or several of {', '.join(TRACKERS)}, not {name!r}{meant(name, TRACKERS)}")
+    if len(set(track)) < len(track):
+        raise InputError(f"track names a tracker twice: {' '.join(track)}; name it once")
 
 
 GRID = {name: row for name, row in table(RunConfig).items() if row.more.get("sweep")}
+
+
+def defaults(task: str) -> dict[str, Any]:
+    """What the options of a task are by default, where other tasks have another default."""
+    return {name: row.more[task] for name, row in table(RunConfig).items() if task in row.more}
 
 
 def new_run(task: str, given: Mapping[str, Any]) -> RunConfig:
@@ -281,19 +449,28 @@ def new_run(task: str, given: Mapping[str, Any]) -> RunConfig:
     >>> new_run("lm", {"rank": 4}).steps, new_run("classify", {}).steps
     (60, 180)
     """
-    rows = table(RunConfig)
-    defaults = {name: row.more[task] for name, row in rows.items() if task in row.more}
+    usual = defaults(task)
+    if "epochs" in given and "steps" in given:
+        raise InputError("--epochs says in another way what --steps does: leave one of the two out")
+    if "eval_data" in given and "held_out" in given:
+        raise InputError("--held-out is for data of which a part is held out, and --eval-data is all held out: leave one out")
     if "adapter" in given:
-        defaults["targets"] = ()  # those of the adapters
-    config = RunConfig(**{"task": task, **defaults, **given})
-    for name in given:
-        tasks = rows[name].more.get("tasks", (task,))
-        if task not in tasks:
-            raise InputError(f"{flag(name)} is an option of --task {' and '.join(tasks)}; leave it out of --task {task}")
+        usual["targets"] = ()  # those of the adapters
+    config = RunConfig(**{"task": task, **usual, **given})
+    check_task_has(task, given)
+    _ = config.rates  # which checks what it is made of, as this does:
     if config.targets:
-        _ = config.lora  # which checks what it is made of
+        _ = config.lora
     check_trainable(config)
     return config
+
+
+def check_task_has(task: str, given: Iterable[str]) -> None:
+    """Raise an InputError for options that belong to other tasks."""
+    for name in given:
+        tasks = table(RunConfig)[name].more.get("tasks", (task,))
+        if task not in tasks:
+            raise InputError(f"{flag(name)} is an option of --task {' and '.join(tasks)}; leave it out of --task {task}")
 
 
 def more_steps(value: Any) -> int:
@@ -315,8 +492,8 @@ def check_trainable(config: RunConfig) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """How to go on from a prompt.
+class DrawOptions:
+    """How tokens are chosen.
 
     Raises:
       InputError: an option is out of range.
@@ -329,14 +506,49 @@ class GenerateOptions:
                ge=0, le=LARGEST, must_be="at least 0 and finite"),
     ] = 0.0  # fmt: skip
     seed: Annotated[int, option("seed of the draws at a temperature above 0", ge=0, must_be="at least 0")] = 0
-    chat: Annotated[bool, option("write the prompt, which is what a user says, with the model's chat template")] = False
-    base: Annotated[bool, option("leave the run's adapters out")] = False
+    system: Annotated[str | None, option("what a chat begins with: the system's message", metavar="TEXT")] = None
 
     def __post_init__(self):
         check(self, flag)
 
 
-# --- command lines ----------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions(DrawOptions):
+    """How to go on from a prompt."""
+
+    chat: Annotated[bool, option("write the prompt, which is what a user says, with the model's chat template")] = False
+    base: Annotated[bool, option("leave the run's adapters out")] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.system is not None and not self.chat:
+            raise InputError("--system is a message of a chat: give --chat, too")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """How the adapters of several runs become one; see `lora_jax.combine`.
+
+    Raises:
+      InputError: an option is out of range.
+    """
+
+    method: Annotated[words.Method, option(f"one of {', '.join(typing.get_args(words.Method))}")] = "svd"
+    weights: Annotated[
+        Sequence[float],
+        option("one for each run, 1 / runs if left out", metavar="WEIGHT", must_be="numbers", parse=words.decimals),
+    ] = ()
+    rank: Annotated[
+        int | None, option("of the result, for svd and the _svd methods: the highest of the runs if left out", ge=1)
+    ] = None
+    density: Annotated[float | None, option("the share of values to keep, for ties, dare and magnitude_prune")] = None
+    majority: Annotated[
+        words.Majority, option("what elects a sign, for ties: the total of the values, or the frequency of their signs")
+    ] = "total"
+    seed: Annotated[int, option("seed of what dare drops", ge=0)] = 0
+
+    def __post_init__(self):
+        check(self, flag)
 
 
 def flag(name: str) -> str:
@@ -346,62 +558,3 @@ def flag(name: str) -> str:
     '--batch-size'
     """
     return f"--{name.replace('_', '-')}"
-
-
-def add_options(parser: argparse.ArgumentParser, cls: type, several: Sequence[str] = ()) -> None:
-    """The fields of a table as options of a command; those without a default are its arguments.
-
-    Args:
-      parser: of the command.
-      cls: the table.
-      several: fields that take several values, of which every combination is a run.
-    """
-    for name, row in table(cls).items():
-        if row.more.get("recorded"):
-            continue
-        more = "; several values: a run with each" if name in several else ""
-        called = name if row.default is dataclasses.MISSING else flag(name)
-        text = row.help + more + _default(row)
-        parser.add_argument(called, help=text, default=argparse.SUPPRESS, **_form(row, name in several))
-
-
-def _form(row: Option, several: bool) -> dict[str, Any]:
-    """How a command line reads an option."""
-    if row.kind is bool:
-        return {"action": argparse.BooleanOptionalAction if row.more.get("both") else "store_true"}
-    form: dict[str, Any] = {"type": row.kind if row.kind in (int, float) else str, "metavar": row.more.get("metavar")}
-    if several or Sequence in map(typing.get_origin, (row.kind, *typing.get_args(row.kind))):
-        form["nargs"] = "+"
-    if row.name == "task":  # on which it depends what else there is
-        form["choices"] = typing.get_args(row.kind)
-    return form
-
-
-def _default(row: Option) -> str:
-    """The default of an option, of each task where they differ."""
-    if row.default in (None, (), dataclasses.MISSING) or isinstance(row.default, bool):
-        return ""
-    usual = row.default if not isinstance(row.default, tuple) else " ".join(row.default)
-    of_lm = f", for lm {row.more['lm']}" if "lm" in row.more else ""
-    only = f"; {' and '.join(row.more['tasks'])} only" if "tasks" in row.more else ""
-    return f" (default: {usual}{of_lm}{only})"
-
-
-def given(line: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """The fields of a table that are on the command line."""
-    return {name: getattr(line, name) for name in table(cls) if hasattr(line, name)}
-
-
-def given_run(line: argparse.Namespace) -> dict[str, Any]:
-    """The options of a run that are on the command line; files by their absolute paths."""
-    found = given(line, RunConfig)
-    files = {name: str(pathlib.Path(found[name]).absolute()) for name in ("data", "adapter") if name in found}
-    return found | files | ({"model": model_source(found["model"])} if "model" in found else {})
-
-
-def model_source(text: str) -> str:
-    """A base model's absolute path, or if it is not there its name on the hub."""
-    from lora_jax.huggingface import hub  # which needs JAX
-
-    path = pathlib.Path(text)
-    return text if not path.exists() and hub.parse(text) else str(path.absolute())

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.command import options
+from lora_jax.command import arguments
 from lora_jax.core import files
 from lora_jax.core.errors import InputError
 from lora_jax.planning import fit, plan, table
@@ -16,7 +16,7 @@ from lora_jax.sharding import read_axes
 
 def plan_command(line: argparse.Namespace) -> int:
     """`lora-jax plan`; returns the exit code."""
-    given = options.given(line, plan.Request)
+    given = arguments.given(line, plan.Request)
     if jax.config.jax_platforms is None and not given.get("topology", "").startswith("here"):
         jax.config.update("jax_platforms", "cpu")  # to plan takes no chip, not even where there is one
     if "mesh" in given:

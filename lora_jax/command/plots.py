@@ -21,7 +21,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-def _width(steps: int) -> int:
+def mean_width(steps: int) -> int:
     """How many losses to take the mean of."""
     return min(steps, max(1, steps // 20) * 2 + 1)
 
@@ -41,7 +41,7 @@ def draw(lines: Sequence[Mapping[str, Any]], title: str, metric: Metric, baselin
     above, below = figure.subplots(2, 1, sharex=True)
     above.set_title(title.replace("$", r"\$"), fontsize=13)
     above.plot(*losses.T, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
-    width = _width(len(losses))
+    width = mean_width(len(losses))
     if width > 1:
         mean = smooth(losses[:, 1], width)
         above.plot(losses[:, 0], mean, color="tab:blue", linewidth=2.2, label=f"mean of {width} steps")
@@ -82,7 +82,7 @@ def compare(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], float | None]]
     for (lines, _), colour in reversed(list(zip(runs.values(), colours))):  # the best is drawn last, above the others
         losses = np.array([(line["step"], line["loss"]) for line in lines if line["loss"] is not None]).reshape(-1, 2)
         if len(losses):
-            left.plot(losses[:, 0], smooth(losses[:, 1], _width(len(losses))), color=colour, linewidth=1.6)
+            left.plot(losses[:, 0], smooth(losses[:, 1], mean_width(len(losses))), color=colour, linewidth=1.6)
     left.set_ylabel("training loss, running mean", fontsize=12)
     left.set_xlabel("step", fontsize=12)
     scores = [score for _, score in runs.values()]

@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,14 +19,27 @@ from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
 from lora_jax.data import labelled
 
+_BATCH = 64
+_BREAKS = re.compile(r"[\t\r\n]+")  # which would be lines and columns of what is printed
+
 
 def predict_command(line: argparse.Namespace) -> int:
     """`lora-jax predict`; returns the exit code."""
-    found = predict(line.run, line.text) if line.text else predict_images(line.run, line.image)
-    for what, probabilities in zip(line.text or line.image, found):
+    if line.data is None and hasattr(line, "text_field"):
+        raise InputError("--text-field is for --data: leave it out")
+    given = line.image or line.text or _texts(line)
+    found = predict_images(line.run, line.image) if line.image else predict(line.run, given)
+    for what, probabilities in zip(given, found):
         best = max(probabilities, key=lambda label: probabilities[label])
-        print(f"{best}\t{probabilities[best]:.3f}\t{what}")
+        print(f"{best}\t{probabilities[best]:.3f}\t{_BREAKS.sub(' ', str(what))}")
     return 0
+
+
+def _texts(line: argparse.Namespace) -> list[str]:
+    """The texts of `--data`: in the column of the run's, unless another is said."""
+    config = run.read_config(line.run)
+    check_task(config, "classify")
+    return labelled.texts(line.data, getattr(line, "text_field", config.text_field))
 
 
 def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, float]]:
@@ -44,10 +58,11 @@ def predict(directory: pathlib.Path, texts: Sequence[str]) -> list[dict[str, flo
     examples = labelled.encode(base.tokenizer, unknown, ("",), config.max_length)
     for note in classify.cut_texts(examples.cut, config.max_length):
         print(f"lora-jax: note: {note}", file=sys.stderr)
-    batch = labelled.pad(examples, np.arange(len(texts)), labelled.pad_lengths(examples.lengths), len(texts))
-    params = attach(model.variables, adapters)
-    logits = jax.jit(lora(model.apply))(params, batch["input_ids"], batch["attention_mask"])
-    return _probabilities(config, logits)
+    params, apply, size = attach(model.variables, adapters), jax.jit(lora(model.apply)), min(_BATCH, len(texts))
+    batches = labelled.eval_batches(examples, labelled.pad_lengths(examples.lengths), size)
+    logits = np.concatenate([apply(params, batch["input_ids"], batch["attention_mask"]) for batch in batches])
+    place = np.argsort(np.argsort(examples.lengths, kind="stable"))  # batches are in the order of length
+    return _probabilities(config, logits[place])
 
 
 def predict_images(directory: pathlib.Path, files: Sequence[pathlib.Path]) -> list[dict[str, float]]:

@@ -2,33 +2,46 @@
 
     RUN/config.json     the options, and digests of the data and of the base model
     RUN/adapters/       checkpoints of the adapters and of the training state
+    RUN/best/           the adapters of the best test, where the run keeps them
     RUN/initial/        the adapters at step 0, where the base was changed to make up for them (PiSSA and the like)
     RUN/base/           of an imported run, what its adapters brought in place of the base's: the files of a tokenizer, and
                         the embeddings of another vocabulary
-    RUN/metrics.jsonl   a line per step: `step`, `loss` (null at step 0 and where it is not finite) and `test_accuracy`
-                        or `perplexity` (null at steps without a test)
+    RUN/metrics.jsonl   a line per step: `step`, `loss` (null at step 0 and where it is not finite), `test_accuracy`,
+                        `perplexity` or `reward_accuracy` (null at steps without a test), `learning_rate`, `grad_norm` before
+                        clipping, `balance_loss` of a mixture of experts, `skipped` (steps so far), `examples_per_second`,
+                        `tokens_per_second` or `pairs_per_second`, and where they are known `memory_bytes` and `mfu`
+    RUN/tensorboard/    event files, with `--track tensorboard`
+    RUN/wandb/          files of Weights & Biases, with `--track wandb`
     RUN/curve.png       loss and test accuracy or perplexity by step
+    RUN/report.html     options, results, curves, adapters and examples, written last of all once the run has ended
 
-An imported run has no metrics and no picture.
+An imported run, and one made of others, has no metrics, picture and report.
 
 A run is there once its `config.json` is. Each file is replaced in one go, and the metrics grow by whole lines.
 """
 
 import itertools
 import pathlib
+import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
 from lora_jax.adapters import initializers
-from lora_jax.command.options import RunConfig
+from lora_jax.command.options import FIELDS, RunConfig
 from lora_jax.core import files
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError, MissingError, OccupiedError
 from lora_jax.training import checkpoint
 
 EMBEDDINGS = "embeddings.safetensors"
+
+# The options that say what the base is, how it is used and what goes into it; all others are of training.
+_OF_USE = ("task", "model", "dtype", "untie", "quantize", "block", "scan_layers", "attention_block", "labels", "max_length")
+_OF_USE += (*FIELDS, "columns")
+_OF_USE += ("loss", "beta", "label_smoothing", "seed", "model_sha256", "model_commit", "date", "ends")
 
 
 def own_base(directory: pathlib.Path) -> pathlib.Path | None:
@@ -97,11 +110,48 @@ def read_config(directory: pathlib.Path) -> RunConfig:
 
 
 def load_adapters(directory: pathlib.Path, variables: Any = None) -> dict[str, Adapter]:
-    """The newest adapters of a run, for its base; those trained on a changed one are converted.
+    """The adapters that a run ended with, or its newest, for its base; those trained on a changed one are converted.
 
     Raises:
       InputError: the run has no complete checkpoint, or it does not fit the base.
     """
-    adapters = checkpoint.load(directory / "adapters", variables=variables)
+    adapters = load_trained(directory, variables)
     initial = directory / "initial"
     return initializers.convert(adapters, checkpoint.load(initial)) if initial.exists() else adapters
+
+
+def load_trained(directory: pathlib.Path, variables: Any = None) -> dict[str, Adapter]:
+    """The same as they were trained, on the base that was changed.
+
+    Raises:
+      InputError: as `load_adapters`.
+    """
+    best = directory / "best"
+    return checkpoint.load(best if best.exists() else directory / "adapters", variables=variables)
+
+
+def derive(
+    directory: pathlib.Path,
+    config: RunConfig,
+    adapters: Mapping[str, Adapter],
+    made: Mapping[str, Any],
+    own: pathlib.Path | None = None,
+) -> None:
+    """Make a run of adapters that come from other runs.
+
+    Args:
+      directory: of the run.
+      config: of one of the others, for the base and how it is used.
+      adapters: for the run's base.
+      made: how they were made.
+      own: what the run has in place of the base's own tokenizer and embeddings.
+
+    Raises:
+      OccupiedError: there are files in the directory.
+    """
+    kept = {name: getattr(config, name) for name in _OF_USE}
+    with files.fresh_directory(directory) as fresh:
+        create(fresh, RunConfig(**kept, made=made))
+        if own is not None:
+            shutil.copytree(own, fresh / own.name)
+        checkpoint.save(fresh / "adapters", adapters, step=0)

@@ -49,7 +49,7 @@ def make(
         )
     config = device_options.settled(config, given, hosts.axes, target)
     sizes = lm.sizes(config)
-    lm.check_length(config, sizes)
+    lm.check_sizes(config, sizes)
     step = lambda mesh: lm.train_step(config, mesh)
     return plan.make_for(_request(config, hosts, target), step, sizes, optimizer(config), progress)
 

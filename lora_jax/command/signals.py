@@ -8,11 +8,16 @@ from lora_jax.command import processes
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; `signum` says which."""
+    """A signal asked the run to stop.
 
-    def __init__(self, signum: int):
+    Args:
+      signum: which.
+      finished: whether the run was finished by then, and only its report was not.
+    """
+
+    def __init__(self, signum: int, finished: bool = False):
         super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+        self.signum, self.finished = signum, finished
 
     def report(self, how_to_go_on: str) -> int:
         """Say so in the first process; returns the exit code."""

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 
 from lora_jax import peft, sharding
 from lora_jax.command import adapter_files, run
-from lora_jax.command.options import RunConfig, flag
-from lora_jax.command.tasks import lm
+from lora_jax.command.options import DECODERS, RunConfig, flag
 from lora_jax.command.tasks.base import Session
 from lora_jax.command.tasks.registry import task_module
 from lora_jax.core.adapter import Adapter, LowRank
 from lora_jax.core.errors import InputError, MissingError
 
-_OF_NEW_PAIRS = ("rank", "alpha", "method", "scaling", "dora", "init")
+_OF_NEW_PAIRS = ("rank", "alpha", "method", "scaling", "dora", "init", "dropout")
+_OF_NEW_PAIRS += ("exclude", "layers", "rank_pattern", "alpha_pattern")
 
 
 def check(given: Mapping[str, Any]) -> None:
@@ -64,7 +64,9 @@ def _read(source: pathlib.Path, session: Session) -> dict[str, Adapter]:
     if not (source / "adapters").is_dir():
         raise MissingError(f"{source} is neither a PEFT directory (it has no adapter_config.json) nor a run with a checkpoint")
     theirs = run.read_config(source)
-    _check_run(theirs, source, session.config)
+    check_run(theirs, source, session.config)
+    if theirs.untie and not session.config.untie:
+        raise InputError(f"the adapters of {source} are for a head with a kernel of its own: give --untie, too")
     if theirs.scan_layers == session.config.scan_layers:
         found = run.load_adapters(source, variables)
     else:
@@ -79,7 +81,7 @@ def _stacked_otherwise(adapters: Mapping[str, Adapter], theirs: RunConfig, sessi
     """Adapters of layers one by one as those of stacked ones, or the other way round: as PEFT has them, in between."""
     with tempfile.TemporaryDirectory() as directory:
         place = pathlib.Path(directory) / "peft"
-        peft.save(place, adapters, names=lm.names(theirs))
+        peft.save(place, adapters, names=task_module(theirs).names(theirs))
         found = peft.load(place, session.task.variables, names=session.names)
     frozen = {path: dataclasses.replace(a, frozen=("a",)) for path, a in found.items() if isinstance(a, LowRank)}
     return found | frozen if theirs.method == "lora_fa" else found  # which PEFT does not know
@@ -96,17 +98,16 @@ def _unused(source: pathlib.Path, config: RunConfig) -> tuple[str, ...]:
     )
 
 
-def _check_run(theirs: RunConfig, source: pathlib.Path, config: RunConfig) -> None:
+def check_run(theirs: RunConfig, source: pathlib.Path, config: RunConfig) -> None:
     """Raise an InputError unless the other run's adapters mean the same here."""
     if theirs.model_sha256 != config.model_sha256:
         raise InputError(f"the adapters of {source} were trained on another base: {theirs.model or 'the default model'}")
-    if theirs.task != config.task or list(theirs.labels) != list(config.labels):
+    same = theirs.task == config.task or {theirs.task, config.task} <= set(DECODERS)
+    if not same or list(theirs.labels) != list(config.labels):
         known, wanted = (f"the task {one.task!r} and the labels {list(one.labels)}" for one in (theirs, config))
         raise InputError(f"the adapters of {source} are for {known}, not for {wanted}")
-    if theirs.untie and not config.untie:
-        raise InputError(f"the adapters of {source} are for a head with a kernel of its own: give --untie, too")
     if run.own_base(source) is not None:
         raise InputError(
-            f"the adapters of {source} have a tokenizer of their own ({source / 'base'}): export the run with --format merged, "
-            "and fine-tune that"
+            f"the adapters of {source} have a tokenizer of their own ({source / 'base'}): export the run with "
+            "--format merged, and go on with that"
         )

@@ -23,24 +23,29 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from lora_jax.command import device_options, metrics, options, plots
+from lora_jax.adapters import merging
+from lora_jax.command import config_files, device_options, metrics, options, plots
+from lora_jax.command import trackers as tracking
+from lora_jax.command.meter import StepFlops
 from lora_jax.command.options import GRID, RunConfig
+from lora_jax.command.report import page
 from lora_jax.command.run import create, free_directory
 from lora_jax.command.signals import Interrupted, Signals
 from lora_jax.command.tasks.base import Task
 from lora_jax.command.tasks.registry import prepare
-from lora_jax.command.trainer import Diverged, Run, Trainer, mean, optimizer
+from lora_jax.command.trainer import Diverged, Run, Trainer, mean, optimizer, reported
 from lora_jax.core import files
-from lora_jax.core.adapter import Adapter
+from lora_jax.core.adapter import Adapter, Full
 from lora_jax.core.errors import InputError
 from lora_jax.core.text_table import text_table
-from lora_jax.training import checkpoint, many, recipe, train
+from lora_jax.training import checkpoint, many, train
 
 
 def sweep_command(line: argparse.Namespace) -> int:
     """`lora-jax sweep`; returns the exit code."""
-    given = options.given_run(line)
-    values = {name: given.pop(name) for name in GRID if name in given}
+    given = config_files.given_run(line)
+    found = {name: given.pop(name) for name in GRID if name in given}
+    values = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
     if line.configs is not None and values:
         raise InputError("give the runs either as a grid or by --configs: leave one of the two out")
     members = grid(values) if line.configs is None else read(line.configs)
@@ -111,6 +116,8 @@ def configurations(task: str, shared: Mapping[str, Any], members: Sequence[Mappi
         )
     if configs[0].adapter is not None:
         raise InputError("the runs of a sweep begin anew: leave --adapter out")
+    if configs[0].patience is not None:
+        raise InputError("the runs of a sweep end together: leave --patience out; --keep best keeps the best of each")
     if len(configs) < 2:
         raise InputError("a sweep has two runs or more: give --rank, --alpha, --learning-rate or --seed several values")
     for i, config in enumerate(configs):
@@ -128,19 +135,26 @@ def start(configs: Sequence[RunConfig], directory: pathlib.Path, console: rich.c
       Diverged: none of the runs has a finite result.
     """
     files.check_empty(directory)
+    tracking.check_installed(configs[0])
     session = prepare(configs[0])
     task = session.task
     configs = [dataclasses.replace(session.config, **{name: getattr(one, name) for name in GRID}) for one in configs]
     sets = [session.init(config) for config in configs]
     with contextlib.ExitStack() as logs:
         runs = [_make(config, directory / str(number), task, logs) for number, config in enumerate(configs, 1)]
-        trainer = Trainer(task, runs, _Program(task, runs, sets), save_every=session.config.test_every)
+        trainer = Trainer(
+            task, runs, _Program(task, runs, sets), save_every=session.config.save_every or session.config.test_steps
+        )
         described = [*task.description, f"{len(runs)} runs as one program: {directory}"]
         console.out("\n".join([*described, "below: the mean loss and the best score of all runs"]), highlight=False)
         with Signals() as signals:
             trainer.train(console, signals)
+            signals.check()  # one that came after the last step
+        for run in runs:
+            run.trackers.end(trainer.summary(run) if run.fault is None else None)
     trainer.draw()
     _report(trainer, directory, console)
+    _write_pages(task, runs, sets, console)
     faults = {run.directory.name: run.fault for run in runs if run.fault is not None}
     if len(faults) == len(runs):
         raise Diverged(f"all runs of {directory} diverged: start again with a lower --learning-rate, or look at base and data")
@@ -148,10 +162,23 @@ def start(configs: Sequence[RunConfig], directory: pathlib.Path, console: rich.c
         console.out(f"run {number} diverged: {fault}", highlight=False)
 
 
+def _write_pages(task: Task, runs: Sequence[Run], sets: Sequence[dict[str, Adapter]], console: rich.console.Console) -> None:
+    """The report of each run, by programs that they share."""
+    steps: dict[Any, Any] = {}
+    for run, before in zip(runs, sets):
+        # A new head is of the run's own seed.
+        heads = {path: adapter for path, adapter in before.items() if isinstance(adapter, Full)}
+        own = dataclasses.replace(task, variables=merging.merge(task.variables, heads))
+        if page.attempt(run, own, before, steps):
+            console.out(f"report: {run.directory / page.FILE}", highlight=False)
+
+
 def _make(config: RunConfig, directory: pathlib.Path, task: Task, logs: contextlib.ExitStack) -> Run:
-    """A new run, whose log is open until `logs` ends."""
+    """A new run, whose log and trackers are open until `logs` ends."""
     create(directory, config)
-    return Run(config, directory, logs.enter_context(metrics.Log(directory, 0, task.metric)))
+    log = logs.enter_context(metrics.Log(directory, 0, task.metric))
+    trackers = tracking.begin(config, directory, log, f"start again, once {directory.parent} is removed")
+    return Run(config, directory, log, logs.enter_context(trackers))
 
 
 class _Program:
@@ -168,28 +195,43 @@ class _Program:
         keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         self._states = many.init_states(sets, tx, rates, keys=keys)
         axis = None if len(self._batches) == 1 else 0
-        how: Any = {"accumulate": task.accumulate, "max_grad_norm": recipe.MAX_GRAD_NORM}
+        how: Any = {"accumulate": runs[0].config.accumulate, "max_grad_norm": runs[0].config.max_grad_norm or None}
         self._train_step = many.make_train_step(task.loss, tx, rates, batch_axis=axis, **how)
         self._measure = many.make_eval_step(task.measure)
+        self._flops = StepFlops(self._train_step)
+        self.devices = jax.tree.leaves(self._states.adapters)[0].sharding.device_set
 
-    def advance(self) -> tuple[np.ndarray, np.ndarray]:
-        """One step of all runs; the loss of each, and how many steps it has skipped so far."""
+    def advance(self) -> Mapping[str, np.ndarray]:
+        """One step of all runs; the loss of each and more, and how many steps it has skipped so far."""
         by_seed = {seed: next(stream) for seed, stream in self._batches.items()}
         batches = [by_seed[run.config.seed] for run in self._runs]
-        batch = batches[0] if len(by_seed) == 1 else {name: _together([one[name] for one in batches]) for name in batches[0]}
+        together = lambda: {name: _together([one[name] for one in batches]) for name in batches[0]}
+        batch = batches[0] if len(by_seed) == 1 else together()
+        self._flops.taken(batch)
         self._states, found = self._train_step(self._states, self._task.variables, batch)
-        return np.asarray(found["loss"], np.float64), np.asarray(found["skipped"])
+        return {name: np.asarray(value) for name, value in reported(found).items()}
 
     def measure(self, batch: Any) -> np.ndarray:
         """What the task measures on a held-out batch, for each run."""
         return np.asarray(self._measure(self._states.adapters, self._task.variables, batch))
 
-    def snapshot(self, step: int, losses: Sequence[float | None]) -> Sequence[Callable[[], None]]:
+    def flops(self) -> int | None:
+        """Of the products of the last step of all runs."""
+        return self._flops.last(self._states, self._task.variables)
+
+    def snapshot(self, step: int, last: Sequence[Mapping[str, float | None]]) -> Sequence[Callable[[], None]]:
         """A copy of the state of each run; called, it is written as that of a run of its own would be."""
-        states = many.unstack(self._states, like=self._first_states)
+        states = jax.block_until_ready(many.unstack(self._states, like=self._first_states))
         positions = [self._batches[run.config.seed].get_state() for run in self._runs]
-        datas = [{"position": position, "loss": loss} for position, loss in zip(positions, losses)]
+        datas = [{"position": position, "loss": None, **one} for position, one in zip(positions, last)]
         return [functools.partial(_save, run, step, state, data) for run, state, data in zip(self._runs, states, datas)]
+
+    def keep(self, step: int, better: Sequence[bool]) -> None:
+        """Keep the adapters of these runs as their best; their checkpoints are written by now."""
+        states = many.unstack(self._states, like=self._first_states)
+        for run, state in (pair for pair, is_better in zip(zip(self._runs, states), better) if is_better):
+            with checkpoint.Manager(run.directory / "best", keep=1) as manager:
+                manager.save(state.adapters, config=run.config.lora, step=step)
 
 
 def _save(run: Run, step: int, state: train.TrainState, data: Any) -> None:
@@ -219,8 +261,7 @@ def _results(trainer: Trainer) -> list[dict[str, Any]]:
     for run in trainer.runs:
         grid = {name: getattr(run.config, name) for name in GRID}
         loss = mean([line["loss"] for line in run.log.lines[-recent:]])
-        score = run.log.lines[-1][metric.field]
-        results.append({"run": run.directory.name, **grid, "loss": loss, metric.field: score})
+        results.append({"run": run.directory.name, **grid, "loss": loss, metric.field: run.result})
     known = [result for result in results if result[metric.field] is not None]
     known.sort(key=lambda result: result[metric.field], reverse=metric.best is max)
     return known + [result for result in results if result[metric.field] is None]

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,11 @@ EXTRA = ("magnitude", "bias", "lambda_d", "lambda_b")  # what a pair may have be
 class Layout:
     """Which axes of a parameter hold separate matrices (batch), which are contracted (in) and which reach the output (out).
 
+    Args:
+      batch: axes along which there is a matrix for each place: layers of a scan, experts.
+      inputs: axes that a product sums over.
+      outputs: axes of the result.
+
     >>> Layout(batch=(0,), inputs=(1,), outputs=(2, 3)).factor_shapes((12, 512, 8, 64), rank=4)
     ((12, 512, 4), (12, 4, 8, 64))
     """
@@ -45,16 +50,36 @@ class Layout:
     outputs: tuple[int, ...]
 
     def factor_shapes(self, shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A (*batch, *in, r) and B (*batch, r, *out) for a parameter of this shape."""
+        """The shapes of A `(*batch, *in, r)` and B `(*batch, r, *out)` for a parameter.
+
+        Args:
+          shape: the parameter's.
+          rank: r.
+        """
         batch, inputs, outputs = (tuple(shape[i] for i in axes) for axes in (self.batch, self.inputs, self.outputs))
         return (*batch, *inputs, rank), (*batch, rank, *outputs)
+
+    def sliced(self) -> "Layout":
+        """The layout of one slice along the parameter's first axis, which is a batch axis.
+
+        >>> Layout(batch=(0, 1), inputs=(2,), outputs=(3,)).sliced()
+        Layout(batch=(0,), inputs=(1,), outputs=(2,))
+        """
+        return Layout(*(tuple(axis - 1 for axis in axes if axis) for axes in (self.batch, self.inputs, self.outputs)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
     """What is trained beside one frozen parameter: a `LowRank` pair, a `Full` copy, or some `Rows` of it.
 
-    A pytree. `arrays` names its array fields; those listed in its `frozen` are never trained.
+    A pytree; the base of the three, which says what they have in common. `arrays` names its array fields.
+
+    Args:
+      frozen: names of arrays that are not trained.
+
+    >>> adapter = Full(jnp.ones(2), frozen=("value",))
+    >>> adapter.children(), adapter.roles().value
+    (('value',), 'frozen')
     """
 
     arrays: ClassVar[tuple[str, ...]] = ()
@@ -101,6 +126,8 @@ class LowRank(Adapter):
     Array([[2., 2.],
            [2., 2.],
            [2., 2.]], dtype=float32)
+    >>> pair.axes()
+    ((0, -1), (-1, 1))
     """
 
     a: Any
@@ -138,11 +165,20 @@ class LowRank(Adapter):
         return self.a.shape[-1]
 
     def widened(self) -> Self:
-        """The same with arrays of float32 at least, for what is not a product with an activation."""
+        """The same with arrays of float32 at least, for what is not a product with an activation.
+
+        >>> LowRank(jnp.ones((3, 1), "bfloat16"), jnp.ones((1, 2)), Layout((), (0,), (1,))).widened().a.dtype.name
+        'float32'
+        """
         return dataclasses.replace(self, **{name: _wide(getattr(self, name)) for name in self.children()})
 
     def folded(self) -> Self:
-        """The same change as an ordinary pair, with VeRA's scales multiplied into A and B."""
+        """The same change as an ordinary pair, with VeRA's scales multiplied into A and B.
+
+        >>> scales = {"lambda_d": jnp.array([2.0]), "lambda_b": jnp.array([3.0, 4.0])}
+        >>> LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), Layout((), (0,), (1,)), **scales).folded().b.tolist()
+        [[3.0, 4.0]]
+        """
         if self.lambda_d is None:
             return self
         batch = len(self.layout.batch)
@@ -151,14 +187,37 @@ class LowRank(Adapter):
         return dataclasses.replace(self, a=a, b=b, lambda_d=None, lambda_b=None, frozen=())
 
     def scaled(self, array: Any) -> jax.Array:
-        """`scale` times an array whose first axes are the batch axes."""
+        """`scale` times an array.
+
+        Args:
+          array: `(*batch, ...)`, such as B or the bias.
+
+        Returns:
+          An array of the same shape.
+
+        >>> layers = LowRank(jnp.ones((2, 3, 1)), jnp.ones((2, 1, 3)), Layout((0,), (1,), (2,)), scale=jnp.array([1.0, 5.0]))
+        >>> layers.scaled(layers.b)[:, 0, 0].tolist()
+        [1.0, 5.0]
+        """
         scale = self.scale
         if not isinstance(scale, float):
             scale = jnp.reshape(scale, scale.shape + (1,) * (array.ndim - scale.ndim)).astype(array.dtype)
         return array * scale
 
     def where_adapted(self, array: Any, other: float) -> jax.Array:
-        """An array whose first axes are the batch axes, with `other` for each matrix of a stack that has rank 0."""
+        """An array with another value for each matrix of a stack that has rank 0, and so no adapter.
+
+        Args:
+          array: `(*batch, ...)`.
+          other: the value there.
+
+        Returns:
+          An array of the same shape.
+
+        >>> layers = LowRank(jnp.ones((2, 3, 1)), jnp.ones((2, 1, 3)), Layout((0,), (1,), (2,)), ranks=(1, 0))
+        >>> layers.where_adapted(jnp.array([7.0, 7.0]), 0.0).tolist()
+        [7.0, 0.0]
+        """
         if self.ranks is None:
             return jnp.asarray(array)
         batch = array.shape[: len(self.layout.batch)]
@@ -202,6 +261,10 @@ class Full(Adapter):
     Args:
       value: an array of the parameter's shape.
       frozen: `("value",)` where it is not trained.
+
+    >>> import lora_jax as lj
+    >>> lj.merge({"bias": jnp.zeros(2)}, {"bias": Full(jnp.ones(2))})["bias"].tolist()
+    [1.0, 1.0]
     """
 
     value: Any
@@ -222,6 +285,8 @@ class Rows(Adapter):
     >>> rows = Rows(jnp.ones((2, 3)), indices=(4, 7), layout=Layout((), (0,), (1,)))
     >>> rows.put(jnp.zeros((9, 3)))[:, 0].astype(int).tolist()
     [0, 0, 0, 0, 1, 0, 0, 1, 0]
+    >>> rows.pick(jnp.arange(9.0)[:, None]).tolist()
+    [[4.0], [7.0]]
     """
 
     values: Any
@@ -231,22 +296,50 @@ class Rows(Adapter):
     arrays = ("values",)
 
     def put(self, table: Any) -> jax.Array:
-        """The table with the rows in it, in its own dtype."""
+        """The table with the rows in it.
+
+        Args:
+          table: the base's, of the shape that `layout` is of.
+
+        Returns:
+          A table of the same shape and dtype.
+        """
         (axis,) = self.layout.inputs
         first = jnp.moveaxis(table, axis, 0).at[np.array(self.indices)].set(self.values.astype(table.dtype))
         return jnp.moveaxis(first, 0, axis)
 
     def pick(self, table: Any) -> jax.Array:
-        """The table's own rows, `(k, *out)`."""
+        """The table's own rows, `(k, *out)`.
+
+        Args:
+          table: the base's, of the shape that `layout` is of.
+        """
         return jnp.moveaxis(jnp.take(table, np.array(self.indices), self.layout.inputs[0]), self.layout.inputs[0], 0)
+
+
+_ALONE = (
+    "a parameter with an adapter was used as an array: call lora(fn) with these parameters, and not fn itself, or give fn "
+    "those that merge(params, adapters) returns"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapted:
-    """A frozen parameter and the adapter beside it: one node of an attached tree."""
+    """A frozen parameter and the adapter beside it: one node of an attached tree.
+
+    It is no array: a function that takes it for one was not given through `lora`, and gets an error that says so.
+    """
 
     base: Any
     adapter: Adapter
+
+    def _alone(self, *_: Any) -> NoReturn:
+        raise TypeError(_ALONE)
+
+    __jax_array__ = __getitem__ = __matmul__ = __rmatmul__ = __add__ = __radd__ = __mul__ = __rmul__ = _alone
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{_ALONE} (it has no {name})")
 
 
 def static_fields(adapter: Any) -> dict[str, Any]:
@@ -365,6 +458,7 @@ def attach(variables: Any, adapters: Mapping[str, Adapter]) -> Any:
     Raises:
       InputError: a path is not in the tree (the nearest are listed), an adapter does not fit its parameter's shape, or the
         tree has adapters already.
+      TypeError: an adapter is none of `LowRank`, `Full` and `Rows`.
 
     >>> import jax.numpy as jnp
     >>> params = attach({"w": jnp.ones((3, 2))}, {"w": LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)), Layout((), (0,), (1,)))})
@@ -385,7 +479,18 @@ def attach(variables: Any, adapters: Mapping[str, Adapter]) -> Any:
 
 
 def detach(params: Any) -> tuple[Any, dict[str, Adapter]]:
-    """The inverse of `attach`: (variables, adapters)."""
+    """The inverse of `attach`: `(variables, adapters)`.
+
+    Args:
+      params: an attached tree; one without adapters gives an empty set.
+
+    Raises:
+      InputError: two leaves of the tree have one path.
+
+    >>> variables, adapters = detach(attach({"w": jnp.zeros(2), "b": jnp.zeros(1)}, {"w": Full(jnp.ones(2))}))
+    >>> sorted(variables), sorted(adapters)
+    (['b', 'w'], ['w'])
+    """
     leaves, treedef = paths.flatten(params, is_leaf=is_adapted)
     variables = jax.tree.unflatten(treedef, [leaf.base if is_adapted(leaf) else leaf for leaf in leaves.values()])
     return variables, {path: leaf.adapter for path, leaf in leaves.items() if is_adapted(leaf)}

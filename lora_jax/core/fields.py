@@ -109,7 +109,8 @@ def table(cls: type) -> Mapping[str, Option]:
     rows = {}
     for field in dataclasses.fields(cls):
         kind, meta = typing.get_args(hints[field.name])
-        rows[field.name] = Option(field.name, _without_none(kind), field.default, meta)
+        made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        rows[field.name] = Option(field.name, _without_none(kind), made, meta)
     return rows
 
 

@@ -105,9 +105,14 @@ def write(file: pathlib.Path, content: bytes) -> None:
 
 
 def check_empty(directory: pathlib.Path) -> None:
-    """Raise an OccupiedError unless there is nothing at this path, or an empty directory."""
+    """Raise an OccupiedError unless there is nothing at this path, or an empty directory that is not the working directory."""
     with writing(directory):
+        here = directory.exists() and directory.samefile(".")
         occupied = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if here:
+        raise OccupiedError(
+            f"{directory} is where you are, and can't be replaced: choose another --out, which need not be there"
+        )
     if occupied:
         raise OccupiedError(f"{directory} is not an empty directory: choose another --out")
 

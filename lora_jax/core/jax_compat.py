@@ -36,6 +36,11 @@ def without_dead_code(jaxpr: Any) -> Any:
     return live.replace(eqns=list(map(as_it_was, live.eqns)))
 
 
+def needed_inputs(jaxpr: Any, count: int) -> list[bool]:
+    """Which inputs of an open jaxpr an effect or one of its first `count` results needs."""
+    return partial_eval.dce_jaxpr(jaxpr, [place < count for place in range(len(jaxpr.outvars))])[1]
+
+
 def _size(eqn: Equation) -> int:
     """How many equations there are in one."""
     params = [item for param in eqn.params.values() for item in (param if isinstance(param, tuple | list) else [param])]

@@ -7,8 +7,10 @@ from typing import Any, Literal, overload
 import jax
 from flax import nnx
 
-from lora_jax.core import paths
+from lora_jax.core import jax_compat, paths
 from lora_jax.core.errors import InputError
+
+__all__ = ["functional"]
 
 
 @overload
@@ -27,12 +29,12 @@ def functional(model: nnx.Module, *, state: Literal["closed", "returned"] = "clo
     """A module as a function of its `nnx.Param`s, for `init` and `lora`; the module itself is left as it is.
 
     What else a module holds (batch statistics, random streams, caches) is its state. A closed state is that of the
-    module now, at every call: batch statistics don't move, and dropout draws the same mask each time, so train such
-    modules with a returned one.
+    module now, at every call, so a call that changes it (batch statistics that move, dropout that draws) is an error:
+    call `model.eval()` before, or train with a returned state.
 
     Args:
       model: the module.
-      state: `"closed"`: `fn(params, *args, **kwargs)` closes over the state and drops what the call changes in it;
+      state: `"closed"`: `fn(params, *args, **kwargs)` closes over the state;
         `"returned"`: `fn(params, state, *args, **kwargs) -> (out, new_state)`.
       method: the name of the method to call.
 
@@ -42,7 +44,8 @@ def functional(model: nnx.Module, *, state: Literal["closed", "returned"] = "clo
 
     Raises:
       TypeError: `model` is not an NNX module, or has no such method.
-      InputError: `state` is neither word; or, in a call, the module made or dropped variables.
+      InputError: `state` is neither word; or, in a call, the module changed a closed state, or made or dropped variables
+        of a returned one.
 
     >>> import jax.numpy as jnp
     >>> import lora_jax as lj
@@ -64,20 +67,68 @@ def functional(model: nnx.Module, *, state: Literal["closed", "returned"] = "clo
     graph, *split = nnx.split(model, nnx.Param, ...)
     params, rest = map(nnx.as_pure, split)
 
-    def run(params: Any, rest: Any, args: Any, kwargs: Any) -> tuple[Any, nnx.Module]:
-        model = nnx.merge(graph, params, rest)
-        return getattr(model, method)(*args, **kwargs), model
+    counts = set(paths.flatten(nnx.as_pure(nnx.state(model, nnx.RngCount)))[0])
 
-    def closed(params: Any, *args: Any, **kwargs: Any) -> Any:
-        return run(params, rest, args, kwargs)[0]
+    def run(params: Any, state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
+        model = nnx.merge(graph, params, state)
+        out = getattr(model, method)(*args, **kwargs)
+        return out, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
 
-    def returned(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
-        out, model = run(params, state, args, kwargs)
-        new = nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+    def closed(params: Any, /, *args: Any, **kwargs: Any) -> Any:
+        out, new = run(params, rest, *args, **kwargs)
+        if _changed(rest, new):  # or is only given back by a `jit` or `remat` inside, as its jaxpr shows
+            _check_closed(lambda state: run(params, state, *args, **kwargs), rest, counts)
+        return out
+
+    def returned(params: Any, state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
+        out, new = run(params, state, *args, **kwargs)
         _check_same_variables(state, new)
         return out, new
 
     return (closed, params) if state == "closed" else (returned, params, rest)
+
+
+def _changed(old: Any, new: Any) -> set[str]:
+    """The paths of the leaves that are not the same objects in the new tree."""
+    before, after = (paths.flatten(tree)[0] for tree in (old, new))
+    return {path for path, leaf in before.items() if after.get(path) is not leaf}
+
+
+def _check_closed(step: Callable[[Any], tuple[Any, Any]], state: Any, counts: set[str]) -> None:
+    """An error where a step from a state to (what it returns, the new state) changes a leaf.
+
+    A count of draws may go on if nothing that is returned depends on it, as where `nnx.split_rngs` splits a stream in vain.
+    """
+
+    def arrays(state: Any) -> tuple[list[Any], Any]:
+        out, new = step(state)
+        return [leaf for leaf in jax.tree.leaves(out) if jax_compat.is_traced(leaf)], new
+
+    jaxpr, (out, new) = jax.make_jaxpr(arrays, return_shape=True)(state)
+    jaxpr = jax_compat.open_jaxpr(jaxpr)[0]
+    needed = dict(zip(paths.flatten(state)[0], jax_compat.needed_inputs(jaxpr, len(out))))
+    before = jax.tree.unflatten(jax.tree.structure(state), jaxpr.invars)
+    after = jax.tree.unflatten(jax.tree.structure(new), [_origin(jaxpr, var) for var in jaxpr.outvars[len(out) :]])
+    if changed := {path for path in _changed(before, after) if path not in counts or needed[path]}:
+        raise InputError(
+            f"the call changes {', '.join(sorted(changed))}, which a closed state would drop: batch statistics would not "
+            "move, and dropout would draw the same mask in each call. Call the module's eval() before `functional`, or "
+            "use state='returned' and give the state to the next call"
+        )
+
+
+def _origin(jaxpr: Any, var: Any) -> Any:
+    """The variable that another one is, where calls (`jit`, `remat`, `scan`) give back what they are given."""
+    for eqn in reversed(jaxpr.eqns):
+        if var in eqn.outvars:
+            inner = jax_compat.open_jaxpr(eqn.params.get("jaxpr"))[0]
+            if inner is None or len(inner.invars) != len(eqn.invars) or len(inner.outvars) != len(eqn.outvars):
+                return var
+            origin = _origin(inner, inner.outvars[eqn.outvars.index(var)])
+            if origin not in inner.invars:
+                return var
+            var = eqn.invars[inner.invars.index(origin)]
+    return var
 
 
 def _check_same_variables(old: Any, new: Any) -> None:

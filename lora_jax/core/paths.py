@@ -17,11 +17,16 @@ import jax
 
 from lora_jax.core.errors import InputError
 
+__all__ = ["components", "escape", "flatten", "matches", "normalize", "select"]
+
 _ESCAPES = {"%": "%25", ".": "%2E", "/": "%2F"}
 
 
 def escape(key: str) -> str:
     """One key as a path component.
+
+    Args:
+      key: a dict key, attribute or index as text.
 
     >>> escape("layer.0/out")
     'layer%2E0%2Fout'
@@ -72,8 +77,18 @@ def is_quantized(node: Any) -> bool:
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
     """The leaves of a tree by path, in tree order, and its structure. A quantised array is one leaf.
 
+    Args:
+      tree: any pytree.
+      is_leaf: as in `jax.tree.flatten`.
+
     Raises:
       InputError: two leaves have one path (as the dict keys `1` and `"1"` would); the tree is one array, which has none.
+
+    >>> leaves, treedef = flatten({"attn": [{"kernel": 1.0}, {"kernel": 2.0}]})
+    >>> leaves
+    {'attn/0/kernel': 1.0, 'attn/1/kernel': 2.0}
+    >>> jax.tree.unflatten(treedef, leaves.values())
+    {'attn': [{'kernel': 1.0}, {'kernel': 2.0}]}
     """
     whole = lambda node: is_quantized(node) or (is_leaf is not None and is_leaf(node))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)
@@ -93,14 +108,32 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[di
 def components(path: str) -> list[str]:
     """The parts of a path; a key that holds slashes, as those of Haiku and Keras do, has several.
 
+    Args:
+      path: as `flatten` gives it.
+
     >>> components("net%2F~%2Flayer_0/w")
     ['net', '~', 'layer_0', 'w']
     """
     return path.replace("%2F", "/").split("/")
 
 
+def in_order(path: str) -> list[Any]:
+    """A key to sort paths by: numbers in them as numbers.
+
+    >>> sorted(["layer_10/w", "layer_2/w"], key=in_order)
+    ['layer_2/w', 'layer_10/w']
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
+
+
 def normalize(pattern: str | re.Pattern[str]) -> str:
     """A pattern as a string: a compiled regular expression becomes `re:` and its text, flags included.
+
+    Args:
+      pattern: as in `lora_jax.LoraConfig`.
+
+    Raises:
+      InputError: it is empty, or no regular expression.
 
     >>> import re
     >>> normalize(re.compile("LAYER_[02]/.*", re.IGNORECASE))
@@ -124,6 +157,10 @@ def matches(path: str, pattern: str) -> bool:
 
     A plain pattern is one or more whole components that end the path, with or without the parameter's own name. A pattern
     that starts with `re:` is a regular expression that must match the whole path.
+
+    Args:
+      path: as `flatten` gives it.
+      pattern: as `normalize` gives it.
 
     >>> path = "params/layer_0/attn/query/kernel"
     >>> [matches(path, p) for p in ("query", "attn/query", "query/kernel", "layer_0", "re:.*query.*", "re:query")]

@@ -27,7 +27,22 @@ def dense_shape(leaf: Any) -> Any:
 
 
 def dense(leaf: Any) -> Any:
-    """A quantised array multiplied out; any other leaf as it is."""
+    """A quantised array multiplied out; any other leaf as it is.
+
+    Args:
+      leaf: a leaf of a parameter tree.
+
+    Returns:
+      An array of its shape, in the dtype of its scales.
+
+    Raises:
+      ImportError: qwix is not installed.
+
+    >>> import lora_jax as lj
+    >>> kernel = jnp.linspace(-1.0, 1.0, 64 * 2).reshape(64, 2)
+    >>> bool(jnp.allclose(dense(lj.quantize({"w": kernel}, ["w"], "int8")["w"]), kernel, atol=0.01))
+    True
+    """
     if not paths.is_quantized(leaf):
         return leaf
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -18,6 +18,20 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic) or is_quantized(leaf)
 
 
+def check_function(fn: Any) -> None:
+    """Raise a TypeError for a module in the place of its function."""
+    of = lambda library: library in sys.modules and isinstance(fn, sys.modules[library].Module)
+    if of("flax.nnx"):
+        raise TypeError(
+            f"{type(fn).__name__} is an NNX module, not a function of parameters: make one by "
+            "`fn, params = lora_jax.nnx.functional(module)`"
+        )
+    if of("flax.linen"):
+        raise TypeError(f"{type(fn).__name__} is a Linen module, not a function of parameters: give its `apply`")
+    if not callable(fn):
+        raise TypeError(f"a function of parameters is needed, not a {type(fn).__name__}")
+
+
 def walk(
     context: Context,
     fn: Callable[..., Any],

@@ -40,7 +40,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.core.methods.terms import term
 from lora_jax.core.paths import is_quantized
 from lora_jax.core.rules import RULES
-from lora_jax.core.tracing import is_array, walk
+from lora_jax.core.tracing import check_function, is_array, walk
 from lora_jax.core.weight import Weight, WeightContext
 
 
@@ -79,6 +79,7 @@ def lora(
     Raises:
       NotLowRankError: an adapted parameter is used in a way that is not low-rank; see `explain`.
       InputError: the tree has no adapters, an adapter does not fit, or `fn` does not use it.
+      TypeError: `fn` is no function, but a Flax module, say.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> def model(params, x):
@@ -89,6 +90,7 @@ def lora(
     >>> lj.lora(model)(lj.attach(params, adapters), x).shape
     (5, 2)
     """
+    check_function(fn)
     for option, value, choices in (
         ("unused", unused, ("error", "ignore")),
         ("on_unsupported", on_unsupported, ("error", "materialize")),

@@ -17,7 +17,7 @@ from lora_jax.core.interpreter import Equation, NotLowRank
 from lora_jax.core.rules import RULES
 from lora_jax.core.rules.products import Product
 from lora_jax.core.text_table import text_table
-from lora_jax.core.tracing import is_array, walk
+from lora_jax.core.tracing import check_function, is_array, walk
 from lora_jax.core.weight import IN_AND_OUT, Factored, FactoredContext, Term
 
 
@@ -147,6 +147,15 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
     Args:
       fn: any function whose first argument is the parameter tree.
       params: the tree, with or without adapters.
+      args: what `fn` takes after it.
+      kwargs: likewise.
+
+    Returns:
+      An `Explanation`, which prints as a table; `parameters` has a `Parameter` for each path.
+
+    Raises:
+      InputError: two leaves of the tree have one path.
+      TypeError: `fn` is no function, but a Flax module, say.
 
     >>> import jax.numpy as jnp
     >>> def model(params, ids):
@@ -158,6 +167,7 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
     table embedding Layout(batch=(), inputs=(0,), outputs=(1,))
     w linear Layout(batch=(), inputs=(1,), outputs=(0,))
     """
+    check_function(fn)
     nodes, treedef = paths.flatten(params, is_leaf=is_adapted)
     leaves = [quantized.dense_shape(node.base if is_adapted(node) else node) for node in nodes.values()]
     context, reached = ProbeContext(RULES), set()

@@ -488,7 +488,7 @@ class Weight(Factored):
     def multiply_pair(
         self, context: WeightContext, eqn: Equation, roles: Mapping[int, str], other: Self, others: Mapping[int, str]
     ) -> Any:
-        raise NotLowRank("two adapted parameters are multiplied with each other: exclude one of them from the targets")
+        raise NotLowRank("two adapted parameters are multiplied with each other")
 
     def looked_up(self, context: WeightContext, eqn: Equation | None) -> Any:
         return self.value()

@@ -34,7 +34,7 @@ class Weighted:
     weight: Any
 
     def mean(self) -> jax.Array:
-        """`total / weight`, in float32 at least; NaN where both are zero."""
+        """`total / weight`, a scalar in float32 at least; NaN where both are zero."""
         total = widened(self.total)
         return total / jnp.asarray(self.weight, total.dtype)
 

@@ -15,6 +15,7 @@ from lora_jax.core.errors import InputError
 
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
+_ROLES = ("system", "user", "assistant", "tool")
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode keeps these two free for use inside a program
 
 
@@ -61,7 +62,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template is not a Jinja template: {error}") from None
-        self._special_tokens = dict(special_tokens)
+        self._source, self._special_tokens = source, dict(special_tokens)
         self._tools: Any = None
         self.marked = any(node.identifier.endswith("_Generation") for node in _extension_calls(environment, source))
 
@@ -77,7 +78,7 @@ class ChatTemplate:
         Raises:
           InputError: the template does not take these messages.
         """
-        _check_characters(messages)
+        self._check(messages)
         return self._render(messages, add_generation_prompt).replace(_OPEN, "").replace(_CLOSE, "")
 
     def turns(self, messages: Messages) -> list[Written]:
@@ -95,7 +96,7 @@ class ChatTemplate:
           InputError: the template does not take these messages, or writes those before a turn in another way once the turn is
             there, so that it has no certain beginning.
         """
-        _check_characters(messages)
+        self._check(messages)
         if self.marked:
             return [_marked(self._render(messages, False))]
         found: list[Written] = []
@@ -136,6 +137,15 @@ class ChatTemplate:
                 f"where the assistant's turn (message {i + 1}) begins can't be found from the messages before it: {error}"
             ) from None
 
+    def _check(self, messages: Messages) -> None:
+        """Raise an InputError for what a template would write without a word."""
+        plain = json.dumps(list(messages), ensure_ascii=False)
+        if _OPEN in plain or _CLOSE in plain:
+            raise InputError("a message holds U+FDD0 or U+FDD1, which are no characters: remove them")
+        for role in (message["role"] for message in messages if "role" in message):
+            if role not in _ROLES and not any(quote + role + quote in self._source for quote in "'\""):
+                raise InputError(f"there is no role {role!r}, but {', '.join(_ROLES)} and those that the chat template names")
+
     def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
@@ -147,12 +157,6 @@ class ChatTemplate:
             )
         except Exception as error:  # a template can raise whatever Python can
             raise InputError(f"the chat template does not take these messages: {error}") from None
-
-
-def _check_characters(messages: Messages) -> None:
-    plain = json.dumps(list(messages), ensure_ascii=False)
-    if _OPEN in plain or _CLOSE in plain:
-        raise InputError("a message holds U+FDD0 or U+FDD1, which are no characters: remove them")
 
 
 class _Generation(jinja2.ext.Extension):

@@ -110,11 +110,11 @@ def split(images: Images, held_out: int, seed: int = 0) -> tuple[Images, Images]
       InputError: a class has no image left to train on, or there is nothing to test on.
     """
     test = labelled.held_out_rows(images.digests, images.labels, held_out, seed)
-    return _some(images, ~test), _some(images, test)
+    return take(images, np.flatnonzero(~test)), take(images, np.flatnonzero(test))
 
 
-def _some(images: Images, wanted: np.ndarray) -> Images:
-    rows = np.flatnonzero(wanted)
+def take(images: Images, rows: np.ndarray) -> Images:
+    """Some of the images, by their numbers."""
     files, labels, digests = (images.files, images.labels, images.digests)
     return Images(tuple(files[i] for i in rows), tuple(labels[i] for i in rows), tuple(digests[i] for i in rows))
 

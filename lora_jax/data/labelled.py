@@ -7,6 +7,7 @@ Sequences are padded to one of a few lengths only, since each length is one comp
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import sys
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 from lora_jax import sharding
 from lora_jax.core.errors import InputError
 from lora_jax.data import tables
+from lora_jax.data.mixing import Mix
 
 _WINDOW = 16  # batches whose examples are sorted by length together
 _PAD_MULTIPLE = 8
@@ -28,10 +30,11 @@ _PAD_MULTIPLE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Texts and the label of each."""
+    """Texts, the label of each and the number of its source; no numbers if there is one source."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...]
+    sources: tuple[int, ...] = ()
 
     def classes(self) -> tuple[str, ...]:
         """The distinct labels, sorted."""
@@ -39,7 +42,8 @@ class Texts:
 
     def digest(self) -> str:
         """A SHA-256 of all texts and labels, in hexadecimal digits."""
-        return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()
+        parts = [self.texts, self.labels, *([self.sources] if self.sources else [])]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +54,13 @@ class Examples:
       tokens: one int32 array of token ids per text.
       labels: the index of each text's class, `(examples,)`.
       cut: how many of the texts had more tokens.
+      sources: the number of the source of each, empty if there is one.
     """
 
     tokens: tuple[np.ndarray, ...]
     labels: np.ndarray
     cut: int = 0
+    sources: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -65,26 +71,42 @@ class Examples:
         return np.array([len(ids) for ids in self.tokens], np.int64)
 
 
-def read(file: str | pathlib.Path, text_field: str, label_field: str) -> Texts:
-    """Read labelled texts from a `.csv` file with a header, or a `.jsonl` file with an object per line.
+def read(sources: tables.Sources, text_field: str, label_field: str) -> Texts:
+    """Read labelled texts from a table, a folder of them, or several.
 
     Raises:
       MissingError: there is no such file.
       InputError: another kind of file, no such column, rows whose text or label is empty or a list, no rows, or one class only.
     """
-    file, fields = tables.existing(file), (text_field, label_field)
+    files = tables.files(sources)
+    found = [(number, row) for number, file in files for row in _read(file, (text_field, label_field))]
+    several = tuple(number for number, _ in found) if files[-1][0] else ()
+    data = Texts(tuple(text for _, (text, _) in found), tuple(label for _, (_, label) in found), several)
+    if len(data.classes()) < 2:
+        where, label = " and ".join(str(file) for _, file in files), data.labels[0]
+        raise InputError(f"{where}: every row has the {label_field!r} {label!r}; a classifier needs two classes or more")
+    return data
+
+
+def texts(source: tables.Sources, text_field: str) -> list[str]:
+    """The texts of a table or a folder of them, for which there need be no labels.
+
+    Raises:
+      MissingError: there is no such file.
+      InputError: another kind of file, no such column, rows whose text is empty or a list, or no rows.
+    """
+    return [text for _, file in tables.files(source) for (text,) in _read(file, (text_field,))]
+
+
+def _read(file: pathlib.Path, fields: tuple[str, ...]) -> list[tuple[str, ...]]:
     rows = [
-        (line, *(_word(f"{file}, line {line}", field, row[field]) for field in fields))
-        for line, row in tables.rows(file, fields)
+        (number, [_word(tables.place(file, number), field, row[field]) for field in fields])
+        for number, row in tables.rows(file, fields)
     ]
-    tables.refuse_empty(file, [line for line, text, label in rows if not text.strip() or not label.strip()], fields)
-    data = Texts(tuple(text for _, text, _ in rows), tuple(label.strip() for _, _, label in rows))
     if not rows:
         raise InputError(f"{file} holds no rows")
-    if len(data.classes()) < 2:
-        label = data.labels[0]
-        raise InputError(f"{file}: every row has the {label_field!r} {label!r}; a classifier needs two classes or more")
-    return data
+    tables.refuse_empty(file, [number for number, words in rows if not all(map(str.strip, words))], fields)
+    return [(text, *map(str.strip, labels)) for _, (text, *labels) in rows]
 
 
 def _word(where: str, field: str, value: Any) -> str:
@@ -141,8 +163,8 @@ def held_out_rows(keys: Sequence[str], labels: Sequence[str], held_out: int, see
 
 
 def _rows(data: Texts, wanted: np.ndarray) -> Texts:
-    texts, labels = (tuple(np.array(column, object)[wanted]) for column in (data.texts, data.labels))
-    return Texts(texts, labels)
+    texts, labels = (tuple(itertools.compress(column, wanted)) for column in (data.texts, data.labels))
+    return Texts(texts, labels, tuple(itertools.compress(data.sources, wanted)))
 
 
 def encode(tokenizer: tokenizers.Tokenizer, data: Texts, classes: Sequence[str], max_length: int) -> Examples:
@@ -150,7 +172,7 @@ def encode(tokenizer: tokenizers.Tokenizer, data: Texts, classes: Sequence[str],
     index = {label: i for i, label in enumerate(classes)}
     labels = np.array([index[label] for label in data.labels], np.int32)
     encodings = _encodings(tokenizer, data.texts, max_length)
-    return Examples(_ids(encodings), labels, sum(bool(encoding.overflowing) for encoding in encodings))
+    return Examples(_ids(encodings), labels, sum(bool(encoding.overflowing) for encoding in encodings), data.sources)
 
 
 def token_ids(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, ...]:
@@ -206,8 +228,18 @@ def pad(
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def mix(examples: Examples, weights: Sequence[float]) -> Mix:
+    """How the examples are drawn: with a weight for each source, or with none."""
+    return Mix(np.array(examples.sources or [0] * len(examples)), tuple(weights))
+
+
 def train_batches(
-    examples: Examples, lengths: Sequence[int], batch_size: int, seed: int, mesh: Mesh | None = None
+    examples: Examples,
+    lengths: Sequence[int],
+    batch_size: int,
+    seed: int,
+    mesh: Mesh | None = None,
+    weights: Sequence[float] = (),
 ) -> grain.DatasetIterator[dict[str, Any]]:
     """Endless training batches: every epoch shuffled, examples of similar length together.
 
@@ -215,20 +247,21 @@ def train_batches(
     of an epoch that fill no batch are left out of it. The iterator's `get_state()` is JSON-able, and `set_state` goes
     on from it.
 
-    On a mesh the batches are the same, and each process makes its own rows alone.
+    On a mesh the batches are the same, and each process makes its own rows alone. Weights are those of `mixing.Mix`.
     """
     places = sharding.batch_rows(mesh, batch_size)
-    stream = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
-    per_epoch = max(1, len(examples) // batch_size)
-    order = examples.lengths
+    order = mix(examples, weights)
+    stream, size = order.rows(seed), order.epoch
+    per_epoch = max(1, size // batch_size)
+    lengths_of = examples.lengths
 
     @functools.lru_cache(maxsize=1)
     def window(epoch: int, first: int) -> np.ndarray:
         """The rows of the batches `first` to `first + _WINDOW` of an epoch."""
         count = min(_WINDOW, per_epoch - first)
-        start = epoch * len(examples) + first * batch_size
+        start = epoch * size + first * batch_size
         rows = np.array([stream[i] for i in range(start, start + count * batch_size)])
-        rows = rows[np.argsort(order[rows], kind="stable")].reshape(count, batch_size)
+        rows = rows[np.argsort(lengths_of[rows], kind="stable")].reshape(count, batch_size)
         return np.random.default_rng((seed, epoch, first)).permutation(rows)
 
     def batch(index: int) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 Four kinds of data:
 
     .txt            documents, with two or more blank lines between them; the end of the file is held out
-    text            a row of a .csv or .jsonl file is a document
+    text            a row of a table is a document
     pairs           a prompt and a completion; only the completion is learnt
-    chat            messages (.jsonl only); only what the assistant says is learnt
+    chat            messages (not in .csv); only what the assistant says is learnt
 """
 
 import dataclasses
@@ -15,15 +15,16 @@ import json
 import operator
 import pathlib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.core.errors import InputError
-from lora_jax.core.files import parse_json, reading
-from lora_jax.data import tables
+from lora_jax.core.errors import InputError, within
+from lora_jax.core.files import parse_json
+from lora_jax.data import layouts, tables
 from lora_jax.data.chat import ChatTemplate, Messages, Span, Written
+from lora_jax.data.layouts import Layout
 from lora_jax.data.tokenizer import TextTokenizer
 
 _BLANK = re.compile(r"\n(?:[ \t]*\n){2,}")
@@ -38,18 +39,23 @@ class Corpus:
     Args:
       kind: `"stream"` (documents in their order), `"text"`, `"pairs"` or `"chat"`.
       items: texts, (prompt, completion) pairs, or lists of messages.
-      lines: the line of each in the file; empty for a stream.
+      places: the file and line of each, for errors; empty for a stream.
       tools: the tools of each chat; empty if there are none at all.
+      sources: the number of the source of each; empty if there is one.
+      columns: what the columns were, in words.
     """
 
     kind: str
     items: tuple[Any, ...]
-    lines: tuple[int, ...] = ()
+    places: tuple[str, ...] = ()
     tools: tuple[Any, ...] = ()
+    sources: tuple[int, ...] = ()
+    columns: str = ""
 
     def digest(self) -> str:
         """A SHA-256 of everything, in hexadecimal digits."""
         parts = [self.kind, self.items, *([self.tools] if self.tools else [])]
+        parts += [{"sources": self.sources}] if self.sources else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -60,10 +66,12 @@ class Document:
     Args:
       tokens: int32 ids, `(length,)`.
       targets: which of them are learnt, `(length,)`; the first never is, since nothing is before it.
+      source: the number of the source that they are from.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
+    source: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,60 +112,73 @@ class Encoded(NamedTuple):
     ends: tuple[int, ...]
 
 
-def read(file: str | pathlib.Path, text: str, pair: tuple[str, str], messages: str) -> Corpus:
-    """Read a file; the columns that it has say what kind of data it holds.
+def read(sources: tables.Sources, text: str, pair: tuple[str, str], messages: str, columns: str = "any") -> Corpus:
+    """Read files and folders of them; the columns that they have say what kind of data they hold.
 
     Args:
-      file: a `.txt`, `.csv` or `.jsonl` file.
+      sources: a `.txt` file, a table, or a folder of them; or several.
       text: the column of a text.
       pair: the columns of a prompt and of its completion.
       messages: the column of a chat.
+      columns: which of the columns to take, one of `layouts.NAMES`.
 
     Raises:
       MissingError: there is no such file.
-      InputError: the columns are of no kind or of several, a row is damaged, or there are no rows.
+      InputError: the columns are of no kind or of several, a row is damaged, there are no rows, or the files are of several
+        kinds.
     """
-    file = tables.existing(file, _SUFFIXES)
-    if file.suffix.lower() == ".txt":
-        return _stream(file)
-    present = tables.columns(file)
-    kinds = {"text": (text,), "pairs": pair, "chat": (messages,)}
-    found = [kind for kind, fields in kinds.items() if set(fields) <= set(present)]
-    if len(found) != 1:
-        wanted = f"{text!r}, {pair[0]!r} and {pair[1]!r}, or {messages!r}"
-        columns = ", ".join(map(repr, present)) or "none"
-        raise InputError(f"{file} must have the columns of one kind of data, {wanted}; its columns are {columns}")
-    [kind] = found
-    rows = list(tables.rows(file, kinds[kind]))
-    if kind == "chat":
-        items = [_messages(f"{file}, line {line}", row[messages]) for line, row in rows]
-        tools = tuple(_tools(f"{file}, line {line}", row.get("tools")) for line, row in rows)
-        return Corpus(kind, tuple(items), tuple(line for line, _ in rows), tools if any(tools) else ())
-    items = [_texts(f"{file}, line {line}", row, kinds[kind]) for line, row in rows]
+    own = layouts.own(text, pair, messages)
+    files = tables.files(sources, _SUFFIXES)
+    parts = [_stream(file) if tables.kind(file) == ".txt" else _rows(file, own, columns) for _, file in files]
+    for (_, file), part in zip(files, parts):
+        if part.kind != parts[0].kind:
+            raise InputError(f"{file} holds {part.kind}, and {files[0][1]} {parts[0].kind}: the data must be of one kind")
+    return joined(parts, [number for number, _ in files])
+
+
+def joined(parts: Sequence[Corpus], sources: Sequence[int]) -> Corpus:
+    """One corpus of several of one kind, which are parts of these sources."""
+    tools = [tools for part in parts for tools in (part.tools or [None] * len(part.items))]
+    return Corpus(
+        parts[0].kind,
+        tuple(item for part in parts for item in part.items),
+        tuple(place for part in parts for place in part.places),
+        tuple(tools) if any(tools) else (),
+        tuple(number for number, part in zip(sources, parts) for _ in part.items) if sources[-1] else (),
+        ", ".join(dict.fromkeys(part.columns for part in parts if part.columns)),
+    )
+
+
+def _rows(file: pathlib.Path, own: Mapping[str, Layout], columns: str) -> Corpus:
+    layout = layouts.find(file, tables.columns(file), own, columns)
+    rows = list(tables.rows(file, layout.fields))
+    places = tuple(tables.place(file, number) for number, _ in rows)
+    items: list[Any] = [layout.take(place, row) for place, (_, row) in zip(places, rows)]
+    if layout.kind == "chat":
+        items = [check_messages(place, messages) for place, messages in zip(places, items)]
+        tools = tuple(_tools(place, row.get("tools")) for place, (_, row) in zip(places, rows))
+        return Corpus("chat", tuple(items), places, tools if any(tools) else (), columns=layout.said)
     # A completion alone may begin a text, so an empty prompt is no mistake.
-    tables.refuse_empty(file, [line for (line, _), item in zip(rows, items) if not item[-1].strip()], kinds[kind][-1:])
-    items = items if kind == "pairs" else [item for [item] in items]
-    return Corpus(kind, tuple(items), tuple(line for line, _ in rows))
+    learnt = [item if layout.kind == "text" else item[1] for item in items]
+    tables.refuse_empty(file, [number for (number, _), text in zip(rows, learnt) if not text.strip()], layout.fields[-1:])
+    return Corpus(layout.kind, tuple(items), places, columns=layout.said)
 
 
 def _stream(file: pathlib.Path) -> Corpus:
-    with reading(file):
-        content = file.read_text(encoding="utf-8-sig")
+    with tables.opened(file) as stream:
+        content = stream.read()
     documents = tuple(part.strip("\n") for part in _BLANK.split(content) if part.strip())
     if not documents:
         raise InputError(f"{file} holds no text")
     return Corpus("stream", documents)
 
 
-def _texts(where: str, row: dict[str, Any], fields: Iterable[str]) -> tuple[str, ...]:
-    values = tuple("" if row[field] is None else row[field] for field in fields)
-    for field, value in zip(fields, values):
-        if not isinstance(value, str):
-            raise InputError(f"{where}: {field!r} must be a text, not {type(value).__name__}")
-    return values
+def check_messages(where: str, messages: Any) -> list[dict[str, Any]]:
+    """The messages of a chat.
 
-
-def _messages(where: str, messages: Any) -> list[dict[str, Any]]:
+    Raises:
+      InputError: they are none, or nothing in them is learnt; `where` begins the message.
+    """
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: the messages must be a list of objects with a role and a content")
     for message in messages:
@@ -165,6 +186,10 @@ def _messages(where: str, messages: Any) -> list[dict[str, Any]]:
             raise InputError(f"{where}: each message must be an object whose role and content are texts, not {message!r:.80}")
         if message.get("weight", 1) not in (0, 1):
             raise InputError(f"{where}: the weight of a message must be 0 (not learnt) or 1, not {message['weight']!r:.80}")
+        if message["role"] == "assistant" and message.get("weight", 1) and not _says_something(message):
+            raise InputError(
+                f"{where}: the assistant says nothing in a message: fill it, give it the weight 0, or leave the row out"
+            )
     if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
         raise InputError(f"{where}: no message is the assistant's and of the weight 1, so there is nothing to learn")
     return messages
@@ -176,6 +201,10 @@ def _is_said(message: dict[str, Any]) -> bool:
     return isinstance(message.get("role"), str) and (
         isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
     )
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return any(message.get(name) and str(message[name]).strip() for name in (*_SAID, "tool_calls"))
 
 
 def _tools(where: str, tools: Any) -> list[dict[str, Any]] | None:
@@ -203,13 +232,29 @@ def encode(corpus: Corpus, tokenizer: TextTokenizer, max_length: int, today: dat
     Raises:
       InputError: no text is left, the tokenizer lacks what is needed, or the chat template can't be used; the line is named.
     """
-    whole = {"stream": _encode_texts, "text": _encode_texts, "pairs": _encode_pairs, "chat": _encode_chats}[corpus.kind]
-    documents, counts, ends = whole(corpus, tokenizer, today)
+    return shortened(corpus, whole(corpus, tokenizer, today), max_length)
+
+
+def whole(corpus: Corpus, tokenizer: TextTokenizer, today: datetime.date) -> Encoded:
+    """What `encode` makes of each item, however long."""
+    encode_all = {"stream": _encode_texts, "text": _encode_texts, "pairs": _encode_pairs, "chat": _encode_chats}[corpus.kind]
+    return encode_all(corpus, tokenizer, today)
+
+
+def shortened(corpus: Corpus, encoded: Encoded, max_length: int) -> Encoded:
+    """What `encode` makes of what `whole` has made."""
     shorten = _split if corpus.kind in ("stream", "text") else _cut
-    results = [shorten(own, max_length) for own in documents]
+    results = [shorten(own, max_length) for own in encoded.documents]
     if not any(found for found, _ in results):
         raise InputError(f"nothing is left to learn: no completion or answer begins within max_length {max_length}; raise it")
-    return Encoded([found for found, _ in results], sum((count for _, count in results), counts), ends)
+    documents = [found for found, _ in results]
+    if corpus.sources:
+        documents = [[_of_source(part, source) for part in own] for own, source in zip(documents, corpus.sources)]
+    return Encoded(documents, sum((count for _, count in results), encoded.counts), encoded.ends)
+
+
+def _of_source(document: Document, source: int) -> Document:
+    return dataclasses.replace(document, source=source)
 
 
 def _encode_texts(corpus: Corpus, tokenizer: TextTokenizer, _: datetime.date) -> Encoded:
@@ -236,14 +281,12 @@ def _ended(ids: np.ndarray, end: int) -> np.ndarray:
 def _encode_chats(corpus: Corpus, tokenizer: TextTokenizer, today: datetime.date) -> Encoded:
     template = tokenizer.chat(today)
     chats: list[list[Written]] = []
-    for line, messages, tools in zip(corpus.lines, corpus.items, corpus.tools or [None] * len(corpus.items)):
-        try:
+    for place, messages, tools in zip(corpus.places, corpus.items, corpus.tools or [None] * len(corpus.items)):
+        with within(place):
             _check_tools(template, messages, tools)
             chats.append(_weighted(template.with_tools(tools).turns(messages), messages))
-        except InputError as error:
-            raise InputError(f"line {line}: {error}") from None
         if not any(written.spans for written in chats[-1]):
-            raise InputError(f"line {line}: the chat template marks nothing as the assistant's, so there is nothing to learn")
+            raise InputError(f"{place}: the chat template marks nothing as the assistant's, so there is nothing to learn")
     encoded = iter(tokenizer.ids_and_ends([written.text for chat in chats for written in chat], special=False))
     documents: list[list[Document]] = []
     ends: set[int] = set()

@@ -4,6 +4,7 @@ Several documents share a row, each with a segment number and positions of its o
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,13 +14,14 @@ from jax.sharding import Mesh
 
 from lora_jax import sharding
 from lora_jax.data.language import Document
+from lora_jax.data.mixing import Mix
 
 _OPEN = 64  # rows that are looked through for a free place
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """Packed documents; all arrays are `(rows, length)`.
+    """Packed documents; all arrays are `(rows, length)`, or of preferences `(pairs, 2, length)`.
 
     Args:
       input_ids: int32 token ids; 0 in what is left free.
@@ -43,7 +45,7 @@ class PackedRows:
         free = len(places) - len(held)
 
         def fill(array: np.ndarray) -> np.ndarray:
-            return np.concatenate([array[held], np.zeros((free, array.shape[1]), array.dtype)])
+            return np.concatenate([array[held], np.zeros((free, *array.shape[1:]), array.dtype)])
 
         return {field.name: fill(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
@@ -72,6 +74,26 @@ def pack(documents: Sequence[Document], length: int) -> PackedRows:
     return _fill(places, length)
 
 
+def pack_sources(documents: Sequence[Document], length: int, count: int) -> tuple[PackedRows, np.ndarray]:
+    """Rows of which each has documents of one of `count` sources, and the source of each row, `(rows,)`."""
+    parts = [pack([document for document in documents if document.source == i], length) for i in range(count)]
+    arrays = {field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(PackedRows)}
+    whole = PackedRows(**{name: np.concatenate(own) for name, own in arrays.items()})
+    return whole, np.repeat(np.arange(count), [len(part) for part in parts])
+
+
+def pair_up(pairs: Sequence[tuple[Document, Document]], length: int) -> PackedRows:
+    """Two documents that belong together, a row each: arrays `(pairs, 2, length)`.
+
+    >>> one, two = (Document(np.full(n, n, np.int32), np.arange(n) > 0) for n in (3, 2))
+    >>> pair_up([(one, two)], length=4).input_ids.tolist()
+    [[[3, 3, 3, 0], [2, 2, 0, 0]]]
+    """
+    rows = _fill([[document] for pair in pairs for document in pair], length)
+    two = lambda array: array.reshape(len(pairs), 2, length)
+    return PackedRows(**{field.name: two(getattr(rows, field.name)) for field in dataclasses.fields(rows)})
+
+
 def _fill(places: Sequence[Sequence[Document]], length: int) -> PackedRows:
     shape = (len(places), length)
     ids, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
@@ -87,16 +109,21 @@ def _fill(places: Sequence[Sequence[Document]], length: int) -> PackedRows:
 
 
 def train_batches(
-    rows: PackedRows, batch_size: int, seed: int, mesh: Mesh | None = None
+    rows: PackedRows, batch_size: int, seed: int, mesh: Mesh | None = None, mix: Mix | None = None
 ) -> grain.DatasetIterator[dict[str, Any]]:
     """Endless training batches, every epoch shuffled; a batch may begin in one epoch and end in the next.
 
     The iterator's `get_state()` is JSON-able, and `set_state` goes on from it. On a mesh the batches are the same, and each
-    process makes its own rows alone.
+    process makes its own rows alone. A mix says how often rows are drawn.
     """
-    batches = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat().batch(batch_size)
-    chosen = batches.map(lambda numbers: _batch(rows, np.asarray(numbers), batch_size, mesh))
-    return iter(chosen.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+    order = (Mix(np.zeros(len(rows), int)) if mix is None else mix).rows(seed)
+
+    def batch(index: int) -> dict[str, Any]:
+        start = int(index) * batch_size
+        return _batch(rows, np.array([order[start + i] for i in range(batch_size)]), batch_size, mesh)
+
+    batches = grain.MapDataset.range(sys.maxsize).map(batch)  # `.batch(1)` of an endless one is longer than Python takes
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0)))
 
 
 def eval_batches(rows: PackedRows, batch_size: int, mesh: Mesh | None = None) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,9 @@
 Pillow reads and resizes them, in bytes, as transformers' own image processors for ViT and DINOv2 do.
 """
 
+import base64
 import dataclasses
+import io
 import math
 import pathlib
 from collections.abc import Mapping
@@ -13,7 +15,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from lora_jax.core.errors import InputError
+from lora_jax.core.errors import InputError, within
 from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.names import listing
 
@@ -133,6 +135,14 @@ class Preprocessing:
         return (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
 
+def thumbnail(image: PIL.Image.Image, side: int = 112) -> str:
+    """A small JPEG of an image as a `data:` URL."""
+    small, file = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((side, side))
+    small.save(file, format="JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 def _random_box(
     largest: tuple[float, float], whole: tuple[int, int], draw: np.random.Generator, least: float
 ) -> tuple[float, float, float, float]:
@@ -156,10 +166,8 @@ def read(directory: pathlib.Path, channels: int, processor: str) -> Preprocessin
       InputError: a field is out of range, or asks for what is not known here.
     """
     fields = checkpoint_files.read_json(directory, checkpoint_files.PREPROCESSOR)
-    try:
+    with within(directory / checkpoint_files.PREPROCESSOR):
         return _parse({"image_processor_type": processor} | fields, channels)
-    except InputError as error:
-        raise InputError(f"{directory / checkpoint_files.PREPROCESSOR}: {error}") from None
 
 
 def _parse(fields: Mapping[str, Any], channels: int) -> Preprocessing:

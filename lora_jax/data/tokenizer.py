@@ -3,19 +3,24 @@
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import rich.console
+import rich.progress
 import tokenizers
 
 from lora_jax.core import files
 from lora_jax.core.errors import InputError
+from lora_jax.data import token_cache
 from lora_jax.data.chat import ChatTemplate, Messages
 from lora_jax.models import gguf_files
 
+_BATCH = 1000  # texts
 TOKENS, TEMPLATE, _CONFIG = "tokenizer.json", "chat_template.jinja", "tokenizer_config.json"
 
 
@@ -54,14 +59,29 @@ class TextTokenizer:
         return tokenizers.Tokenizer.from_str(json.dumps(parts | whole))
 
     def ids_and_ends(self, texts: Sequence[str], *, special: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The token ids of each text, and where in the text each token begins and ends, `(tokens, 2)`."""
-        found = []
-        for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=special):
-            ids = np.array(encoding.ids, np.int32)
-            spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-            own = _own(encoding)
-            found.append((ids[own], _covering(spans[own])))
-        return found
+        """The token ids of each text, and where in the text each token begins and ends, `(tokens, 2)`.
+
+        Those of large data are kept in the user's cache.
+        """
+        if sum(map(len, texts)) < token_cache.LEAST:
+            return list(self._encoded(texts, special))
+        what = [tokenizers.__version__, self.tokenizer.to_str(), special, *texts]
+        name = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        flat = token_cache.kept(name, lambda: _flat(list(self._encoded(texts, special))))
+        borders = np.cumsum(flat["lengths"])[:-1]
+        return list(zip(np.split(flat["ids"], borders), np.split(flat["spans"], borders)))
+
+    def _encoded(self, texts: Sequence[str], special: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As above, with a bar on a terminal if there are many; each batch is tokenised in threads."""
+        console = rich.console.Console(stderr=True)
+        hidden = len(texts) <= _BATCH or not console.is_terminal
+        starts = range(0, len(texts), _BATCH)
+        for start in rich.progress.track(starts, "tokenising", console=console, transient=True, disable=hidden):
+            for encoding in self.tokenizer.encode_batch(list(texts[start : start + _BATCH]), add_special_tokens=special):
+                ids = np.array(encoding.ids, np.int32)
+                spans = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+                own = _own(encoding)
+                yield ids[own], _covering(spans[own])
 
     @property
     def end(self) -> int:
@@ -91,8 +111,8 @@ class TextTokenizer:
             raise InputError(f"{self.source} has no chat template: add a {TEMPLATE}, or use text or prompts and completions")
         return ChatTemplate(self.template, self.special_tokens, today)
 
-    def prompt(self, text: str, *, chat: bool) -> np.ndarray:
-        """The token ids of a prompt; with `chat`, as what a user says.
+    def prompt(self, text: str, *, chat: bool, system: str | None = None) -> np.ndarray:
+        """The token ids of a prompt; with `chat`, as what a user says, after the system's message if there is one.
 
         Raises:
           InputError: the prompt is empty, or there is no chat template.
@@ -102,8 +122,19 @@ class TextTokenizer:
             if not len(ids):
                 raise InputError("the prompt is empty: there is nothing to go on from")
             return ids
-        messages: Messages = [{"role": "user", "content": text}]
+        messages: Messages = [*opening(system), {"role": "user", "content": text}]
         return self.ids([self.chat(datetime.date.today()).render(messages, add_generation_prompt=True)], special=False)[0]
+
+
+def opening(system: str | None) -> list[dict[str, str]]:
+    """The messages that a conversation begins with."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def _flat(encoded: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The ids and spans of all texts as one array each, and how many are of each text."""
+    ids, spans = map(np.concatenate, zip(*encoded))
+    return {"ids": ids, "spans": spans, "lengths": np.array([len(own) for own, _ in encoded])}
 
 
 def _own(encoding: tokenizers.Encoding) -> slice:
@@ -131,7 +162,7 @@ def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
 def _covering(spans: np.ndarray) -> np.ndarray:
     """The spans without gaps: byte-level tokenizers leave the spaces before a word out of its token's span."""
     ends = np.maximum.accumulate(spans[:, 1]) if len(spans) else spans[:, 1]
-    starts = np.concatenate([[0], ends[:-1]])[: len(spans)]
+    starts = np.concatenate([np.zeros(1, np.int32), ends[:-1]])[: len(spans)]
     return np.stack([np.minimum(spans[:, 0], starts), ends], axis=1)
 
 

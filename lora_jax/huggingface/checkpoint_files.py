@@ -15,7 +15,7 @@ from lora_jax.core.errors import InputError, MissingError
 from lora_jax.huggingface.names import HFName, listing
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja",

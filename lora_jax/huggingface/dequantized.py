@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from lora_jax.core.errors import InputError
+from lora_jax.core.errors import InputError, within
 from lora_jax.huggingface.checkpoint_files import SafeTensors, complain, read_json
 from lora_jax.huggingface.formats import awq, bitsandbytes, fp8, gptq, mxfp4
 from lora_jax.huggingface.formats.packed import Find, Packed
@@ -34,10 +34,8 @@ def open_tensors(directory: pathlib.Path, rename: Callable[[str], str] = str) ->
     config = read_json(directory, "config.json").get("quantization_config")
     if config is None:
         return stored
-    try:
+    with within(f"{directory / 'config.json'}: quantization_config"):
         return Dequantized(stored, _find(stored, config))
-    except InputError as error:
-        raise InputError(f"{directory / 'config.json'}: quantization_config: {error}") from None
 
 
 def _find(stored: SafeTensors, config: object) -> dict[str, Packed]:

@@ -6,32 +6,27 @@ The header is read here, since a file that lies about its sizes must end in an e
 import math
 import mmap
 import pathlib
-import re
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_jax.core.errors import InputError, MissingError
 from lora_jax.core.files import reading
+from lora_jax.huggingface import gguf_names
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
-_MOST_AXES = 4
-_MODULES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_MOST_AXES, _MOST_EXPERTS = 4, 10_000  # a broken file must not ask for more work than any real one
+
+
+class _Place(NamedTuple):
+    """Where a tensor is: its name in the file, how it is quantised, where it begins, and which expert's part it is."""
+
+    stored: str
+    code: int
+    offset: int
+    part: int
 
 
 class _Header:
@@ -89,7 +84,8 @@ class GgufFile:
             raise MissingError(f"there is no file {self.file}")
         self.metadata: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, tuple[str, int, int]] = {}
+        self.read_names: set[str] = set()
+        self._places: dict[str, _Place] = {}
         with reading(self.file), self.file.open("rb") as opened:
             self._size = opened.seek(0, 2)
             if not self._size:
@@ -107,6 +103,7 @@ class GgufFile:
         for _ in range(entries):
             name = header.text()
             self.metadata[name] = header.value(header.scalar("I"))
+        self._layout = gguf_names.of(self.architecture, bool(self.value("expert_count")))
         for _ in range(count):
             self._note_tensor(header)
         alignment = self.number("general.alignment", 32)
@@ -117,10 +114,33 @@ class GgufFile:
         if axes > _MOST_AXES:
             raise InputError(f"{self.file}: {stored} has {axes} axes; at most {_MOST_AXES} can be read")
         shape = tuple(header.scalar("Q") for _ in range(axes))[::-1]
-        name = _hf_name(stored)
-        if name in self.shapes:
-            raise InputError(f"{self.file} has two tensors for {name}")
-        self.shapes[name], self._places[name] = shape, (stored, header.scalar("I"), header.scalar("Q"))
+        code, offset = header.scalar("I"), header.scalar("Q")
+        if len(shape) == 3 and shape[0] > _MOST_EXPERTS:
+            raise InputError(f"{self.file}: {stored} is of {shape[0]} experts; at most {_MOST_EXPERTS} can be read")
+        for i, name in enumerate(self._layout.names(stored, shape)):
+            if name in self.shapes:
+                raise InputError(f"{self.file} has two tensors for {name}")
+            self.shapes[name] = shape[1:] if name != stored and len(shape) == 3 else shape
+            self._places[name] = _Place(stored, code, offset, i)
+
+    @property
+    def architecture(self) -> Any:
+        """What llama.cpp calls the family."""
+        return self.metadata.get("general.architecture")
+
+    def value(self, name: str) -> Any:
+        """A value of the metadata of the architecture, which is noted in `read_names`; `None` without it."""
+        self.read_names.add(f"{self.architecture}.{name}")
+        return self.metadata.get(f"{self.architecture}.{name}")
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A positive whole number of the metadata of the architecture.
+
+        Raises:
+          InputError: there is none.
+        """
+        self.value(name)
+        return self.number(f"{self.architecture}.{name}", default)
 
     def number(self, name: str, default: int | None = None) -> int:
         """A positive whole number of the metadata.
@@ -139,8 +159,8 @@ class GgufFile:
         Raises:
           InputError: it lies outside of the file, or is quantised in a way that the `gguf` package does not undo.
         """
-        gguf = _package()
-        stored, code, offset = self._places[name]
+        gguf = package()
+        stored, code, offset, part = self._places[name]
         shape = self.shapes[name]
         try:
             kind = gguf.GGMLQuantizationType(code)
@@ -149,13 +169,15 @@ class GgufFile:
         block, size = gguf.GGML_QUANT_SIZES[kind]
         if not shape or shape[-1] % block:
             raise InputError(f"{self.file}: {stored} has the shape {shape}, but is quantised in blocks of {block}")
-        begin, length = self._start + offset, math.prod(shape) // block * size
+        length = math.prod(shape) // block * size
+        begin = self._start + offset + part * length
         if begin + length > self._size:
             raise InputError(f"{self.file} is truncated: {stored} ends at byte {begin + length} of {self._size}")
         order = self._order(stored, shape[0])[rows]
         try:
             if len(shape) == 1:
-                return gguf.quants.dequantize(self._bytes(begin, length), kind)[order]
+                values = gguf.quants.dequantize(self._bytes(begin, length), kind)[order]
+                return values - np.float32(1) if self._layout.offset and stored.endswith("_norm.weight") else values
             row, first, last = length // shape[0], order.min(), order.max()
             raw = self._bytes(begin + row * first, row * (last + 1 - first)).reshape(-1, row)
             return gguf.quants.dequantize(raw[order - first], kind).reshape(-1, *shape[1:])
@@ -168,35 +190,22 @@ class GgufFile:
             return np.fromfile(self.file, np.uint8, length, offset=begin)
 
     def _order(self, stored: str, count: int) -> np.ndarray:
-        """Where each row stands in the file: llama.cpp puts the two halves of a rotated pair side by side.
-
-        Only for queries and keys of its `llama` architecture; the others rotate as Hugging Face does.
-        """
-        order = np.arange(count)
-        match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)", stored)
-        if self.metadata.get("general.architecture") != "llama" or match is None:
-            return order
-        queries = self.number("llama.attention.head_count")
-        heads = queries if match[1] == "q" else self.number("llama.attention.head_count_kv", queries)
+        """Where each row stands in the file, if the two halves of a rotated pair of queries or keys stand side by side."""
+        if not self._layout.interleaves(stored):
+            return np.arange(count)
+        queries = self.size("attention.head_count")
+        heads = queries if "attn_q." in stored else self.size("attention.head_count_kv", queries)
         if count % (2 * heads):
             raise InputError(f"{self.file}: {stored} has {count} rows, which {heads} heads can't share")
-        return order.reshape(heads, -1, 2).swapaxes(1, 2).reshape(count)
+        return gguf_names.interleaved(count, heads)
 
 
-def _hf_name(name: str) -> str:
-    """The Hugging Face name of a tensor; one that has none keeps its own.
+def package() -> Any:
+    """The package `gguf`.
 
-    >>> _hf_name("blk.3.attn_q.weight"), _hf_name("rope_freqs.weight")
-    ('model.layers.3.self_attn.q_proj.weight', 'rope_freqs.weight')
+    Raises:
+      ImportError: it is not installed.
     """
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in _MODULES:
-        return name
-    prefix = "" if match[1] is None else f"model.layers.{match[1]}."
-    return f"{prefix}{_MODULES[match[2]]}.{match[3]}"
-
-
-def _package() -> Any:
     try:
         import gguf
         import gguf.quants

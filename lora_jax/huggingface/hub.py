@@ -19,6 +19,7 @@ _FILES = (
     "modules.json",
     "1_Pooling/config.json",
     checkpoint_files.PREPROCESSOR,
+    checkpoint_files.PROCESSOR,
     *checkpoint_files.TOKENIZER,
 )
 
@@ -48,13 +49,17 @@ def parse(source: str | pathlib.Path) -> HubName | None:
     (None, None)
     """
     found = _NAME.fullmatch(str(source))
-    if found is None or found["repository"].endswith((".gguf", ".git")):
+    if found is None or found["repository"].endswith((".gguf", ".git", ".json")):
         return None
     return HubName(found["repository"], found["revision"])
 
 
-def find(source: str | pathlib.Path) -> pathlib.Path:
+def find(source: str | pathlib.Path, *, weights: bool = True) -> pathlib.Path:
     """The directory or file that a source is, or else the model of that name on the hub, fetched if the cache lacks it.
+
+    Args:
+      source: a path, `owner/name` or `owner/name@revision`.
+      weights: whether a model's weights are fetched, too.
 
     Raises:
       MissingError: it is neither.
@@ -70,10 +75,10 @@ def find(source: str | pathlib.Path) -> pathlib.Path:
             f"there is no directory or file {path}, and it is no name of the Hugging Face hub either, which is owner/name or "
             "owner/name@revision"
         )
-    return fetch(name)
+    return fetch(name, weights=weights)
 
 
-def fetch(name: HubName) -> pathlib.Path:
+def fetch(name: HubName, *, weights: bool = True) -> pathlib.Path:
     """The directory of a model's files in the cache of `huggingface_hub`; the directory's own name is that of the commit.
 
     Only `config.json`, what belongs to generation and tokenizer, and the weights in safetensors are fetched. Offline
@@ -84,29 +89,44 @@ def fetch(name: HubName) -> pathlib.Path:
       InputError: the repository is gated, or the hub can't be reached.
       ImportError: `huggingface_hub` is not installed.
     """
-    directory = _download(name, _FILES)
+    directory = _download(name, _FILES, weights)
     _check_there(name, directory, ["config.json"])
-    weights = checkpoint_files.weight_names(directory)
-    _download(HubName(name.repository, directory.name), weights)  # of the same commit, whatever is pushed meanwhile
-    _check_there(name, directory, weights)
+    if weights:
+        files = checkpoint_files.weight_names(directory)
+        _download(HubName(name.repository, directory.name), files)  # of the same commit, whatever is pushed meanwhile
+        _check_there(name, directory, files)
     return directory
 
 
-def cached(name: HubName) -> pathlib.Path | None:
-    """The directory of a model's files if its `config.json` and weights are in the cache; downloads nothing."""
+def config_file(name: HubName) -> pathlib.Path:
+    """A model's `config.json` in the cache, fetched alone if it is not there.
+
+    Raises:
+      MissingError: there is no such repository, revision or file, or offline not in the cache.
+      InputError: the repository is gated, or the hub can't be reached.
+      ImportError: `huggingface_hub` is not installed.
+    """
+    directory = _download(name, ["config.json"], weights=False)
+    _check_there(name, directory, ["config.json"])
+    return directory / "config.json"
+
+
+def cached(name: HubName, weights: bool = True) -> pathlib.Path | None:
+    """The directory of a model's files if its `config.json`, and its weights if they matter, are cached; downloads nothing."""
     options: Any = {"local_files_only": True, "allow_patterns": ["config.json"]}  # without which some versions want all files
     try:
-        found = _package().snapshot_download(name.repository, revision=name.revision, **options)
-    except _package().errors.LocalEntryNotFoundError:
+        found = package().snapshot_download(name.repository, revision=name.revision, **options)
+    except package().errors.LocalEntryNotFoundError:
         return None
     directory = pathlib.Path(found)
-    return None if _lacking(directory, ["config.json", *checkpoint_files.weight_names(directory)]) else directory
+    wanted = ["config.json", *(checkpoint_files.weight_names(directory) if weights else ())]
+    return None if _lacking(directory, wanted) else directory
 
 
-def _download(name: HubName, names: Sequence[str]) -> pathlib.Path:
-    errors = _package().errors
+def _download(name: HubName, names: Sequence[str], weights: bool = True) -> pathlib.Path:
+    errors = package().errors
     try:
-        found = _package().snapshot_download(name.repository, revision=name.revision, allow_patterns=list(names))
+        found = package().snapshot_download(name.repository, revision=name.revision, allow_patterns=list(names))
     except errors.GatedRepoError:
         raise InputError(
             f"{name} is gated: accept its licence at https://huggingface.co/{name.repository}, and log in with `hf auth login` "
@@ -120,7 +140,7 @@ def _download(name: HubName, names: Sequence[str]) -> pathlib.Path:
     except errors.RevisionNotFoundError:
         raise MissingError(f"{name.repository} has no revision {name.revision!r}: give a branch, a tag or a commit") from None
     except errors.LocalEntryNotFoundError as error:
-        if found := cached(name):  # some versions want all files of the repository that match
+        if found := cached(name, weights):  # some versions want all files of the repository that match
             return found
         reason = f" ({error.__cause__})" if error.__cause__ else ""
         raise MissingError(
@@ -139,7 +159,7 @@ def _check_there(name: HubName, directory: pathlib.Path, names: Sequence[str]) -
     if not lacking:
         return
     what = f"{name} (commit {directory.name})"
-    if _package().constants.HF_HUB_OFFLINE:
+    if package().constants.HF_HUB_OFFLINE:
         raise MissingError(f"{what} is not whole in the cache: it lacks {', '.join(lacking)}; {_ONLINE}")
     raise MissingError(
         f"{what} has no {', '.join(lacking)}: only models with a config.json and safetensors can be fetched; download others, "
@@ -151,7 +171,12 @@ def _lacking(directory: pathlib.Path, names: Sequence[str]) -> list[str]:
     return [file for file in names if not (directory / file).is_file()]
 
 
-def _package() -> Any:
+def package() -> Any:
+    """The package `huggingface_hub`.
+
+    Raises:
+      ImportError: it is not installed.
+    """
     try:
         import huggingface_hub
         import huggingface_hub.constants

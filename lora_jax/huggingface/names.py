@@ -71,6 +71,9 @@ class HFName:
     def groups(self, ndim: int) -> tuple[tuple[int, ...], ...]:
         """The parameter's axes that each axis of the tensor joins.
 
+        Args:
+          ndim: how many axes the parameter has.
+
         >>> HFName("q_proj.weight", "d n h -> (n h) d").groups(3)
         ((1, 2), (0,))
         """
@@ -81,6 +84,9 @@ class HFName:
 
     def tensors(self, shape: Sequence[int]) -> dict[tuple[int, ...], str]:
         """The names of the tensors of a parameter of this shape, by the index along the indexed axes.
+
+        Args:
+          shape: the parameter's.
 
         Raises:
           InputError: the parameter has another number of axes, or a field has not as many words as its axis is long.
@@ -101,11 +107,22 @@ class HFName:
         return _FIELD.sub(lambda match: next(rest), self.name)
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of each tensor of a parameter of this shape."""
+        """The shape of each tensor of a parameter of this shape.
+
+        Args:
+          shape: the parameter's.
+
+        >>> HFName("q.{l}.weight", "l d n h -> (n h) d").shape((2, 3, 4, 5))
+        (20, 3)
+        """
         return tuple(math.prod(shape[axis] for axis in group) for group in self.groups(len(shape)))
 
     def export(self, array: Any, index: tuple[int, ...] = ()) -> Any:
         """The tensor at an index, from the parameter's array (numpy's or JAX's).
+
+        Args:
+          array: the parameter.
+          index: one number for each axis that the name's fields index.
 
         >>> import numpy as np
         >>> HFName("q.{l}.weight", "l d n h -> (n h) d").export(np.ones((2, 3, 4, 5)), (1,)).shape
@@ -121,6 +138,10 @@ class HFName:
 
     def restore(self, tensor: Any, shape: Sequence[int]) -> Any:
         """The inverse of `export`: the parameter's part at one index, without the indexed axes.
+
+        Args:
+          tensor: the tensor.
+          shape: the parameter's, with the indexed axes.
 
         >>> import numpy as np
         >>> HFName("q.{l}.weight", "l d n h -> (n h) d").restore(np.ones((20, 3)), (2, 3, 4, 5)).shape

@@ -1,8 +1,9 @@
-"""Small Linen models with loaders for Hugging Face weights."""
+"""Small Linen models with loaders for Hugging Face weights and GGUF files: decoders, encoders of texts and of images.
 
-from lora_jax.models import bert as bert
-from lora_jax.models import gguf_files as gguf_files
-from lora_jax.models import llama as llama
-from lora_jax.models import vision as vision
-from lora_jax.models.loading import Loaded as Loaded
-from lora_jax.models.loading import load as load
+`load` reads a model of any family; `llama`, `bert` and `vision` have the models, and what else each kind can do.
+"""
+
+from lora_jax.models import bert, gguf_files, llama, vision
+from lora_jax.models.loading import Loaded, load
+
+__all__ = ["Loaded", "bert", "gguf_files", "llama", "load", "vision"]

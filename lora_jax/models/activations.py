@@ -1,4 +1,4 @@
-"""Activation functions by transformers' names for them; each kind of model says which of them it reads."""
+"""Activation functions by transformers' names for them."""
 
 import functools
 from collections.abc import Callable

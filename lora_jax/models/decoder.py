@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,17 +12,16 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from lora_jax.core.errors import InputError
-from lora_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
+from lora_jax.models.activations import FUNCTIONS
+from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.experts import MixtureOfExperts
 from lora_jax.models.rotary import rotate, turns
+from lora_jax.models.stacking import Remat, again, chosen, scanned
 from lora_jax.sharding import batch_sharding
 
 # The kernels that a mesh axis `model` cuts, before a non-linearity by columns and after it by rows.
 COLUMNS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head")
 ROWS = ("o_proj", "down_proj", "embed_tokens")
-Remat = Literal["full", "products"]
-# What a layer keeps for its backward pass, where that is not everything; the rest is computed again.
-REMAT: dict[str, Any] = {"full": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "real", "length"], meta_fields=[])
@@ -33,7 +32,11 @@ class Cache:
     Args:
       layers: for each layer its keys and values `(batch, max_length, kv_heads, head_dim)`; stacked along axis 0 when scanned.
       real: `(batch, max_length)`: which places hold a token that is not padding.
-      length: how many places are taken.
+      length: how many places are taken, a scalar.
+
+    >>> cache = Cache([(jnp.zeros((1, 8, 1, 2)),) * 2], jnp.zeros((1, 8), bool), jnp.int32(0))  # as `init_cache` makes it
+    >>> cache.real.shape, int(cache.length)
+    ((1, 8), 0)
     """
 
     layers: Any
@@ -50,7 +53,7 @@ NORMS: dict[str, tuple[str | None, ...]] = {
 
 
 class Norm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps)` in float32, times a scale; LayerNorm takes off the mean first and adds a bias."""
+    """`x / sqrt(mean(x^2) + eps)` times a scale, rounded once; LayerNorm takes off the mean first and adds a bias."""
 
     config: DecoderConfig
     param_dtype: Any
@@ -60,16 +63,15 @@ class Norm(nn.Module):
         kind, shape = self.config.norm, (x.shape[-1],)
         init = nn.initializers.zeros if kind == "offset" else nn.initializers.ones
         scale = self.param("scale", init, shape, self.param_dtype)
-        wide, to_last = x.astype(jnp.float32), (1,) * (x.ndim - 1) + (-1,)
+        wide = x.astype(jnp.float32)
+        along_last = lambda vector: vector.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         if kind == "layer":
             wide = wide - wide.mean(-1, keepdims=True)
         normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.rms_norm_eps)
-        if kind == "offset":
-            return (normed * (1 + scale.astype(jnp.float32)).reshape(to_last)).astype(x.dtype)
-        scaled = normed.astype(x.dtype) * scale.reshape(to_last)
-        if kind == "rms":
-            return scaled
-        return scaled + self.param("bias", nn.initializers.zeros, shape, self.param_dtype).reshape(to_last)
+        normed = normed * along_last(1 + scale.astype(jnp.float32) if kind == "offset" else scale)
+        if kind == "layer":
+            normed = normed + along_last(self.param("bias", nn.initializers.zeros, shape, self.param_dtype))
+        return normed.astype(x.dtype)
 
 
 def _attend(query, key, value, mask: jax.Array | None, block: int | None, product: Any) -> jax.Array:
@@ -205,7 +207,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        config, act = self.config, ACTIVATIONS[self.config.activation]
+        config, act = self.config, FUNCTIONS[self.config.activation]
         dense = functools.partial(_dense, use_bias=config.mlp_bias, param_dtype=self.param_dtype, mesh=self.gather)
         project = lambda name, parts: _keep_rows(dense(name, parts * config.intermediate_size)(x), self.gather)
         if not config.gated:
@@ -233,7 +235,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, views, which, cache, start):
         config = self.config
-        rotation, mask = views[0] if which is None else _chosen(views, which)
+        rotation, mask = chosen(views, which)
         mix = Attention(config, self.param_dtype, self.attention_block, self.gather, name="self_attn")
         before, after, before_mlp, after_mlp = NORMS[config.norms]
         mixed, cache = mix(self._norm(before, x), rotation, mask, cache, start)
@@ -249,7 +251,7 @@ class Layer(nn.Module):
     def _mlp(self, x):
         if not self.has_experts:
             return MLP(self.config, self.param_dtype, self.gather, name="mlp")(x), None
-        act = ACTIVATIONS[self.config.activation]
+        act = FUNCTIONS[self.config.activation]
         experts: Any = self.config.experts
         options = self.param_dtype, self.dense_experts, self.activations
         return MixtureOfExperts(experts, act, *options, name="mlp")(x)
@@ -259,11 +261,6 @@ def _scaled(x: jax.Array, factor: float) -> jax.Array:
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
-def _chosen(views: Sequence[Any], which: jax.Array) -> Any:
-    """One of several views, by a traced index."""
-    return jax.tree.map(lambda *parts: jnp.stack(parts)[which], *views)
-
-
 def _constrain(x: jax.Array, sharding: Any) -> jax.Array:
     return x if sharding is None else lax.with_sharding_constraint(x, sharding)
 
@@ -271,21 +268,24 @@ def _constrain(x: jax.Array, sharding: Any) -> jax.Array:
 class Decoder(nn.Module):
     """A decoder with a language-model head: `(batch, length)` token ids -> `(batch, length, vocab)` logits.
 
-    Args of a call:
-      input_ids: `(batch, length)`.
-      attention_mask: `(batch, length)`: 0 for padding, on the left or the right. The logits of padding mean nothing.
-      segment_ids: `(batch, length)`: tokens see only tokens of the same id, so that packed documents stay apart.
-      positions: `(batch, length)`; without them they count what is not padding, and start again with each segment.
-      cache: a `Cache` to continue; the result is `(logits, cache)` then. Once it is full, the logits are NaN.
-      last_only: logits for the last token of each row only, `(batch, 1, vocab)`.
-      hidden: in place of the logits, what the head makes them of, `(batch, length, hidden)`.
-      routing: with the result, as a pair, the logits of the routers: `(layers with experts, batch, length, experts)`.
+    Args:
+      config: its sizes and parts.
+      param_dtype: the dtype of the parameters, and of the computation but for norms and attention weights.
+      scan_layers: whether the layers' parameters are stacked, and scanned over.
+      remat: what the backward pass computes again, as in `load`.
+      attention_block: the attention of at most so many queries at a time, as in `load`.
+      activations: where the hidden states stay on a mesh, as `sharding.batch_sharding` says: left to itself the compiler may
+        keep all rows on every device and cut their width, as an fsdp axis cuts the embedding, and then adds up each product.
+      gather: a mesh along all of whose axes but `model` each kernel of the layers is made whole where it is used: quantised
+        ones then move as what they are made of, and rows stay where they are.
+      dense_experts: whether every expert sees every token, which pays off where they are few.
 
-    `activations` is where the hidden states stay on a mesh, as `sharding.batch_sharding` says: left to itself the compiler may
-    keep all rows on every device and cut their width, as an fsdp axis cuts the embedding, and then adds up each product.
-    `gather` is a mesh along all of whose axes but `model` each kernel of the layers is made whole where it is used: quantised
-    ones then move as what they are made of, and rows stay where they are.
-    `dense_experts` lets every expert see every token, which pays off where they are few.
+    >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1, max_position_embeddings=8)
+    >>> model = Decoder(DecoderConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=2, **sizes))
+    >>> ids = jnp.ones((2, 5), jnp.int32)
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), ids)
+    >>> jax.eval_shape(model.apply, variables, ids).shape
+    (2, 5, 8)
     """
 
     config: DecoderConfig
@@ -310,6 +310,21 @@ class Decoder(nn.Module):
         hidden=False,
         routing=False,
     ):
+        """The logits, or what else is asked for.
+
+        Args:
+          input_ids: `(batch, length)`.
+          attention_mask: `(batch, length)`: 0 for padding, on the left or the right. The logits of padding mean nothing.
+          segment_ids: `(batch, length)`: tokens see only tokens of the same id, so that packed documents stay apart.
+          positions: `(batch, length)`; without them they count what is not padding, and start again with each segment.
+          cache: a `Cache` to continue; the result is `(logits, cache)` then. Once it is full, the logits are NaN.
+          last_only: logits for the last token of each row only, `(batch, 1, vocab)`.
+          hidden: in place of the logits, what the head makes them of, `(batch, length, hidden)`.
+          routing: with the result, as a pair, the logits of the routers: `(layers with experts, batch, length, experts)`.
+
+        Raises:
+          InputError: the shapes do not go together, or options do not.
+        """
         config = self.config
         for name, array in (("attention_mask", attention_mask), ("segment_ids", segment_ids), ("positions", positions)):
             if array is not None and array.shape != input_ids.shape:
@@ -355,20 +370,14 @@ class Decoder(nn.Module):
 
     def _layers(self, x, views, caches, start):
         """All layers, one by one or scanned."""
-        config, layer = self.config, Layer
+        config, layer = self.config, again(Layer, self.remat, self.scan_layers)
         which = [self._distinct().index(view) for view in zip(config.ropes, config.windows)]
         options = config, self.param_dtype, self.attention_block, self.activations, self.gather
-        if self.remat:
-            layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=REMAT[self.remat])
         if self.scan_layers:
             several = jnp.asarray(which) if len(views) > 1 else None
             views = _explicit(views, x.shape[1]) if len(views) > 1 else views
-            axes: Any = nn.broadcast, 0, 0, nn.broadcast
-            scanned: Any = nn.scan(
-                layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.num_hidden_layers,
-                in_axes=axes,
-            )  # fmt: skip
-            layers = scanned(*options, config.has_experts[0], self.dense_experts, name="layers")
+            stacked = scanned(layer, config.num_hidden_layers, nn.broadcast, 0, 0, nn.broadcast)
+            layers = stacked(*options, config.has_experts[0], self.dense_experts, name="layers")
             return layers(x, views, several, caches, start)
         moved, routed = [], []
         for i, choice in enumerate(which):

@@ -13,7 +13,6 @@ from lora_jax.models.rotary import Rope, Scaling
 MOST_LAYERS = 10_000  # a broken file must not ask for more work than any real one
 Norm = Literal["rms", "offset", "layer"]
 Norms = Literal["before", "after", "both"]
-ACTIVATIONS = {name: FUNCTIONS[name] for name in ("silu", "gelu", "gelu_pytorch_tanh", "relu")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,35 +21,49 @@ class DecoderConfig:
 
     Args:
       model_type: the family, as a Hugging Face `config.json` calls it.
+      vocab_size, hidden_size, intermediate_size, num_hidden_layers: as there, like the next three.
+      num_attention_heads, num_key_value_heads, head_dim: the heads of queries, those of keys and values, and the size of each.
+      max_position_embeddings: the tokens of the longest text.
       rms_norm_eps: what is added under the root of each norm, of whatever kind.
       norm: `"rms"`: `x / rms(x)` times a scale; `"offset"`: times 1 + scale; `"layer"`: LayerNorm with scale and bias.
       norms: whether attention and MLP have a norm before them, after them, or both.
       parallel: both read the layer's input, and their outputs are added to it together.
       gated: whether the MLP is `down(act(gate(x)) * up(x))` or `down(act(up(x)))`.
-      activation: one of `ACTIVATIONS`.
+      activation: one of `activations.FUNCTIONS`.
       fused: whether gate and up, and query, key and value, are one projection each. `"blocks"`: one part after the other;
         `"heads"`: head by head.
-      qkv_bias: whether the query, key and value projections have biases; `output_bias`: the output projection; `mlp_bias`: the
-        projections of the MLP.
+      qkv_bias: whether the query, key and value projections have biases.
+      output_bias: whether the output projection has one.
+      mlp_bias: whether the projections of the MLP have biases.
+      tie_word_embeddings: whether the head is the embedding.
       qk_norm: whether queries and keys have norms: of each head, or of all heads together.
       query_scale: what the scores are multiplied by; `None`: `head_dim^-0.5`.
       sinks: whether each head has a score that takes part in its softmax and has no value.
-      attention_cap: scores s become `cap tanh(s / cap)`; `logit_cap`: so do the logits.
+      attention_cap: scores s become `cap tanh(s / cap)`; `None`: they stay.
+      logit_cap: so do the logits.
       embedding_scale, residual_scale, logit_scale: what the embeddings, the outputs of attention and MLP, and the logits are
         multiplied by.
       learnt_positions: whether positions have embeddings of their own, in place of rotations.
-      rope_theta: the base of the rotary frequencies; `rope_scaling`: how they are scaled, if they are.
+      rope_theta: the base of the rotary frequencies.
+      rope_scaling: how they are scaled, if they are.
       rotary_dim: how many values of a head are rotated; `None`: all.
       sliding_rope: the rotation in sliding layers; `None`: the same as in the others.
       unrotated_layers: the layers without positions.
       sliding_window: the tokens that a query of a sliding layer sees, itself included.
       sliding_layers: the layers that see no more than that; the others see all tokens before.
       experts: in place of the MLP, in some layers.
+      bos_token_id, pad_token_id: the ids that begin a text, and that fill a row; `None`: there is none.
       eos_token_ids: the ids that end a text.
       source: the `config.json` that this was read from, as JSON text; of no account for the model.
 
     Raises:
       InputError: sizes or parts that do not fit together.
+
+    >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=2, max_position_embeddings=8)
+    >>> heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=2)
+    >>> config = DecoderConfig(sliding_window=3, sliding_layers=(1,), **heads, **sizes)
+    >>> config.windows, config.frequencies().tolist()
+    ((None, 3), [1.0])
     """
 
     model_type: str = "llama"
@@ -102,7 +115,7 @@ class DecoderConfig:
             raise InputError(f"num_hidden_layers is {self.num_hidden_layers}; at most {MOST_LAYERS} can be read")
         for name in ("rms_norm_eps", "rope_theta"):
             check_number(name, getattr(self, name), float)
-        for name, allowed in (("norm", get_args(Norm)), ("norms", get_args(Norms)), ("activation", ACTIVATIONS)):
+        for name, allowed in (("norm", get_args(Norm)), ("norms", get_args(Norms)), ("activation", FUNCTIONS)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
         if self.num_attention_heads % self.num_key_value_heads:

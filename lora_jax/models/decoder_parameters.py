@@ -29,6 +29,10 @@ _LLAMA = {"embed_tokens": "model.embed_tokens", "norm": "model.norm", "lm_head":
 def parameters(config: DecoderConfig, scan_layers: bool = False) -> dict[str, Entry]:
     """The shape and the Hugging Face name of each parameter, by path.
 
+    Args:
+      config: the model's sizes and parts.
+      scan_layers: whether the layers' parameters are stacked.
+
     Raises:
       InputError: layers that are not alike can't be stacked.
 

@@ -1,22 +1,21 @@
 """The families that the encoder computes: what each has, how its `config.json` says it, and its tensors' names.
 
-A family is a `Family`, and `FAMILIES` has them by their model type. To add one, give it the parts of `BertConfig` that all its
-models have, the fields of `config.json` that say the others, a function for what takes more than copying a field, and the name
-of each module; list the fields of no account. A field that is in none of these is refused.
+A family is a `Family`, and `FAMILIES` has them by their model type. To add one, give it the parts of `BertConfig` from the
+fields of its `config.json`, and the name of each module; list the fields of no account. A field that nothing reads is refused.
 """
 
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from typing import Any
 
 from lora_jax.core.errors import InputError
-from lora_jax.huggingface.names import HFName, listing
-from lora_jax.models import encoder_config
-from lora_jax.models.encoder_config import BertConfig, Fields, is_a
-
-HEAD = "classifier"
-LAST = f"{HEAD}/out_proj"  # the last layer of a head of several
+from lora_jax.huggingface.names import HFName
+from lora_jax.models.activations import FUNCTIONS
+from lora_jax.models.classifiers import HEAD, LAST
+from lora_jax.models.config_fields import Fields
+from lora_jax.models.decoder_config import check_number
+from lora_jax.models.encoder_config import BertConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,57 +25,89 @@ class Family:
     Args:
       architecture: the name of transformers' class with a classification head.
       prefix: what the names of the encoder's tensors begin with there; checkpoints of the encoder alone leave it out.
-      fields: `{field of config.json: field of BertConfig}`; those without a default in `BertConfig` must be there.
-      parts: the fields of `BertConfig` that are alike in all models.
-      read: further fields of `BertConfig` from those of `config.json`; `reads` names the ones that it looks at.
+      parts: fields of `BertConfig` from those of a `config.json`, beside the sizes that all families have.
       modules: `{module here: module there}`, with `#` for the number of a layer. Those of the head, which begin with
         `classifier` here, have no prefix there.
       spare: what the names of tensors of other heads begin with, after the prefix.
-      ignored: fields of `config.json` that change nothing here, beside those of all families.
+      fields: the names in `config.json` of fields of `BertConfig`, where they differ.
+      ignored: fields of `config.json` that change nothing here, beside those of all models.
     """
 
     architecture: str
     prefix: str
-    fields: Mapping[str, str]
-    parts: Fields = dataclasses.field(default_factory=dict)
-    read: Callable[[Fields], Fields] = lambda fields: {}
-    reads: tuple[str, ...] = ()
+    parts: Callable[[Fields], dict[str, Any]]
     modules: Mapping[str, str]
     spare: tuple[str, ...]
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
 
-# What every family has, the names of labels among them.
-READ = {"id2label", "model_type", "num_labels"}
-# Of no account in any family: dropout and the beginning of training, generation, tokens, and how a run was set up.
-IGNORED = {
-    "_name_or_path", "_num_labels", "architectures", "attention_dropout", "attention_probs_dropout_prob", "bos_token_id",
-    "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id", "directionality", "do_sample", "dropout",
-    "dtype", "eos_token_id", "eos_token_ids", "finetuning_task", "gradient_checkpointing", "hidden_dropout_prob",
-    "initializer_range", "label2id", "language", "length_penalty", "max_length", "name", "num_beams", "num_key_value_heads",
-    "num_return_sequences", "output_attentions", "output_hidden_states", "output_past", "pad_token_id", "pooler_fc_size",
-    "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type", "problem_type",
-    "quantization_config", "repetition_penalty", "return_dict", "sbert_ce_default_activation_function",
-    "sentence_transformers", "sep_token_id", "temperature", "tie_weights_", "tie_word_embeddings", "tokenizer_class", "top_k",
-    "top_p", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16", "use_cache",
-}  # fmt: skip
-# What is read where it has this value, and refused where it has another.
-ONLY = {
-    "add_cross_attention": False,
-    "is_decoder": False,
-    "is_encoder_decoder": False,
-    "position_embedding_type": "absolute",
-    "pruned_heads": {},
-    "rope_scaling": None,
-}
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _bert(fields: Fields) -> dict[str, Any]:
+    return {"type_vocab_size": fields.whole("type_vocab_size"), "layer_norm_eps": fields.number("layer_norm_eps", 1e-12)}
+
+
+def _roberta(fields: Fields) -> dict[str, Any]:
+    """The first rows of its table of positions stand for padding and for ids below its."""
+    rows, padding = fields.whole("max_position_embeddings"), fields.whole("pad_token_id", 1, least=0)
+    if padding >= rows - 1:
+        raise InputError(f"pad_token_id must be a whole number below max_position_embeddings - 1, {rows - 1}, not {padding}")
+    positions = {"padding_id": padding, "max_position_embeddings": rows - padding - 1}
+    return _bert(fields) | {"pooling": "cls", "head_act": "tanh"} | positions
+
+
+def _electra(fields: Fields) -> dict[str, Any]:
+    """Its embeddings may be smaller than the hidden states."""
+    size = fields.whole("embedding_size")
+    embeddings = {"embedding_size": None if size == fields.whole("hidden_size") else size}
+    return _bert(fields) | {"pooling": "cls", "head_act": "gelu"} | embeddings
+
+
+def _modernbert(fields: Fields) -> dict[str, Any]:
+    """Local and global layers, their rotary bases, and what the head reads."""
+    biases = ("attention_bias", "mlp_bias", "norm_bias", "head_bias")
+    return {
+        **{name: True for name in ("norm_first", "fused", "gated", "head_norm")},
+        **{name: fields.flag(name) for name in biases},
+        "type_vocab_size": 0,
+        "layer_norm_eps": fields.number("layer_norm_eps", 1e-5),
+        "head_act": fields.choice("head_act", FUNCTIONS, "gelu"),
+        "pooling": fields.choice("classifier_pooling", ("cls", "mean"), "cls"),
+        "window": fields.whole("local_attention", 128, least=0) // 2,
+        "local_layers": tuple(i for i, kind in enumerate(_layer_types(fields)) if kind == "sliding_attention"),
+        **_rope_thetas(fields),
+    }
+
+
+_KINDS = {"full_attention": 160_000.0, "sliding_attention": 10_000.0}  # of ModernBERT's layers, with their rotary bases
+
+
+def _layer_types(fields: Fields) -> list[str]:
+    kinds, every = fields.layer_types(), fields.whole("global_attn_every_n_layers", 3)
+    layers = range(fields.layers())
+    return ["sliding_attention" if i % every else "full_attention" for i in layers] if kinds is None else kinds
+
+
+def _rope_thetas(fields: Fields) -> dict[str, float]:
+    """The rotary base of each kind of layer: a field of its own up to version 4 of transformers, then `rope_parameters`."""
+    settings = fields.get("rope_parameters") or {}
+    objects = isinstance(settings, dict) and all(isinstance(value, dict) for value in settings.values())
+    if not objects or set(settings) - set(_KINDS):
+        raise InputError(f"rope_parameters must have an object for each of {', '.join(_KINDS)}, not {settings!r}")
+    thetas = {}
+    for (kind, usual), ours in zip(_KINDS.items(), ("rope_theta", "local_rope_theta")):
+        own = {"rope_type": "default", "rope_theta": fields.number(ours, usual), **settings.get(kind, {})}
+        thetas[ours] = own.pop("rope_theta")
+        if own != {"rope_type": "default"}:
+            raise InputError(f"rope_parameters: {kind} has {own!r}; only the rope_type 'default' can be read")
+        check_number("rope_theta", thetas[ours], float)
+    return thetas
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-_SIZES = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
-)  # fmt: skip
-_BERT_FIELDS = {name: name for name in (*_SIZES, "type_vocab_size", "hidden_act", "layer_norm_eps")}
 _BERT_MODULES = {
     **{f"embeddings/{name}": f"embeddings.{name}_embeddings" for name in ("word", "position", "token_type")},
     "embeddings/norm": "embeddings.LayerNorm",
@@ -93,7 +124,7 @@ _TWO_LAYERS = {f"{HEAD}/dense": "classifier.dense", LAST: "classifier.out_proj"}
 _BERT = Family(
     architecture="BertForSequenceClassification",
     prefix="bert.",
-    fields=_BERT_FIELDS,
+    parts=_bert,
     modules={**_BERT_MODULES, "pooler": "pooler.dense"},
     spare=("cls.",),
 )
@@ -101,10 +132,7 @@ _BERT = Family(
 _ROBERTA = Family(
     architecture="RobertaForSequenceClassification",
     prefix="roberta.",
-    fields=_BERT_FIELDS,
-    parts={"pooling": "cls", "head_act": "tanh"},
-    read=encoder_config.after_padding,
-    reads=("pad_token_id",),
+    parts=_roberta,
     modules={**_BERT_MODULES, **_TWO_LAYERS},
     spare=("lm_head.", "pooler."),
 )
@@ -112,10 +140,7 @@ _ROBERTA = Family(
 _ELECTRA = Family(
     architecture="ElectraForSequenceClassification",
     prefix="electra.",
-    fields=_BERT_FIELDS,
-    parts={"pooling": "cls", "head_act": "gelu"},
-    read=encoder_config.embedding_size,
-    reads=("embedding_size",),
+    parts=_electra,
     modules={**_BERT_MODULES, **_TWO_LAYERS, "embeddings/project": "embeddings_project"},
     spare=("discriminator_predictions.", "generator_predictions.", "generator_lm_head."),
     # They are for its multiple choice head.
@@ -125,16 +150,14 @@ _ELECTRA = Family(
 _DISTILBERT = Family(
     architecture="DistilBertForSequenceClassification",
     prefix="distilbert.",
+    parts=lambda fields: {"type_vocab_size": 0, "pooling": "cls", "head_act": "relu"},
     fields={
-        "vocab_size": "vocab_size",
-        "dim": "hidden_size",
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "hidden_dim": "intermediate_size",
-        "max_position_embeddings": "max_position_embeddings",
-        "activation": "hidden_act",
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "intermediate_size": "hidden_dim",
+        "hidden_act": "activation",
     },
-    parts={"type_vocab_size": 0, "pooling": "cls", "head_act": "relu"},
     modules={
         "embeddings/word": "embeddings.word_embeddings",
         "embeddings/position": "embeddings.position_embeddings",
@@ -156,21 +179,17 @@ _DISTILBERT = Family(
     ignored=("qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds"),
 )
 
-_MODERNBERT_IGNORED = (
-    "cls_token_id", "decoder_bias", "deterministic_flash_attn", "embedding_dropout", "initializer_cutoff_factor",
-    "layer_norm_eps", "mlp_dropout", "reference_compile", "repad_logits_with_grad", "sparse_pred_ignore_index",
-    "sparse_prediction",
-)  # fmt: skip
 _MODERNBERT = Family(
     architecture="ModernBertForSequenceClassification",
     prefix="model.",
-    fields={name: name for name in (*_SIZES, "attention_bias", "mlp_bias", "norm_bias")}
-    | {"hidden_activation": "hidden_act", "norm_eps": "layer_norm_eps"}
-    | {"classifier_activation": "head_act", "classifier_bias": "head_bias"},
-    parts={"type_vocab_size": 0, "norm_first": True, "fused": True, "gated": True, "layer_norm_eps": 1e-5, "head_act": "gelu"}
-    | {"attention_bias": False, "mlp_bias": False, "norm_bias": False, "head_bias": False, "head_norm": True},
-    read=encoder_config.modernbert,
-    reads=("local_attention", "layer_types", "global_attn_every_n_layers", "classifier_pooling", *encoder_config.ROPE),
+    parts=_modernbert,
+    fields={
+        "hidden_act": "hidden_activation",
+        "layer_norm_eps": "norm_eps",
+        "head_act": "classifier_activation",
+        "head_bias": "classifier_bias",
+        "rope_theta": "global_rope_theta",
+    },
     modules={
         "embeddings/word": "embeddings.tok_embeddings",
         "embeddings/norm": "embeddings.norm",
@@ -187,8 +206,11 @@ _MODERNBERT = Family(
         HEAD: "classifier",
     },
     spare=("decoder.",),
-    ignored=_MODERNBERT_IGNORED,
-)
+    ignored=(
+        "decoder_bias", "deterministic_flash_attn", "embedding_dropout", "initializer_cutoff_factor", "layer_norm_eps",
+        "mlp_dropout", "reference_compile", "repad_logits_with_grad", "sparse_pred_ignore_index", "sparse_prediction",
+    ),
+)  # fmt: skip
 
 FAMILIES = {
     "bert": _BERT,
@@ -201,8 +223,12 @@ FAMILIES = {
 
 # --- config.json ------------------------------------------------------------------------------------------------------
 
+_SIZES = (
+    "vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings",
+)  # fmt: skip
 
-def read_config(fields: Fields) -> BertConfig:
+
+def read_config(fields: Mapping[str, Any]) -> BertConfig:
     """The configuration of a classifier from the fields of a `config.json`.
 
     Raises:
@@ -217,56 +243,37 @@ def read_config(fields: Fields) -> BertConfig:
     if model_type not in tuple(FAMILIES):
         raise InputError(f"the model_type is {model_type!r}; this loader reads {', '.join(map(repr, FAMILIES))}")
     family = FAMILIES[model_type]
-    fields = {name: value for name, value in fields.items() if value is not None}
-    _refuse(family, fields)
-    found = {"model_type": model_type, "num_labels": _num_labels(fields), **family.parts}
-    found |= {ours: fields[theirs] for theirs, ours in family.fields.items() if theirs in fields}
-    return BertConfig(**{**found, **family.read(fields)})
-
-
-def _refuse(family: Family, fields: Fields) -> None:
-    """What can't be read, whatever the sizes are."""
-    for name, only in ONLY.items():
-        if fields.get(name, only) != only:
-            raise InputError(f"{name} is {fields[name]!r}; only {only!r} can be read")
-    unknown = fields.keys() - {*family.fields, *family.ignored, *family.reads, *READ, *IGNORED, *ONLY}
-    if unknown:
-        raise InputError(f"it has fields that this loader does not know, for {family.architecture}: {listing(sorted(unknown))}")
-    needed = {f.name for f in dataclasses.fields(BertConfig) if f.default is dataclasses.MISSING}
-    missing = [theirs for theirs, ours in family.fields.items() if ours in needed and not is_a(fields.get(theirs), int)]
-    if missing:
-        raise InputError(f"it lacks a whole number for: {', '.join(missing)}")
-    kinds = get_type_hints(BertConfig)
-    for theirs, ours in family.fields.items():
-        if theirs in fields and ours.endswith("_act"):
-            encoder_config.check_activation(theirs, fields[theirs])
-        elif theirs in fields:
-            encoder_config.check(theirs, fields[theirs], kinds[ours])
-
-
-def _num_labels(fields: Fields) -> int:
-    labels, count = fields.get("id2label"), fields.get("num_labels", 2)
-    if labels is not None and not isinstance(labels, dict):
-        raise InputError(f"id2label must be an object, not {labels!r}")
-    if not is_a(count, int) or count < 0:
-        raise InputError(f"num_labels must be a whole number, not {count!r}")
-    return count if labels is None else len(labels)
+    read = Fields(fields, family.fields, {})
+    read.only_an_encoder()
+    read.only("position_embedding_type", "absolute")
+    read.only("rope_scaling", None)
+    found: dict[str, Any] = {name: read.whole(name) for name in _SIZES}
+    found |= {"hidden_act": read.choice("hidden_act", FUNCTIONS, "gelu"), "num_labels": read.num_labels()}
+    found["num_hidden_layers"] = read.layers()
+    found |= {"initializer_range": read.number("initializer_range", 0.02), **family.parts(read)}
+    read.ignore("num_key_value_heads", *family.ignored)
+    read.refuse_others()
+    return BertConfig(model_type=model_type, **found)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
 _LEAVES: dict[str, Any] = {"kernel": ("weight", "i o -> o i"), "embedding": ("weight", "", "embedding")}
 _LEAVES |= {"scale": ("weight",), "bias": ("bias",)}
+_STACKED: dict[str, Any] = {"kernel": ["l i o -> o i"], "scale": ["l o -> o"], "bias": ["l o -> o"]}
 
 
-def name_of(path: str, family: Family, prefix: str) -> HFName:
-    """The name in a checkpoint of a parameter here.
+def name_of(path: str, family: Family, prefix: str, stacked: str = "{l}") -> HFName:
+    """The name in a checkpoint of a parameter here; `stacked` is the number of a layer in the names of those in a stack.
 
     >>> name_of("params/encoder/layer_3/mlp/up/kernel", FAMILIES["distilbert"], "distilbert.").name
     'distilbert.transformer.layer.3.ffn.lin1.weight'
     """
     module, _, leaf = path.removeprefix("params/").rpartition("/")
-    layer = re.search(r"layer_(\d+)", module)
-    theirs = family.modules[re.sub(r"layer_\d+", "layer_#", module)].replace("#", layer[1] if layer else "")
+    layer = re.search(r"/layer(?:s|_(\d+))/", module)
+    theirs = family.modules[re.sub(r"/layer(s|_\d+)/", "/layer_#/", module)]
     tensor, *rest = _LEAVES[leaf]
+    if layer is not None:
+        theirs = theirs.replace("#", layer[1] or stacked)
+        rest = rest if layer[1] else _STACKED[leaf]
     return HFName(f"{'' if module.startswith(HEAD) else prefix}{theirs}.{tensor}", *rest)

@@ -147,7 +147,7 @@ def _route(logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
 
 
 def balance_loss(logits: jax.Array, chosen: int, real: jax.Array | None = None) -> jax.Array:
-    """How unevenly the experts are used: 1 where all are used alike, up to their number where one is used alone.
+    """How unevenly the experts are used: `chosen` where all are used alike, up to their number where some are used alone.
 
     `experts * sum_e f_e p_e`, with f_e the share of choices that fall on the expert e, times `chosen`, and p_e its mean
     probability, over all tokens and layers (Switch Transformers, equations 4 to 6, https://arxiv.org/abs/2101.03961).

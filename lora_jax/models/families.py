@@ -8,6 +8,7 @@ To add one, add a row to `FAMILIES`, from its modelling code and its `config.jso
 3. `ignored`: fields of it that change nothing here. Any field that nothing reads is refused by name.
 4. `names`: our modules (`embed_tokens`, `layers`, `norm`, `lm_head`, and in a layer `self_attn/q_proj`, `mlp/up_proj`, ...)
    where its tensors are called otherwise.
+5. `inner`, `prefixes` and `spare`: of a decoder that is a part of a larger model, such as one of images.
 
 Then make it a tiny model with transformers, and compare the logits.
 """
@@ -18,15 +19,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_jax.core.errors import InputError
+from lora_jax.models.activations import FUNCTIONS
 from lora_jax.models.config_fields import Fields
-from lora_jax.models.decoder_config import ACTIVATIONS, MOST_LAYERS, SIZES, DecoderConfig
+from lora_jax.models.decoder_config import SIZES, DecoderConfig
 from lora_jax.models.experts import Experts
 from lora_jax.models.rope_fields import read_rope, read_ropes
 from lora_jax.models.rotary import LinearRope
 
 Parts = Callable[[Fields], dict[str, Any]]
-_ACTIVATIONS = {name: name for name in ACTIVATIONS} | {"swish": "silu"}
-_ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), "gelu_pytorch_tanh")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,9 @@ class Family:
       partial: whether a part of each head may be rotated alone.
       conv1d: whether the kernels are stored as they are here, `(in, out)`.
       stored: the names and axes in files of the joined kernels of experts, where they are not as in memory.
+      inner: the field of `config.json` that holds the decoder's own fields, where it is a part of a larger model.
+      prefixes: how names of tensors may begin in files, and how the same ones begin in memory.
+      spare: how the names of tensors of the model's other parts begin.
     """
 
     architecture: str
@@ -54,12 +58,20 @@ class Family:
     partial: bool = False
     conv1d: bool = False
     stored: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    inner: str = ""
+    prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    spare: tuple[str, ...] = ()
+
+    def renamed(self, name: str) -> str:
+        """What a tensor of a file is called in memory."""
+        begin = next((prefix for prefix in self.prefixes if name.startswith(prefix)), "")
+        return self.prefixes.get(begin, "") + name.removeprefix(begin)
 
 
 def _activation(word: Any) -> str:
-    if not isinstance(word, str) or word not in _ACTIVATIONS:
-        raise InputError(f"the activation is {word!r}; {', '.join(map(repr, _ACTIVATIONS))} can be read")
-    return _ACTIVATIONS[word]
+    if not isinstance(word, str) or word not in FUNCTIONS:
+        raise InputError(f"the activation is {word!r}; {', '.join(map(repr, FUNCTIONS))} can be read")
+    return word
 
 
 def _bias(fields: Fields, default: bool = False) -> dict[str, Any]:
@@ -74,16 +86,12 @@ def _all_slide(fields: Fields, default: int | None = None) -> dict[str, Any]:
 
 
 def _layers(fields: Fields, chosen: Callable[[int], bool] = lambda i: True) -> tuple[int, ...]:
-    return tuple(filter(chosen, range(min(fields.whole("num_hidden_layers"), MOST_LAYERS + 1))))
+    return tuple(filter(chosen, range(fields.layers())))
 
 
 def _some_slide(fields: Fields, chosen: Callable[[int], bool], default: int | None = None) -> dict[str, Any]:
     """The layers that `layer_types` calls sliding, or without it those chosen."""
-    count, kinds = fields.whole("num_hidden_layers"), fields.get("layer_types")
-    if kinds is not None:
-        fits = isinstance(kinds, list) and len(kinds) == count
-        if not fits or set(map(str, kinds)) - {"full_attention", "sliding_attention"}:
-            raise InputError(f"layer_types must be 'full_attention' or 'sliding_attention' for each of the {count} layers")
+    if (kinds := fields.layer_types()) is not None:
         chosen = lambda i: kinds[i] == "sliding_attention"
     sliding = _layers(fields, chosen)
     window = fields.maybe_whole("sliding_window", default)
@@ -177,6 +185,7 @@ def _gemma2(fields: Fields) -> dict[str, Any]:
 
 
 def _gemma3(fields: Fields) -> dict[str, Any]:
+    fields.only("model_type", "gemma3_text")
     fields.only("attn_logit_softcapping", None)
     every = fields.whole("sliding_window_pattern", fields.maybe_whole("_sliding_window_pattern", 6))
     return {
@@ -199,7 +208,7 @@ def _olmo3(fields: Fields) -> dict[str, Any]:
 
 
 def _smollm3(fields: Fields) -> dict[str, Any]:
-    every, count = fields.whole("no_rope_layer_interval", 4), fields.whole("num_hidden_layers")
+    every, count = fields.whole("no_rope_layer_interval", 4), fields.layers()
     rotated = fields.get("no_rope_layers")
     rotated = [(i + 1) % every != 0 for i in range(count)] if rotated is None else rotated
     if not isinstance(rotated, list) or len(rotated) != count:
@@ -259,8 +268,29 @@ def _gpt2(fields: Fields) -> dict[str, Any]:
 
 
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+_TEXT = "model.language_model"
+_GEMMA = {"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"}
 _PLAIN_MLP = {"mlp/up_proj": "mlp.c_fc", "mlp/down_proj": "mlp.c_proj"}
 _EXPERTS = {f"experts/{name}_proj": f"mlp.experts.{name}_proj" for name in ("gate_up", "down")} | {"experts/router": "mlp.gate"}
+_GEMMA3: dict[str, Any] = {
+    "parts": _gemma3,
+    "fields": {"activation": "hidden_activation"},
+    "defaults": {
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131_072,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    },
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(architecture="LlamaForCausalLM", parts=_llama),
@@ -274,6 +304,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
         parts=_qwen3_moe,
+        defaults={"num_key_value_heads": 4},
         names=_EXPERTS,
         stored={
             "experts/gate_up_proj": ("mlp.experts.{e}.{c:gate|up}_proj.weight", "e i c o -> o i"),
@@ -283,7 +314,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         architecture="MixtralForCausalLM",
         parts=_mixtral,
-        defaults={"num_key_value_heads": 8, "rope_theta": 1e6},
+        defaults={"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
         ignored=("router_jitter_noise",),
         names=_EXPERTS,
         stored={
@@ -295,30 +326,44 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
         parts=_gpt_oss,
-        defaults={"head_dim": 64, "num_key_value_heads": 8, "rope_theta": 150_000.0, "rope_parameters": _GPT_OSS_ROPE},
+        defaults={"head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+        | {"rope_theta": 150_000.0, "rope_parameters": _GPT_OSS_ROPE},
         ignored=("initial_context_length",),
         names=_EXPERTS | {"experts/router": "mlp.router"},
     ),
     "gemma": Family(
         architecture="GemmaForCausalLM",
         parts=_gemma1,
-        defaults={"head_dim": 256, "tie_word_embeddings": True},
+        defaults={"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True},
     ),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
         parts=_gemma2,
         fields={"activation": "hidden_activation"},
-        defaults={"head_dim": 256, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"},
+        defaults=_GEMMA,
     ),
-    "gemma3_text": Family(
-        architecture="Gemma3ForCausalLM",
-        parts=_gemma3,
-        fields={"activation": "hidden_activation"},
-        defaults={"head_dim": 256, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"},
+    "gemma3_text": Family(architecture="Gemma3ForCausalLM", **_GEMMA3),
+    "gemma3": Family(
+        architecture="Gemma3ForConditionalGeneration",
+        **_GEMMA3,
+        names={"embed_tokens": f"{_TEXT}.embed_tokens", "norm": f"{_TEXT}.norm", "layers": f"{_TEXT}.layers"},
+        ignored=(
+            "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index", "boi_token_id",
+            "eoi_token_id", "image_token_id",
+        ),
+        inner="text_config",
+        prefixes={
+            "language_model.lm_head.": "lm_head.",
+            "language_model.model.": f"{_TEXT}.",
+            "vision_tower.": "model.vision_tower.",
+            "multi_modal_projector.": "model.multi_modal_projector.",
+        },
+        spare=("model.vision_tower.", "model.multi_modal_projector."),
     ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",
         parts=_phi3,
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
         partial=True,
         ignored=("embd_pdrop", "resid_pdrop", "original_max_position_embeddings"),
     ),
@@ -417,31 +462,63 @@ def read_config(fields: Mapping[str, Any]) -> DecoderConfig:
     model_type = fields.get("model_type")
     if model_type not in FAMILIES:
         raise InputError(f"the model_type is {model_type!r}; this loader reads {', '.join(map(repr, FAMILY))}")
-    family = FAMILIES[model_type]
+    family, source = FAMILIES[model_type], {name: value for name, value in fields.items() if name != "quantization_config"}
+    fields = _own_fields(fields, family)
     read = Fields(fields, {"activation": "hidden_act", **family.fields}, family.defaults)
     parts = family.parts(read)
+    ids = {name: token_ids({name: read.get(name)}, name) for name in _IDS}
     heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
     sizes: dict[str, Any] = {
         "num_attention_heads": heads,
         "hidden_size": width,
-        "num_key_value_heads": read.whole("num_key_value_heads", heads),
+        "num_key_value_heads": heads if read.is_null("num_key_value_heads") else read.whole("num_key_value_heads", heads),
         "head_dim": read.whole("head_dim", width // heads),
         "max_position_embeddings": read.whole("max_position_embeddings", 2048),
-        **{name: read.whole(name) for name in ("vocab_size", "num_hidden_layers")},
+        "vocab_size": read.whole("vocab_size"),
+        "num_hidden_layers": read.layers(),
         "intermediate_size": parts.get("intermediate_size") or read.whole("intermediate_size"),
         "rms_norm_eps": read.number("rms_norm_eps", 1e-6),
         "activation": parts.get("activation") or _activation(read.get("activation") or "silu"),
         "tie_word_embeddings": read.flag("tie_word_embeddings"),
-        "bos_token_id": next(iter(token_ids(fields, "bos_token_id")), None),
-        "eos_token_ids": token_ids(fields, "eos_token_id"),
-        "pad_token_id": next(iter(token_ids(fields, "pad_token_id")), None),
+        "bos_token_id": next(iter(ids["bos_token_id"]), None),
+        "eos_token_ids": ids["eos_token_id"],
+        "pad_token_id": next(iter(ids["pad_token_id"]), None),
     }
     if not parts.get("learnt_positions") and "rope_theta" not in parts:
         parts = read_rope(read, sizes["head_dim"], family.partial) | parts
     read.ignore("quantization_config", *family.ignored)  # which says how files are stored
     read.refuse_others()
-    source = json.dumps({name: value for name, value in fields.items() if name != "quantization_config"})
-    return DecoderConfig(model_type=model_type, source=source, **sizes | parts)
+    return DecoderConfig(model_type=model_type, source=json.dumps(source), **sizes | parts)
+
+
+def _own_fields(fields: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The fields of the decoder alone; of a larger model, where ids and tied heads are said of the whole, those go first."""
+    if not family.inner:
+        return fields
+    whole = Fields(fields, {}, {})
+    tied = whole.get("tie_word_embeddings")
+    whole.ignore(family.inner, "quantization_config", *family.ignored)
+    whole.refuse_others()
+    own = fields.get(family.inner) or {}
+    if not isinstance(own, dict):
+        raise InputError(f"{family.inner} must be an object, not {own!r}")
+    ids = {name: fields[name] for name in _IDS if fields.get(name) is not None}
+    return own | {"tie_word_embeddings": tied} | ids
+
+
+def rename(model_type: str) -> Callable[[str], str]:
+    """What the tensors of files of a type of models are called in memory."""
+    return FAMILIES[model_type].renamed if model_type in FAMILIES else str
+
+
+def replaced(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` with other values of some fields; the vocabulary's size is the decoder's own."""
+    inner = FAMILIES[fields["model_type"]].inner
+    if not inner:
+        return {**fields, **values}
+    own = {name: values[name] for name in ("vocab_size", "tie_word_embeddings") if name in values}
+    outer = {name: value for name, value in values.items() if name != "vocab_size"}
+    return {**fields, **outer, inner: {**(fields.get(inner) or {}), **own}}
 
 
 def token_ids(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
@@ -460,6 +537,12 @@ def token_ids(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
     """The fields of a `config.json` that transformers, and `load`, read as this model.
 
+    Args:
+      config: the sizes and parts; those of a model that was read keep the fields of their file.
+
+    Raises:
+      InputError: a model that was not read from a file is of a family other than Llama, Mistral and Qwen 2.
+
     >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     >>> config = read_config(dict(model_type="mistral", sliding_window=3, num_key_value_heads=1, **sizes))
     >>> read_config(hf_config(config)) == config
@@ -471,7 +554,7 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         **{name: getattr(config, name) for name in ("vocab_size", "tie_word_embeddings", "bos_token_id", "pad_token_id")},
         "eos_token_id": None if not ids else ids[0] if len(ids) == 1 else list(ids),
     }
-    return (json.loads(config.source) if config.source else _llama_fields(config)) | own
+    return replaced(json.loads(config.source) if config.source else _llama_fields(config), own)
 
 
 def _llama_fields(config: DecoderConfig) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from lora_jax.core.errors import InputError
 from lora_jax.huggingface.gguf_reader import GgufFile
-from lora_jax.models.decoder_config import DecoderConfig
-from lora_jax.models.rotary import LinearRope, Llama3Rope, plain
+from lora_jax.models.gguf_config import read_config as read_config
+
+__all__ = ["chat_template", "special_tokens", "tokenizer"]
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -19,93 +18,50 @@ _BYTE_LEVEL = ("gpt-2", "smollm")
 _CONTROL, _USER_DEFINED = 3, 4
 
 
-def read_config(tensors: GgufFile) -> DecoderConfig:
-    """The sizes of a model of the `llama` or `qwen2` architecture.
+def chat_template(file: str | pathlib.Path) -> str | None:
+    """The file's Jinja template for chats, if it has one.
+
+    Args:
+      file: a `.gguf` file.
 
     Raises:
-      InputError: another architecture, or a value that is missing or that the model can't do.
+      MissingError: the file is missing.
+      InputError: it can't be read.
+
+    >>> import gguf, tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     writer = gguf.GGUFWriter(file := f"{directory}/tiny.gguf", "llama")
+    ...     writer.add_chat_template("{{ messages }}")
+    ...     writer.write_header_to_file()
+    ...     writer.write_kv_data_to_file()
+    ...     writer.close()
+    ...     chat_template(file)
+    '{{ messages }}'
     """
-    metadata, kind = tensors.metadata, tensors.metadata.get("general.architecture")
-    if kind not in ("llama", "qwen2"):
-        raise InputError(f"{tensors.file}: the architecture is {kind!r}; 'llama' and 'qwen2' can be read")
-    if metadata.get(f"{kind}.expert_count"):
-        raise InputError(f"{tensors.file} is a mixture of experts, which can't be read")
-
-    def number(name: str, default: int | None = None) -> int:
-        return tensors.number(f"{kind}.{name}", default)
-
-    heads, width, layers = number("attention.head_count"), number("embedding_length"), number("block_count")
-    head_dim = number("attention.key_length", width // heads)
-    if {number("rope.dimension_count", head_dim), number("attention.value_length", head_dim)} != {head_dim}:
-        raise InputError(f"{tensors.file}: only heads of one size, rotated whole, can be read")
-    window = metadata.get(f"{kind}.attention.sliding_window") and number("attention.sliding_window")
-    bias = "model.layers.0.self_attn.q_proj.bias" in tensors.shapes
-    special = lambda name: metadata.get(f"tokenizer.ggml.{name}_token_id")
-    ends = dict.fromkeys(id for id in (special("eos"), special("eot")) if id is not None)
-    fields: Any = dict(
-        model_type="mistral" if window and kind == "llama" else kind,
-        vocab_size=tensors.shapes.get("model.embed_tokens.weight", (0,))[0],
-        hidden_size=width,
-        intermediate_size=number("feed_forward_length"),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=number("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        max_position_embeddings=number("context_length"),
-        rms_norm_eps=_shortest(metadata.get(f"{kind}.attention.layer_norm_rms_epsilon", 1e-6)),
-        rope_theta=_shortest(metadata.get(f"{kind}.rope.freq_base", 10000.0)),
-        rope_scaling=_scaling(tensors, kind),
-        qkv_bias=bias or kind == "qwen2",
-        output_bias=bias and kind == "llama",
-        tie_word_embeddings="lm_head.weight" not in tensors.shapes,
-        sliding_window=window or None,
-        sliding_layers=tuple(range(layers)) if window else (),
-        bos_token_id=special("bos"),
-        eos_token_ids=tuple(ends),
-        pad_token_id=special("padding"),
-    )
-    try:
-        return DecoderConfig(**fields)
-    except InputError as error:
-        raise InputError(f"{tensors.file}: {error}") from None
-
-
-def _shortest(value: float) -> float:
-    """A float32 as it was written: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
-def _scaling(tensors: GgufFile, kind: str) -> Llama3Rope | LinearRope | None:
-    """The scaling of the rotary frequencies. Llama 3's stands in the file as the divisor of each frequency."""
-    metadata = tensors.metadata
-    method = metadata.get(f"{kind}.rope.scaling.type", "none")
-    if "rope_freqs.weight" in tensors.shapes:
-        return _llama3_scaling(tensors, kind)
-    if method not in ("none", "linear"):
-        raise InputError(f"{tensors.file}: the rope scaling is {method!r}; 'linear' and Llama 3's can be read")
-    factor = metadata.get(f"{kind}.rope.scaling.factor", metadata.get(f"{kind}.rope.scale_linear", 1.0))
-    return None if factor in (0, 1) else LinearRope(factor=_shortest(factor))
-
-
-def _llama3_scaling(tensors: GgufFile, kind: str) -> Llama3Rope:
-    divisors = tensors.read("rope_freqs.weight").reshape(-1)
-    theta = _shortest(tensors.metadata.get(f"{kind}.rope.freq_base", 10000.0))
-    frequencies = plain(theta, 2 * divisors.size)
-    rope = Llama3Rope(
-        factor=_shortest(divisors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    )
-    if not np.allclose(frequencies / rope.scale(frequencies), divisors, rtol=1e-4):
-        raise InputError(f"{tensors.file}: the divisors in rope_freqs.weight are not those of Llama 3, so they can't be read")
-    return rope
-
-
-def chat_template(file: str | pathlib.Path) -> str | None:
-    """The file's Jinja template for chats, if it has one."""
     return GgufFile(file).metadata.get("tokenizer.chat_template")
 
 
 def special_tokens(file: str | pathlib.Path) -> dict[str, str]:
-    """The texts of the file's special tokens by the names that chat templates know: `bos_token`, `eos_token`, ..."""
+    """The texts of the file's special tokens by the names that chat templates know: `bos_token`, `eos_token`, ...
+
+    Args:
+      file: a `.gguf` file.
+
+    Raises:
+      MissingError: the file is missing.
+      InputError: it can't be read, or one of these is none of its tokens.
+
+    >>> import gguf, tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     writer = gguf.GGUFWriter(file := f"{directory}/tiny.gguf", "llama")
+    ...     writer.add_token_list(["a", "b", "ab", "<end>"])
+    ...     writer.add_eos_token_id(3)
+    ...     writer.write_header_to_file()
+    ...     writer.write_kv_data_to_file()
+    ...     writer.close()
+    ...     special_tokens(file)
+    {'eos_token': '<end>'}
+    """
     return _special_tokens(GgufFile(file))
 
 
@@ -124,8 +80,24 @@ def _special_tokens(opened: GgufFile) -> dict[str, str]:
 def tokenizer(file: str | pathlib.Path) -> Any:
     """The file's tokenizer, as a `tokenizers.Tokenizer`: byte-level BPE (`tokenizer.ggml.model` is `gpt2`).
 
+    Args:
+      file: a `.gguf` file.
+
     Raises:
+      MissingError: the file is missing.
       InputError: another kind of tokenizer, or a broken one.
+
+    >>> import gguf, tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     writer = gguf.GGUFWriter(file := f"{directory}/tiny.gguf", "llama")
+    ...     writer.add_tokenizer_model("gpt2")
+    ...     writer.add_token_list(["a", "b", "ab", "<end>"])
+    ...     writer.add_token_merges(["a b"])
+    ...     writer.write_header_to_file()
+    ...     writer.write_kv_data_to_file()
+    ...     writer.close()
+    ...     tokenizer(file).encode("abb").tokens
+    ['ab', 'b']
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
@@ -135,7 +107,8 @@ def tokenizer(file: str | pathlib.Path) -> Any:
     if kind != "gpt2" or split not in (*_SPLITS, *_BYTE_LEVEL):
         raise InputError(
             f"{opened.file}: its tokenizer is {kind!r} with the splitting {split!r}; 'gpt2' with "
-            f"{', '.join(map(repr, (*_BYTE_LEVEL, *_SPLITS)))} can be read: give the model's tokenizer.json instead"
+            f"{', '.join(map(repr, (*_BYTE_LEVEL, *_SPLITS)))} can be read: load the Hugging Face model that the file was made "
+            f"from{_origin(metadata)}, which has a tokenizer.json"
         )
     words, merges = _texts(opened, "tokens"), [tuple(merge.split(" ")) for merge in _texts(opened, "merges")]
     kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(words))
@@ -156,6 +129,14 @@ def tokenizer(file: str | pathlib.Path) -> Any:
     made.add_tokens(added)
     _frame(made, opened, split)
     return made
+
+
+def _origin(metadata: dict[str, Any]) -> str:
+    """The name of the model that a file was made from, if it says so."""
+    name = (
+        metadata.get("general.base_model.0.repo_url") or metadata.get("general.source.repo_url") or metadata.get("general.name")
+    )
+    return f" ({name})" if isinstance(name, str) else ""
 
 
 def _split(made: Any, split: str) -> None:

@@ -11,7 +11,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.huggingface import checkpoint_files, hub
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import bert, llama, vision
-from lora_jax.models.decoder import Remat
+from lora_jax.models.stacking import Remat
 from lora_jax.models.weights import Sharding
 
 
@@ -23,16 +23,33 @@ class Loaded(Protocol):
       variables: `{"params": ...}`.
       names: the Hugging Face name of each parameter, by path.
       config: the model's sizes.
+
+    >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1, max_position_embeddings=8)
+    >>> config = llama.LlamaConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=2, **sizes)
+    >>> model: Loaded = llama.abstract(config)
+    >>> model.names["params/norm/scale"].name, model.config.vocab_size
+    ('model.norm.weight', 8)
     """
 
     @property
-    def apply(self) -> Callable[..., Any]: ...
+    def apply(self) -> Callable[..., Any]:
+        """`apply(variables, *inputs)`: the logits."""
+        ...
+
     @property
-    def variables(self) -> Any: ...
+    def variables(self) -> Any:
+        """`{"params": ...}`."""
+        ...
+
     @property
-    def names(self) -> dict[str, HFName]: ...
+    def names(self) -> dict[str, HFName]:
+        """The Hugging Face name of each parameter, by path."""
+        ...
+
     @property
-    def config(self) -> Any: ...
+    def config(self) -> Any:
+        """The model's sizes."""
+        ...
 
 
 # Each module's FAMILY are the model types that its `load` reads.
@@ -68,9 +85,10 @@ def load(
       quantize: `"nf4"`, `"int4"`, `"int8"` or `"fp8"`: the kernels of the layers are quantised as they are read.
       block: how many values share a scale (64 by default); only with `quantize`.
       sharding: where the parameters go: one sharding for all, or a function of (path, shape).
-      scan_layers: of decoders: see `models.llama.load`, as for the next four.
-      remat: of decoders.
-      attention_block: of decoders.
+      scan_layers: stack the layers' parameters along a leading axis and scan over them: compiles once for all layers.
+      remat: what the backward pass computes again instead of keeping it: `None`: nothing; `"products"`: all but the outputs of
+        products with weights; `"full"`: all of a layer but its input.
+      attention_block: of decoders: see `models.llama.load`, as for the next two.
       dense_experts: of decoders.
       tie: of decoders.
       num_labels: of classifiers: the number of classes; see `models.bert.load`.
@@ -83,6 +101,17 @@ def load(
       MissingError: the source, or one of its files, is missing.
       InputError: another architecture, an option that its family does not have, or what the family's own loader refuses.
       ImportError: a package for the hub, GGUF files or quantised kernels is missing.
+
+    >>> import json, tempfile, jax, numpy as np, safetensors.numpy
+    >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1, max_position_embeddings=8)
+    >>> config = llama.LlamaConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=2, **sizes)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = (pathlib.Path(directory) / "config.json").write_text(json.dumps(llama.hf_config(config)))
+    ...     tensors = {name.name: name.export(np.ones(shape)) for shape, name in llama.parameters(config).values()}
+    ...     safetensors.numpy.save_file(tensors, pathlib.Path(directory) / "model.safetensors")
+    ...     model = load(directory)
+    >>> jax.jit(model.apply)(model.variables, jnp.ones((2, 5), jnp.int32)).shape
+    (2, 5, 8)
     """
     source = hub.find(source)
     kind, loader = _loader(source)

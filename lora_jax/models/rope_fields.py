@@ -60,6 +60,8 @@ def read_ropes(fields: Fields, theta: float, sliding_theta: float | None = None)
         settings = {"full_attention": settings}
     if odd := set(settings) - {"full_attention", "sliding_attention"}:
         raise InputError(f"rope_parameters has settings for {', '.join(sorted(odd))}; sliding and full attention can be read")
+    if any((own or {}).get("partial_rotary_factor", 1) != 1 for own in settings.values()):
+        raise InputError("partial_rotary_factor is not 1; this family rotates whole heads")
     full = _rope(settings.get("full_attention") or {}, fields, theta)
     sliding = _rope(settings.get("sliding_attention") or {}, fields, sliding_theta or theta)
     return {"rope_theta": full.theta, "rope_scaling": full.scaling, "sliding_rope": None if sliding == full else sliding}
@@ -97,9 +99,8 @@ def _rope(settings: Mapping[str, Any], fields: Fields, theta: float) -> Rope:
 
 
 def _scaling(made: type[Scaling], settings: Mapping[str, Any], fields: Fields) -> Scaling:
-    longest, usual = fields.whole("max_position_embeddings", 2048), fields.maybe_whole("original_max_position_embeddings")
-    original = settings.get("original_max_position_embeddings") or usual or longest
-    known = {**settings, "original_max_position_embeddings": longest if made is DynamicRope else original}
+    original = _original(made, settings, fields)
+    known = {**settings, "original_max_position_embeddings": original}
     values: dict[str, Any] = {
         field.name: _value(field, known.get(field.name))
         for field in dataclasses.fields(made)
@@ -108,10 +109,21 @@ def _scaling(made: type[Scaling], settings: Mapping[str, Any], fields: Fields) -
     if made is YarnRope:
         values.setdefault("attention_factor", _yarn_factor(settings, values["factor"]))
     if made is LongRope:
-        stretch = settings.get("factor") or longest / original
+        stretch = settings.get("factor") or fields.whole("max_position_embeddings") / original
         factor = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
         values.setdefault("attention_factor", factor)
     return made(**values)
+
+
+def _original(made: type[Scaling], settings: Mapping[str, Any], fields: Fields) -> Any:
+    """The length of pretraining, which may be written beside the rotary settings; else the longest."""
+    name = "original_max_position_embeddings"
+    own, beside = settings.get(name), fields.maybe_whole(name)
+    if own and beside and own != beside:
+        raise InputError(f"{name} is {beside}, but {own} in the rotary settings: correct the one that is wrong")
+    if made is DynamicRope or (made is not LinearRope and not (own or beside)):
+        return fields.whole("max_position_embeddings")
+    return own or beside
 
 
 def _value(field: dataclasses.Field[Any], value: Any) -> Any:

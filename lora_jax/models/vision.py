@@ -1,62 +1,31 @@
-"""Vision encoders (ViT, DINOv2) with a classification head, as one Linen model, and a loader for Hugging Face directories."""
+"""Vision encoders (ViT, DINOv2) with a classification head, as one Linen model, and a loader for Hugging Face directories.
 
-import dataclasses
+`load` gives a `Loaded`, whose `apply` is a function for `lora`.
+"""
+
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core import paths
-from lora_jax.core.errors import InputError
+from lora_jax.core.errors import within
 from lora_jax.huggingface import checkpoint_files
 from lora_jax.huggingface.dequantized import open_tensors
-from lora_jax.huggingface.names import HFName
-from lora_jax.models.activations import FUNCTIONS
-from lora_jax.models.vision_config import FAMILIES, read_config
-from lora_jax.models.vision_config import VisionConfig as VisionConfig
-from lora_jax.models.vision_encoder import Vision as Vision
-from lora_jax.models.vision_names import file_names as file_names
-from lora_jax.models.vision_names import hf_names as hf_names
-from lora_jax.models.vision_names import modern
-from lora_jax.models.weights import Reader, Sharding, put
-from lora_jax.sharding import model_shardings, on_mesh
+from lora_jax.models import classifiers, stacking
+from lora_jax.models.classifiers import Loaded, shardings, with_new_head
+from lora_jax.models.stacking import Remat
+from lora_jax.models.vision_config import FAMILIES, VisionConfig, read_config
+from lora_jax.models.vision_encoder import Vision
+from lora_jax.models.vision_names import file_names, hf_names, modern
+from lora_jax.models.weights import Reader, Sharding
 
-FAMILY = tuple(FAMILIES)
+__all__ = ["FAMILY", "Loaded", "Vision", "VisionConfig", "file_names", "hf_names", "load", "shardings", "with_new_head"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model read from a directory.
-
-    Args:
-      apply: `apply(variables, pixel_values)` -> logits `(batch, num_labels)`. The pixels are floats `(batch, height, width,
-        channels)`, normalised as the checkpoint's `preprocessor_config.json` says. Images of another size than the model's
-        get interpolated position embeddings, as transformers makes them (for ViT: with `interpolate_pos_encoding=True`).
-      variables: `{"params": ...}`.
-      names: `{path: HFName}` for every parameter, as transformers' image classifier in memory, whatever the file's are.
-      config: the model's sizes and parts.
-      labels: the checkpoint's names of the labels, in the order of the logits; `LABEL_0`, ... where the head is new.
-      new: paths of parameters that the checkpoint lacks, initialised from the seed (a new head).
-    """
-
-    apply: Callable[..., Any]
-    variables: Any
-    names: dict[str, HFName]
-    config: VisionConfig
-    labels: tuple[str, ...]
-    new: tuple[str, ...]
-
-
-def shardings(mesh: jax.sharding.Mesh, variables: Any) -> Any:
-    """Where each parameter goes on a mesh with some of the axes `data`, `fsdp` and `model`; see `sharding.model_shardings`.
-
-    `model` cuts the heads and the MLP's inner width.
-    """
-    return model_shardings(mesh, variables, columns=("query", "key", "value", "up", "gate"), rows=("out", "down"))
+FAMILY = tuple(FAMILIES)  # the model types
 
 
 def load(
@@ -68,6 +37,8 @@ def load(
     sharding: Sharding = None,
     quantize: str | None = None,
     block: int | None = None,
+    scan_layers: bool = False,
+    remat: Remat | None = None,
 ) -> Loaded:
     """Read a Hugging Face directory: `config.json` and `model.safetensors`, or an index of several files.
 
@@ -82,50 +53,40 @@ def load(
       quantize: `"nf4"`, `"int4"`, `"int8"` or `"fp8"`: the kernels of the layers are quantised as they are read, as
         `lora_jax.quantize` does; embeddings, head, norms and biases are not. Such a model is for `lora(loaded.apply)`.
       block: how many values share a scale (64 by default); only with `quantize`.
+      scan_layers: stack the layers' parameters along a leading axis and scan over them: compiles once for all layers.
+      remat: what the backward pass computes again instead of keeping it: `None`: nothing; `"products"`: all but the outputs of
+        products with weights; `"full"`: all of a layer but its input.
 
     Raises:
       MissingError: the directory or one of the two files is missing.
       InputError: another architecture, a field of `config.json` that is not known, a file that is truncated or not what its
         name says, tensors that are missing, unexpected or of the wrong shape, or kernels that can't be quantised so.
       ImportError: qwix is not installed.
+
+    >>> import json, tempfile, safetensors.numpy
+    >>> sizes = dict(hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    >>> config, pixels = read_config({"model_type": "vit", **sizes}), jnp.ones((1, 8, 8, 3))
+    >>> wanted, _ = classifiers.shapes(Vision(config), pixels)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = (pathlib.Path(directory) / "config.json").write_text(json.dumps({"model_type": "vit", **sizes}))
+    ...     tensors = {name.name: name.export(np.ones(wanted[path].shape)) for path, name in hf_names(config).items()}
+    ...     safetensors.numpy.save_file(tensors, pathlib.Path(directory) / "model.safetensors")
+    ...     model = load(directory, num_labels=3)
+    >>> jax.eval_shape(model.apply, model.variables, pixels).shape, sorted(model.new)
+    ((1, 3), ['params/classifier/bias', 'params/classifier/kernel'])
     """
+    stacking.check_remat(remat)
     directory = pathlib.Path(directory)
     fields = checkpoint_files.read_json(directory, "config.json")
     config = _config(directory, fields, num_labels)
     tensors = _Tensors(directory, config.family)
-    stored_head = tensors.shapes.get("classifier.weight")
-    has_head = stored_head is not None and num_labels in (None, stored_head[0])
-    model = Vision(config, jnp.dtype(dtype))
-    image = jax.ShapeDtypeStruct((1, *config.image_size, config.num_channels), jnp.float32)
-    wanted, treedef = paths.flatten(jax.eval_shape(model.init, jax.random.key(0), image))
-    names = hf_names(config)
-    new = () if has_head else tuple(path for path in names if path.startswith("params/classifier/"))
-
-    def spare(name: str) -> bool:
-        return _is_spare(name) or (not has_head and name.startswith("classifier."))
-
-    checkpoint_files.check(tensors, {names[path]: leaf.shape for path, leaf in wanted.items() if path not in new}, spare)
-    head = _new_head(config, seed)
+    names = hf_names(config, scan_layers)
+    new = classifiers.new_paths(names, tensors.shapes, num_labels)
     reader = Reader(tensors, dtype, sharding, quantize, block)
-
-    def read(path: str, shape: tuple[int, ...]) -> Any:
-        if path in new:
-            return put(np.asarray(head[path], dtype), reader.place(path, shape))
-        return reader.read(path, names[path], shape)
-
-    leaves = [read(path, leaf.shape) for path, leaf in wanted.items()]
-    variables = jax.tree.unflatten(treedef, leaves)
-    return Loaded(model.apply, variables, names, config, _labels(fields, config.num_labels, has_head), new)
-
-
-def with_new_head(model: Loaded, seed: int) -> Loaded:
-    """The model with the new head of another seed; a head of the checkpoint's own stays."""
-    leaves, treedef = paths.flatten(model.variables)
-    head = _new_head(model.config, seed)
-    for path in model.new:
-        old = leaves[path]
-        leaves[path] = put(np.asarray(head[path], old.dtype), old.sharding if on_mesh(old) else None)
-    return dataclasses.replace(model, variables=jax.tree.unflatten(treedef, list(leaves.values())))
+    module = Vision(config, jnp.dtype(dtype), scan_layers, remat)
+    image = jax.ShapeDtypeStruct((1, *config.image_size, config.num_channels), jnp.float32)
+    spare = functools.partial(_is_spare, bool(new))
+    return classifiers.read(module, classifiers.shapes(module, image), reader, names, names, new, spare, fields, seed)
 
 
 class _Tensors:
@@ -154,26 +115,11 @@ class _Tensors:
 
 
 def _config(directory: pathlib.Path, fields: Mapping[str, Any], num_labels: int | None) -> VisionConfig:
-    try:
-        config = read_config(fields, num_labels)
-        if config.hidden_act not in FUNCTIONS:
-            raise InputError(f"hidden_act {config.hidden_act!r} is not one of {', '.join(sorted(FUNCTIONS))}")
-    except InputError as error:
-        raise InputError(f"{directory / 'config.json'}: {error}") from None
-    return config
+    with within(directory / "config.json"):
+        return read_config(fields, num_labels)
 
 
-def _is_spare(name: str) -> bool:
+def _is_spare(new_head: bool, name: str) -> bool:
     """What only pretraining, or the encoder without this head, needs."""
-    return name.endswith("embeddings.mask_token") or ".pooler.dense." in name or name.startswith("decoder.")
-
-
-def _new_head(config: VisionConfig, seed: int) -> dict[str, jax.Array]:
-    width = config.hidden_size * (2 if config.patches_in_head else 1)
-    kernel = config.initializer_range * jax.random.normal(jax.random.key(seed), (width, config.num_labels))
-    return {"params/classifier/kernel": kernel, "params/classifier/bias": jnp.zeros(config.num_labels)}
-
-
-def _labels(fields: Mapping[str, Any], num_labels: int, has_head: bool) -> tuple[str, ...]:
-    named = (fields.get("id2label") or {}) if has_head else {}
-    return tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(num_labels))
+    unread = name.endswith("embeddings.mask_token") or ".pooler.dense." in name or name.startswith("decoder.")
+    return unread or (new_head and name.startswith("classifier."))

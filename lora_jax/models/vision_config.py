@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_jax.core.errors import InputError
-from lora_jax.huggingface.names import listing
+from lora_jax.models.activations import FUNCTIONS
+from lora_jax.models.config_fields import Fields
+from lora_jax.models.decoder_config import check_number
 
 Size = tuple[int, int]
 
@@ -21,14 +23,24 @@ class VisionConfig:
 
     Args:
       family: the name of its row in `FAMILIES`.
-      image_size: (height, width) of the images that the position embeddings are for; `patch_size`: of a patch.
+      hidden_size, num_hidden_layers, num_attention_heads, head_dim, intermediate_size: as in `config.json`.
+      image_size: (height, width) of the images that the position embeddings are for.
+      patch_size: (height, width) of a patch.
+      num_channels: of the images, 3 for colours.
+      num_labels: the outputs of the head.
+      hidden_act: what stands between the MLP's layers, one of `activations.FUNCTIONS`.
+      layer_norm_eps: what is added under the root of each norm.
+      initializer_range: the deviation of a new head's kernel.
+      qkv_bias: whether the query, key and value projections have biases.
       layer_scales: whether what attention and MLP add is multiplied by a vector first.
       gated: whether the MLP is `down(silu(gate(x)) * up(x))`, and not `down(act(up(x)))`.
       patches_in_head: whether the head reads the class token and the mean of the patches, and not the class token alone.
-      initializer_range: the deviation of a new head's kernel.
 
     Raises:
       InputError: sizes that are out of range or do not fit together; the message names the field of `config.json`.
+
+    >>> read_config({"model_type": "vit", "image_size": 32, "patch_size": 8}).grid
+    (4, 4)
     """
 
     family: str
@@ -51,7 +63,8 @@ class VisionConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _check(field.name, getattr(self, field.name), field.type)
+            if field.type in (int, float):
+                check_number(field.name, getattr(self, field.name), field.type)
         if 0 in self.grid:
             raise InputError(f"the patch_size {self.patch_size} is larger than the image_size {self.image_size}")
 
@@ -71,8 +84,8 @@ class Family:
       prefix: of all tensors but the head's.
       layers: what stands before a layer's tensors; "#" is its number.
       modules: of a layer, what transformers calls our norms and layer scales.
-      fields: those of `config.json` that are honoured beside the ones of all families, and what they are where left out.
-      idle: fields that change nothing of the classifier's logits.
+      defaults: what fields of `config.json` are where it lacks them.
+      ignored: fields that change nothing of the classifier's logits.
       parts: what the fields ask for, as arguments of `VisionConfig`.
       older: (in files, in transformers' memory) for each part of a name that differs, to be replaced in this order.
       joined: tensors of files that are two of the memory's, the first one's rows above the second's.
@@ -84,26 +97,20 @@ class Family:
     prefix: str
     layers: str
     modules: Mapping[str, str]
-    fields: Mapping[str, Any]
-    idle: frozenset[str]
-    parts: Callable[[Mapping[str, Any]], dict[str, Any]]
+    defaults: Mapping[str, Any]
+    ignored: tuple[str, ...]
+    parts: Callable[[Fields], dict[str, Any]]
     older: tuple[tuple[str, str], ...]
     joined: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _vit_parts(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {"intermediate_size": fields["intermediate_size"]}
-
-
-def _dinov2_parts(fields: Mapping[str, Any]) -> dict[str, Any]:
-    for name in ("hidden_size", "mlp_ratio"):
-        _check(name, fields[name], float)
-    gated, inner = fields["use_swiglu_ffn"], int(fields["hidden_size"] * fields["mlp_ratio"])
-    _check("use_swiglu_ffn", gated, bool)
+def _dinov2_parts(fields: Fields) -> dict[str, Any]:
+    inner = int(fields.whole("hidden_size") * fields.number("mlp_ratio"))
+    gated = fields.flag("use_swiglu_ffn")
     if gated:  # two thirds, up to a multiple of 8
         inner = -(-int(inner * 2 / 3) // 8) * 8
-    height, width = _pair("image_size", fields["image_size"])
+    height, width = _pair(fields, "image_size")
     if height != width:
         raise InputError(f"image_size must be square, as the position embeddings of DINOv2 are, not {height} x {width}")
     return {"intermediate_size": inner, "gated": gated, "layer_scales": True, "patches_in_head": True}
@@ -122,9 +129,9 @@ FAMILIES = {
         prefix="vit.",
         layers="layers.#.",
         modules={"norm_before": "layernorm_before", "norm_after": "layernorm_after"},
-        fields={"intermediate_size": 3072, "layer_norm_eps": 1e-12, "patch_size": 16},
-        idle=frozenset({"encoder_stride", "pooler_act", "pooler_output_size"}),
-        parts=_vit_parts,
+        defaults={"intermediate_size": 3072, "layer_norm_eps": 1e-12, "patch_size": 16},
+        ignored=("encoder_stride", "pooler_act", "pooler_output_size"),
+        parts=lambda fields: {"intermediate_size": fields.whole("intermediate_size")},
         older=(
             ("encoder.layer.", "layers."),
             *_OLDER_ATTENTION,
@@ -143,10 +150,10 @@ FAMILIES = {
             "scale_attention": "layer_scale1.lambda1",
             "scale_mlp": "layer_scale2.lambda1",
         },
-        fields={"mlp_ratio": 4, "use_swiglu_ffn": False, "layer_norm_eps": 1e-6, "patch_size": 14},
-        idle=frozenset(
-            {"layerscale_value", "use_mask_token", "drop_path_rate"}  # the start and the noise of pretraining
-            | {"out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states"}  # of backbones
+        defaults={"mlp_ratio": 4, "layer_norm_eps": 1e-6, "patch_size": 14},
+        ignored=(
+            *("layerscale_value", "use_mask_token", "drop_path_rate"),  # the start and the noise of pretraining
+            *("out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states"),  # of backbones
         ),
         parts=_dinov2_parts,
         older=(*_OLDER_ATTENTION, ("mlp.weights_out", "mlp.down_proj")),
@@ -154,34 +161,7 @@ FAMILIES = {
         written={"use_mask_token": False},
     ),
 }
-_FIELDS: Mapping[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "num_channels": 3,
-    "hidden_act": "gelu",
-    "initializer_range": 0.02,
-    "qkv_bias": True,
-    "head_dim": None,
-    "num_labels": 2,
-    "id2label": None,
-}
-_ONLY = {"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
-_IDLE = frozenset(
-    {"model_type", "architectures", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "label2id"}
-    | {"dtype", "torch_dtype", "torchscript", "use_bfloat16", "gradient_checkpointing", "attn_implementation"}  # ways, not what
-    | {
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "use_cache",
-        "chunk_size_feed_forward",
-        "tie_word_embeddings",
-        "quantization_config",
-    }
-    | {"hidden_dropout_prob", "attention_probs_dropout_prob", "problem_type", "finetuning_task"}  # of transformers' training
-)
+_DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "num_channels": 3}
 
 
 def read_config(fields: Mapping[str, Any], num_labels: int | None = None) -> VisionConfig:
@@ -197,49 +177,38 @@ def read_config(fields: Mapping[str, Any], num_labels: int | None = None) -> Vis
     >>> read_config({"model_type": "dinov2", "use_swiglu_ffn": True}).intermediate_size
     2048
     """
-    family = FAMILIES.get(str(fields.get("model_type")))
+    model_type = str(fields.get("model_type"))
+    family = FAMILIES.get(model_type)
     if family is None:
         known = ", ".join(map(repr, FAMILIES))
         raise InputError(f"the model_type is {fields.get('model_type')!r}; this loader reads {known}")
-    for name, only in _ONLY.items():
-        if fields.get(name, only) != only:
-            raise InputError(f"{name} is {fields[name]!r}; only {only!r} can be read")
-    defaults = {**_FIELDS, **family.fields}
-    unknown = set(fields) - set(defaults) - set(_ONLY) - _IDLE - family.idle
-    if unknown:
-        raise InputError(f"the fields {listing(sorted(unknown))} are not known here and may change what the model computes")
-    values = {**defaults, **{name: fields[name] for name in defaults if name in fields}}
-    labels, stored = values.pop("id2label"), values.pop("num_labels")
-    if not isinstance(labels, dict | None):
-        raise InputError(f"id2label must be an object of names by index, not {labels!r:.80}")
-    values["num_labels"] = (len(labels) if labels else stored) if num_labels is None else num_labels
-    parts = family.parts(values)
-    for name in ("image_size", "patch_size"):
-        values[name] = _pair(name, values[name])
-    if values["head_dim"] is None:
-        for name in ("hidden_size", "num_attention_heads"):
-            _check(name, values[name], int)
-        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-    kept = {f.name: values[f.name] for f in dataclasses.fields(VisionConfig) if f.name in values}
-    return VisionConfig(**{"family": fields["model_type"], **kept, **parts})
+    read = Fields(fields, {}, {**_DEFAULTS, **family.defaults})
+    read.only_an_encoder()
+    read.ignore(*family.ignored)
+    sizes = {name: read.whole(name) for name in ("hidden_size", "num_attention_heads", "num_channels")}
+    sizes["num_hidden_layers"] = read.layers()
+    labels = read.num_labels() or 2
+    config = VisionConfig(
+        family=model_type,
+        **sizes,
+        head_dim=read.whole("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"]),
+        image_size=_pair(read, "image_size"),
+        patch_size=_pair(read, "patch_size"),
+        num_labels=labels if num_labels is None else num_labels,
+        hidden_act=read.choice("hidden_act", FUNCTIONS, "gelu"),
+        layer_norm_eps=read.number("layer_norm_eps"),
+        initializer_range=read.number("initializer_range", 0.02),
+        qkv_bias=read.flag("qkv_bias", True),
+        **family.parts(read),
+    )
+    read.refuse_others()
+    return config
 
 
-def _pair(name: str, value: Any) -> Size:
+def _pair(fields: Fields, name: str) -> Size:
     """A height and a width, which may be written as one number."""
-    pair = tuple(value) if isinstance(value, list) else (value, value)
-    _check(name, pair, Size)
-    return pair  # type: ignore[return-value]  the check has seen that it is one
-
-
-def _check(name: str, value: Any, kind: Any) -> None:
-    """Raise an InputError unless a value is of a field's kind; numbers are above zero."""
-    words = {int: "a positive whole number", float: "a positive number", bool: "true or false", str: "a text"}
-    words[Size] = "a positive whole number or two of them"
-    numbers = value if kind == Size and isinstance(value, tuple) and len(value) == 2 else (value,)
-    if kind in (bool, str):
-        right = isinstance(value, kind)
-    else:
-        allowed = int | float if kind is float else int
-        right = all(isinstance(n, allowed) and not isinstance(n, bool) and 0 < n < float("inf") for n in numbers)
-    if not right:
-        raise InputError(f"{name} must be {words[kind]}, not {value!r:.80}")
+    value = fields.get(name)
+    pair = value if isinstance(value, list) else [value, value]
+    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
+        raise InputError(f"{name} must be a positive whole number or two of them, not {value!r:.80}")
+    return pair[0], pair[1]

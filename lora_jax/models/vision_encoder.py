@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax.core.errors import InputError
 from lora_jax.models.activations import FUNCTIONS
+from lora_jax.models.stacking import Remat, again, scanned
 from lora_jax.models.vision_config import Size, VisionConfig
 
 
@@ -51,7 +52,7 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """One encoder layer: norms before, and what is added may be scaled."""
+    """One encoder layer, `x -> (x, None)`: norms before, and what is added may be scaled."""
 
     config: VisionConfig
     param_dtype: Any
@@ -64,19 +65,24 @@ class VisionLayer(nn.Module):
                 scale = self.param(f"scale_{place}", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
                 change = change * scale[None, None]
             x = x + change
-        return x
+        return x, None
 
 
 class VisionEncoder(nn.Module):
-    """All encoder layers."""
+    """All encoder layers, one by one or scanned."""
 
     config: VisionConfig
     param_dtype: Any
+    scan_layers: bool
+    remat: Remat | None
 
     @nn.compact
     def __call__(self, x):
-        for i in range(self.config.num_hidden_layers):
-            x = VisionLayer(self.config, self.param_dtype, name=f"layer_{i}")(x)
+        layer, count = again(VisionLayer, self.remat, self.scan_layers), self.config.num_hidden_layers
+        if self.scan_layers:
+            return scanned(layer, count)(self.config, self.param_dtype, name="layers")(x)[0]
+        for i in range(count):
+            x, _ = layer(self.config, self.param_dtype, name=f"layer_{i}")(x)
         return x
 
 
@@ -101,17 +107,44 @@ class VisionEmbeddings(nn.Module):
 
 
 class Vision(nn.Module):
-    """An encoder with a classification head: pixels `(batch, height, width, channels)` -> logits `(batch, num_labels)`."""
+    """An encoder with a classification head: pixels `(batch, height, width, channels)` -> logits `(batch, num_labels)`.
+
+    The pixels are floats, normalised as the checkpoint's `preprocessor_config.json` says. Images of another size than its own
+    get interpolated position embeddings, as transformers makes them (for ViT: with `interpolate_pos_encoding=True`).
+
+    Args:
+      config: its sizes and parts.
+      param_dtype: the dtype of the parameters, and of the computation but for attention weights.
+      scan_layers: whether the layers' parameters are stacked, and scanned over.
+      remat: what the backward pass computes again, as in `load`.
+
+    >>> from lora_jax.models.vision_config import read_config
+    >>> sizes = dict(hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    >>> model, pixels = Vision(read_config({"model_type": "vit", **sizes}, num_labels=3)), jnp.ones((2, 8, 8, 3))
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), pixels)
+    >>> jax.eval_shape(model.apply, variables, pixels).shape
+    (2, 3)
+    """
 
     config: VisionConfig
     param_dtype: Any = jnp.float32
+    scan_layers: bool = False
+    remat: Remat | None = None
 
     @nn.compact
     def __call__(self, pixel_values):
+        """The logits of each image.
+
+        Args:
+          pixel_values: `(batch, height, width, channels)`, floats.
+
+        Raises:
+          InputError: the pixels are of another shape, or no floats.
+        """
         config = self.config
         _check_pixels(config, pixel_values)
         x = VisionEmbeddings(config, self.param_dtype, name="embeddings")(pixel_values.astype(self.param_dtype))
-        x = VisionEncoder(config, self.param_dtype, name="encoder")(x)
+        x = VisionEncoder(config, self.param_dtype, self.scan_layers, self.remat, name="encoder")(x)
         x = _norm(self, "norm")(x)
         read = [x[:, 0], x[:, 1:].mean(1)] if config.patches_in_head else [x[:, 0]]
         return nn.Dense(config.num_labels, param_dtype=self.param_dtype, name="classifier")(jnp.concatenate(read, axis=-1))

@@ -1,6 +1,7 @@
 """What Hugging Face calls the parameters of the vision models, in files and in transformers' memory."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from lora_jax.huggingface.names import HFName
 from lora_jax.models.vision_config import FAMILIES, Family, VisionConfig
@@ -19,23 +20,33 @@ def modern(name: str, family: Family) -> str:
     return name
 
 
-def file_names(config: VisionConfig) -> dict[str, HFName]:
-    """The name of each parameter in files, and in the memory of transformers 4, so that `peft.load` reads its adapters by them.
+def file_names(names: Mapping[str, HFName], config: VisionConfig) -> dict[str, HFName]:
+    """The name of each parameter in files, from those in memory.
 
+    They are those in the memory of transformers 4 as well, so that `peft.load` reads its adapters by them.
     Both halves of a gated MLP, which are one tensor there, have the names of transformers 5.
 
+    Args:
+      names: what `hf_names` gave.
+      config: the model's sizes and parts.
+
     >>> from lora_jax.models.vision_config import read_config
-    >>> file_names(read_config({"model_type": "vit"}))["params/encoder/layer_0/mlp/up/kernel"].name
+    >>> config = read_config({"model_type": "vit"})
+    >>> file_names(hf_names(config), config)["params/encoder/layer_0/mlp/up/kernel"].name
     'vit.encoder.layer.0.intermediate.dense.weight'
     """
-    names = hf_names(config)
+    found = dict(names)
     for old, new in reversed(FAMILIES[config.family].older):
-        names = {path: dataclasses.replace(name, name=name.name.replace(new, old)) for path, name in names.items()}
-    return names
+        found = {path: dataclasses.replace(name, name=name.name.replace(new, old)) for path, name in found.items()}
+    return found
 
 
-def hf_names(config: VisionConfig) -> dict[str, HFName]:
+def hf_names(config: VisionConfig, scan_layers: bool = False) -> dict[str, HFName]:
     """The name of each parameter in transformers' image classifier, by path: as in memory, and so as PEFT has it.
+
+    Args:
+      config: the model's sizes and parts.
+      scan_layers: whether the layers' parameters are stacked.
 
     >>> from lora_jax.models.vision_config import read_config
     >>> names = hf_names(read_config({"model_type": "vit"}))
@@ -60,16 +71,18 @@ def hf_names(config: VisionConfig) -> dict[str, HFName]:
         "classifier/kernel": HFName("classifier.weight", "i o -> o i"),
         "classifier/bias": HFName("classifier.bias"),
     }
-    for i in range(config.num_hidden_layers):
-        ours, theirs = f"encoder/layer_{i}", family.prefix + family.layers.replace("#", str(i))
+    kernel, vector = ("l i o -> o i", "l o -> o") if scan_layers else ("i o -> o i", "")
+    places = {"layers": "{l}"} if scan_layers else {f"layer_{i}": str(i) for i in range(config.num_hidden_layers)}
+    for place, number in places.items():
+        ours, theirs = f"encoder/{place}", family.prefix + family.layers.replace("#", number)
         for module, name in dense.items():
-            table[f"{ours}/{module}/kernel"] = HFName(f"{theirs}{name}.weight", "i o -> o i")
+            table[f"{ours}/{module}/kernel"] = HFName(f"{theirs}{name}.weight", kernel)
             if config.qkv_bias or module.split("/")[1] not in ("query", "key", "value"):
-                table[f"{ours}/{module}/bias"] = HFName(f"{theirs}{name}.bias")
+                table[f"{ours}/{module}/bias"] = HFName(f"{theirs}{name}.bias", vector)
         for module, name in family.modules.items():
             if module.startswith("norm"):
-                table[f"{ours}/{module}/scale"] = HFName(f"{theirs}{name}.weight")
-                table[f"{ours}/{module}/bias"] = HFName(f"{theirs}{name}.bias")
+                table[f"{ours}/{module}/scale"] = HFName(f"{theirs}{name}.weight", vector)
+                table[f"{ours}/{module}/bias"] = HFName(f"{theirs}{name}.bias", vector)
             else:
-                table[f"{ours}/{module}"] = HFName(f"{theirs}{name}")
+                table[f"{ours}/{module}"] = HFName(f"{theirs}{name}", vector)
     return {f"params/{path}": name for path, name in table.items()}

@@ -22,6 +22,7 @@ from lora_jax.peft.slots import Slot, aligned, decode, nested, place, slots, sto
 from lora_jax.peft.stack_layers import Found, bias_path, stacked
 
 _COPY = re.compile(r"(.*?)\.(modules_to_save|original_module)\.(.*)")
+_OF_IMAGES = re.compile(r"(^|\.)(vision_tower|multi_modal_projector)\.")
 _PAIR = re.compile(r"(\.base_layer)*\.(lora_(A\.weight|embedding_A)|vera_lambda_b)$")
 
 
@@ -138,9 +139,12 @@ class _Reader:
             f"{listing(sorted(map(files.full_name, self.left)))}"
         )
         if strict:
-            raise InputError(
-                f"{problem}. Is it an adapter of this model, and do the names cover it? strict=False leaves them out"
-            )
+            advice = "Is it an adapter of this model, and do the names cover it?"
+            if any(_OF_IMAGES.search(name) for name in self.left):
+                advice = (
+                    "The model's part for images is not read: adapt its texts alone, by target_modules='.*language_model.*'."
+                )
+            raise InputError(f"{problem}. {advice} strict=False leaves them out")
         warnings.warn(problem, stacklevel=3)
 
     # --- pairs ---

@@ -1,4 +1,4 @@
-"""An adapter cut into the tensors that PEFT has of it, one for each layer of a stack."""
+"""An adapter cut into the tensors that a file has of it, one for each layer of a stack."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ class Cut:
             scales = np.unique(self._pick(np.asarray(adapter.scale), batch)[0])
             if len(scales) > 1:
                 raise InputError(
-                    f"{slot.path}: PEFT has one alpha for all of {slot.tensor}, but the scale varies in it: {scales}"
+                    f"{slot.path}: an adapter file has one alpha for all of {slot.tensor}, but the scale varies in it: {scales}"
                 )
             self.scale = scales[0]
 
@@ -53,7 +53,7 @@ class Cut:
         for (_, labels), (part, axes) in zip(found, wanted.items()):
             if self._lies_along(labels) != axes:
                 raise InputError(
-                    f"{self.slot.path}: {self.adapter.layout} does not go with {self.slot.tensor}, where PEFT's {part.upper()} "
+                    f"{self.slot.path}: {self.adapter.layout} does not go with {self.slot.tensor}, whose {part.upper()} "
                     f"lies along the axes {sorted(axes)} of the shape {self.slot.shape}: LoraConfig(batch_axes=...) can say so"
                 )
         (a, a_labels), (b, b_labels) = found

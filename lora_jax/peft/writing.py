@@ -61,7 +61,27 @@ def save(
 
     Raises:
       InputError: an adapter has no name, is abstract or can't be expressed in PEFT; the message names it and says what to do.
+
+    >>> import tempfile, lora_jax as lj
+    >>> names = {"dense/kernel": HFName("encoder.dense.weight", "i o -> o i")}
+    >>> pair = lj.LowRank(jnp.ones((3, 2)), jnp.ones((2, 4)), lj.Layout((), (0,), (1,)), scale=0.5)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save(directory, {"dense/kernel": pair}, names=names, base_model="my-base")
+    ...     sorted(file.name for file in pathlib.Path(directory).iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
+    check_arrays(adapters, names)
+    leaves = {} if variables is None else paths.flatten(variables)[0]
+    absent = [path for path in changed if path not in leaves]
+    if absent:
+        raise InputError(f"changed: save(..., variables=) has no such tables: {listing(absent)}")
+    writer = _Writer(adapters, names, config, leaves, task_type, changed)
+    fields = writer.fields() | {"base_model_name_or_path": base_model, "task_type": task_type}
+    files.write(files.locate(directory, adapter), fields, writer.tensors)
+
+
+def check_arrays(adapters: Mapping[str, Adapter], names: Mapping[str, HFName]) -> None:
+    """Raise an InputError unless all adapters have names, and are made of arrays with finite values."""
     unnamed = [path for path in adapters if path not in names]
     if unnamed:
         raise InputError(f"names has no Hugging Face name for {listing(unnamed)}")
@@ -71,13 +91,6 @@ def save(
     broken = [path for path, a in adapters.items() if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(a))]
     if broken:
         raise InputError(f"these adapters hold NaN or infinite values: {listing(broken)}")
-    leaves = {} if variables is None else paths.flatten(variables)[0]
-    absent = [path for path in changed if path not in leaves]
-    if absent:
-        raise InputError(f"changed: save(..., variables=) has no such tables: {listing(absent)}")
-    writer = _Writer(adapters, names, config, leaves, task_type, changed)
-    fields = writer.fields() | {"base_model_name_or_path": base_model, "task_type": task_type}
-    files.write(files.locate(directory, adapter), fields, writer.tensors)
 
 
 @dataclasses.dataclass
@@ -129,7 +142,7 @@ class _Writer:
         by_module: dict[str, list[Slot]] = collections.defaultdict(list)
         cut = {}
         for path, adapter in self.low_rank.items():
-            for slot in slots({path: self.names[path]}, {path: _shape(adapter)}).values():
+            for slot in slots({path: self.names[path]}, {path: parameter_shape(adapter)}).values():
                 pair = Cut(slot, adapter)
                 if pair.rank:
                     if not slot.module:
@@ -307,11 +320,11 @@ class _Writer:
     def fields(self) -> dict[str, Any]:
         """`adapter_config.json`."""
         rslora = self.config is not None and self.config.scaling == "rslora"
-        alphas = {pair.key: _alpha(pair.scale, math.sqrt(pair.rank) if rslora else pair.rank) for pair in self.pairs}
+        alphas = {pair.key: shortest_alpha(pair.scale, math.sqrt(pair.rank) if rslora else pair.rank) for pair in self.pairs}
         ranks = {pair.key: pair.rank for pair in self.pairs}
         # PEFT warns of patterns for parameters, though it follows them.
         first = [pair.key for pair in self.pairs if pair.slot.is_parameter] or list(ranks)
-        rank, alpha = (_most_common(table[key] for key in first) for table in (ranks, alphas))
+        rank, alpha = (most_common(table[key] for key in first) for table in (ranks, alphas))
         dropouts = {a.dropout for a in self.low_rank.values()}
         if len(dropouts) > 1:
             raise InputError(f"PEFT has one dropout for all adapters, but these have {sorted(dropouts)}")
@@ -345,7 +358,7 @@ class _Writer:
         return vera.from_lora(fields) if self.vera else fields
 
 
-def _most_common(values: Iterable[float]) -> Any:
+def most_common(values: Iterable[float]) -> Any:
     """The value that is there most often; of several, the largest."""
     return max(collections.Counter(values).items(), key=lambda item: (item[1], item[0]))[0]
 
@@ -355,7 +368,7 @@ def _exactly(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def _alpha(scale: float, divisor: float) -> float | int:
+def shortest_alpha(scale: float, divisor: float) -> float | int:
     """The shortest alpha with `alpha / divisor == scale`."""
     for digits in range(1, 18):
         alpha = float(f"{scale * divisor:.{digits}g}")
@@ -370,7 +383,7 @@ def _rows_shape(rows: Rows) -> tuple[int, ...]:
     return tuple(sizes[axis] for axis in sorted(sizes))
 
 
-def _shape(adapter: LowRank) -> tuple[int, ...]:
+def parameter_shape(adapter: LowRank) -> tuple[int, ...]:
     """The shape of the parameter that a pair belongs to."""
     sizes = {
         axis: size for axes, array in zip(adapter.axes(), (adapter.a, adapter.b)) for axis, size in zip(axes, jnp.shape(array))

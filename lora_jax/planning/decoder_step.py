@@ -89,6 +89,8 @@ class DecoderStep:
       rows: of packed documents in a batch, on all devices.
       length: tokens in a row.
       accumulate: into how many microbatches the rows are cut, one after the other.
+      max_grad_norm: what the gradient is clipped to, if it is.
+      balance: of a mixture of experts, how many times the balance loss is added to the loss.
       mesh: where it is; `None`: on one device.
 
     Raises:
@@ -100,6 +102,8 @@ class DecoderStep:
     rows: int
     length: int
     accumulate: int = 1
+    max_grad_norm: float | None = 1.0
+    balance: float = 0.0
     mesh: Any = None
 
     def __post_init__(self) -> None:
@@ -124,12 +128,18 @@ class DecoderStep:
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
 
     def loss(self, model: llama.Loaded) -> train.LossFn:
-        """`(params, batch, key) -> loss`: the mean over the learnt tokens of the batch."""
+        """`(params, batch, key) -> loss`: the mean over the learnt tokens of the batch.
+
+        Of a mixture of experts `(loss, {"balance_loss": ...})`.
+        """
 
         def loss(params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> Weighted:
             return mean_loss(lora(model.losses, key=key), params, batch)
 
-        return loss
+        def with_balance(params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> tuple[Weighted, dict[str, Weighted]]:
+            return balanced_loss(lora(model.balanced_losses, key=key), params, batch, self.balance)
+
+        return loss if model.config.experts is None else with_balance
 
 
 def projections(config: llama.LlamaConfig) -> tuple[str, ...]:
@@ -168,19 +178,45 @@ def mean_loss(losses: Callable[..., jax.Array], params: Any, batch: Mapping[str,
     return Weighted(found.sum(), learnt.sum())
 
 
-def token_losses(losses: Callable[..., jax.Array], params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def balanced_loss(
+    losses: Callable[..., tuple[jax.Array, jax.Array]], params: Any, batch: Mapping[str, jax.Array], coefficient: float
+) -> tuple[Weighted, dict[str, Weighted]]:
+    """The mean over the learnt tokens with so many times the balance loss of all tokens, and that loss by its name.
+
+    Of microbatches it is the mean by their learnt tokens.
+
+    Args:
+      losses: `Loaded.balanced_losses`, adapted or not.
+      params: its parameters.
+      batch: as in `token_losses`.
+      coefficient: of the balance loss.
+    """
+    inputs, places, learnt = _inputs(batch)
+    found, uneven = losses(params, *inputs, counted=batch["segment_ids"] > 0, **places)
+    weight = learnt.sum()
+    balance, total = Weighted(uneven * weight, weight), (found * learnt).sum()
+    return Weighted(total + coefficient * balance.total if coefficient else total, weight), {"balance_loss": balance}
+
+
+def token_losses(losses: Callable[..., Any], params: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, jax.Array]:
     """-log p of each learnt token given those before it, 0 elsewhere, and which these are: both `(batch, length)`, float32.
 
     Both stand at the place before the token.
 
     Args:
-      losses: `Loaded.losses`, adapted or not.
+      losses: `Loaded.losses`, adapted or not, or `Loaded.losses_and_hits`, of which both are given.
       params: its parameters.
       batch: `input_ids`, `segment_ids`, `positions` and `targets`, `(batch, length)`.
     """
+    inputs, places, learnt = _inputs(batch)
+    return jax.tree.map(lambda found: found * learnt, losses(params, *inputs, **places)), learnt
+
+
+def _inputs(batch: Mapping[str, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array], jax.Array]:
+    """The tokens and those that follow, the options of `Loaded.apply`, and where what follows is learnt."""
     learnt = _following(batch["targets"]).astype(jnp.float32)
     places = {"segment_ids": batch["segment_ids"], "positions": batch["positions"]}
-    return losses(params, batch["input_ids"], _following(batch["input_ids"]), **places) * learnt, learnt
+    return (batch["input_ids"], _following(batch["input_ids"])), places, learnt
 
 
 def _following(array: jax.Array) -> jax.Array:

@@ -12,9 +12,10 @@ from jax.sharding import AbstractMesh, AxisType
 
 from lora_jax.adapters import words
 from lora_jax.adapters.config import LoraConfig
-from lora_jax.core.errors import InputError, MissingError
+from lora_jax.core.errors import InputError, MissingError, within
 from lora_jax.core.fields import check, option
 from lora_jax.core.files import read_json_object
+from lora_jax.huggingface import hub
 from lora_jax.models import llama, presets
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families import read_config
@@ -36,7 +37,9 @@ class Request:
       InputError: an option is out of range, or they do not go together.
     """
 
-    model: Annotated[str, option(f"{', '.join(presets.NAMES)}, or a config.json or its directory, or a .gguf file")]
+    model: Annotated[
+        str, option(f"{', '.join(presets.NAMES)}, a config.json or its directory, a .gguf file, or owner/name of the hub")
+    ]
     rank: Annotated[int, option("rank of every low-rank pair")] = 16
     targets: Annotated[
         str | Sequence[str],
@@ -319,20 +322,30 @@ def prepare(
 
 
 def read_sizes(model: str) -> DecoderConfig:
-    """The sizes of a model by its name, its `config.json`, or the directory or `.gguf` file that it is in."""
+    """The sizes of a model by its name here or on the hub, its `config.json`, or the directory or `.gguf` file that it is in.
+
+    Of a model of the hub `config.json` alone is fetched, if the cache lacks it.
+    """
     if model in presets.NAMES:
         return presets.named(model)
     path = pathlib.Path(model)
     if path.suffix == ".gguf":
         return llama.sizes(path)
+    file = _config_file(path)
+    fields = read_json_object(file)
+    with within(f"model: {file}"):
+        return read_config(fields)
+
+
+def _config_file(path: pathlib.Path) -> pathlib.Path:
+    name = None if path.exists() else hub.parse(path)
+    if name is not None:
+        return hub.config_file(name)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise MissingError(f"model: {model} is neither a config.json nor one of {', '.join(presets.NAMES)}")
-    fields = read_json_object(file)
-    try:
-        return read_config(fields)
-    except InputError as error:
-        raise InputError(f"model: {file}: {error}") from None
+        known = ", ".join(presets.NAMES)
+        raise MissingError(f"model: {path} is neither a config.json, nor owner/name of the hub, nor one of {known}")
+    return file
 
 
 def step_plan(

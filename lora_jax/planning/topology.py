@@ -48,6 +48,7 @@ _GPUS = {
     "l4": ("NVIDIA L4", 24e9, Speed(121e12, 300e9, 32e9)),
     "rtx4090": ("NVIDIA RTX 4090", 24e9, Speed(165e12, 1008e9, 32e9)),
 }
+_SAME_SPEED = {"GEFORCE", "SXM4", "80GB", "HBM3"}  # what drivers add to those names
 _TPU = re.compile(rf"({'|'.join(_TPUS)}):([1-9]\d*x[1-9]\d*(?:x[1-9]\d*)?)")
 _OTHER = re.compile(rf"({'|'.join(_GPUS)}|cpu|here)(?::([1-9]\d*))?")
 _TOO_LARGE = re.compile(r"\(?([\d.]+)([KMGT])\)? exceeds available HBM|Used ([\d.]+)([KMGT]) of")
@@ -145,9 +146,19 @@ def _here(name: str, count: int) -> Topology:
     if count > len(found):
         raise InputError(f"topology: {name} asks for {count} devices, and there are {len(found)}")
     platform: Any = first.platform if first.platform in ("cpu", "tpu") else "gpu"
-    known = {chip: speed for chip, *_, speed in (*_TPUS.values(), *_GPUS.values())}
     hbm = (first.memory_stats() or {}).get("bytes_limit")
-    return Topology(name, platform, first.device_kind, count, hbm, known.get(first.device_kind))
+    return Topology(name, platform, first.device_kind, count, hbm, speed_of(first.device_kind))
+
+
+def speed_of(kind: str) -> Speed | None:
+    """What a chip does that JAX calls so (`device_kind`); `None` where it is not in the table.
+
+    >>> speed_of("NVIDIA H100 80GB HBM3").flops, speed_of("TPU v5 lite").flops, speed_of("NVIDIA H100 PCIe"), speed_of("cpu")
+    (989000000000000.0, 197000000000000.0, None, None)
+    """
+    known = {chip: speed for chip, *_, speed in (*_TPUS.values(), *_GPUS.values())}
+    words = lambda name: set(re.findall(r"\w+", name.replace("-", " ").upper()))
+    return next((speed for chip, speed in known.items() if words(chip) <= words(kind) <= words(chip) | _SAME_SPEED), None)
 
 
 def devices(topology: Topology) -> list[Any]:

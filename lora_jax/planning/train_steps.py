@@ -18,7 +18,7 @@ from lora_jax.models import llama
 from lora_jax.planning.decoder_step import DecoderStep, mean_loss
 from lora_jax.sharding import place_shapes, state_shardings
 from lora_jax.training import recipe
-from lora_jax.training.train import LossFn, init_state
+from lora_jax.training.train import LossFn, init_state, make_train_step
 
 OPTIMIZER = recipe.optimizer(1e-3, [60])  # that of a run with the usual options of the task lm
 
@@ -156,6 +156,7 @@ def _dense(setup: Setup) -> llama.Loaded:
 
 def _adapters_step(setup: Setup, loss: LossFn) -> Step:
     state = init_state(setup.adapters, setup.tx, key=jax.random.key(0))
-    step: Any = recipe.train_step(loss, setup.tx, accumulate=setup.step.accumulate, like=setup.placed(state))
+    how: Any = {"accumulate": setup.step.accumulate, "max_grad_norm": setup.step.max_grad_norm}
+    step: Any = make_train_step(loss, setup.tx, like=setup.placed(state), **how)
     args = setup.placed((state, setup.model.variables, setup.batch))
     return Step(step, args, setup.summary.trainable, _moment_bytes(state.opt_state))

@@ -14,6 +14,9 @@ from lora_jax.sharding.mesh import AXES, named, ways
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where a batch goes: its rows along `data` and `fsdp`.
 
+    Args:
+      mesh: a mesh; its axes of other names cut no batch.
+
     >>> from lora_jax.sharding.mesh import make_mesh
     >>> batch_sharding(make_mesh({"fsdp": 1, "model": 1}, jax.devices()[:1])).spec
     P('fsdp',)
@@ -51,7 +54,19 @@ def round_up(mesh: Mesh | None, size: int) -> int:
 
 
 def batch_rows(mesh: Mesh | None, size: int) -> np.ndarray:
-    """Which rows of a batch of this size the devices of this process hold, in growing order; without a mesh, all."""
+    """Which rows of a batch the devices of this process hold, in growing order; without a mesh, all.
+
+    Args:
+      mesh: a mesh, or `None`.
+      size: the rows of all processes together.
+
+    Returns:
+      `(rows,)`: the numbers of this process's rows.
+
+    >>> from lora_jax.sharding.mesh import make_mesh
+    >>> batch_rows(make_mesh({"fsdp": 1}, jax.devices()[:1]), 4).tolist()
+    [0, 1, 2, 3]
+    """
     if mesh is None:
         return np.arange(size)
     parts = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
@@ -65,6 +80,11 @@ def place_batch(mesh: Mesh | None, batch: Mapping[str, np.ndarray], size: int) -
       mesh: its axes are among `AXES`.
       batch: arrays `(rows, ...)`.
       size: the rows of all processes together.
+
+    >>> from lora_jax.sharding.mesh import make_mesh
+    >>> mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
+    >>> place_batch(mesh, {"ids": np.ones((4, 7), np.int32)}, 4)["ids"].sharding.spec
+    P('fsdp',)
     """
     if mesh is None:
         return dict(batch)

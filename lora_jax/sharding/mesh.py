@@ -41,6 +41,9 @@ def make_mesh(axes: Mapping[str, int], devices: Any = None) -> Mesh:
       axes: `{name: size}`, the slowest first; the sizes multiply to the number of devices.
       devices: which devices; all of them by default.
 
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+
     >>> dict(make_mesh({"data": 1, "model": 1}, jax.devices()[:1]).shape)
     {'data': 1, 'model': 1}
     """

@@ -67,6 +67,13 @@ def model_shardings(mesh: Mesh, variables: Any, *, columns: Sequence[str], rows:
 
     Raises:
       InputError: the mesh has another axis, or one that does not divide a parameter's.
+
+    >>> from lora_jax.sharding.mesh import make_mesh
+    >>> mesh = make_mesh({"fsdp": 1, "model": 1}, jax.devices()[:1])
+    >>> params = {"up": {"kernel": jnp.ones((4, 16))}, "down": {"kernel": jnp.ones((16, 4))}}
+    >>> found = model_shardings(mesh, params, columns=("up",), rows=("down",))
+    >>> found["up"]["kernel"].spec, found["down"]["kernel"].spec
+    (P('fsdp', 'model'), P('model', 'fsdp'))
     """
     if unknown := set(mesh.shape) - set(AXES):
         raise InputError(f"mesh: the axes are {', '.join(AXES)}; there is no {', '.join(sorted(unknown))}")
@@ -82,6 +89,12 @@ def model_shardings(mesh: Mesh, variables: Any, *, columns: Sequence[str], rows:
 
 def by_path(shardings: Callable[[Any], Any]) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """The sharding of one parameter by its path and shape, as loaders take it, from a function of a tree of parameters.
+
+    Args:
+      shardings: a tree of parameters to the same tree of shardings, as `models.llama.shardings` is with a mesh.
+
+    Returns:
+      `(path, shape) -> sharding`, for `models.load(..., sharding=)`.
 
     >>> from lora_jax.sharding.mesh import make_mesh
     >>> mesh = make_mesh({"model": 1}, jax.devices()[:1])

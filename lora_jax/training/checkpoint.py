@@ -29,6 +29,8 @@ from lora_jax.core.errors import InputError, MissingError
 from lora_jax.core.files import reading
 from lora_jax.training import optim, packing, train
 
+__all__ = ["Checkpoint", "Manager", "load", "restore", "save"]
+
 FORMAT_VERSION = 1
 
 
@@ -42,6 +44,13 @@ class Checkpoint:
       step: the step.
       state: the training state, if `tx` was given.
       data: the data position, if one was saved.
+
+    >>> import tempfile, lora_jax as lj
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save(directory, {"head": lj.Full(jnp.ones(2))}, step=3, data={"epoch": 1})
+    ...     found = restore(directory)
+    >>> found.step, found.data, found.config is None
+    (3, {'epoch': 1}, True)
     """
 
     adapters: dict[str, Adapter]
@@ -60,6 +69,16 @@ class Manager:
 
     Raises:
       InputError: `keep` is below 1.
+
+    As a context it is closed at the end:
+
+    >>> import tempfile, lora_jax as lj
+    >>> with tempfile.TemporaryDirectory() as directory, Manager(directory, keep=1) as manager:
+    ...     manager.save({"head": lj.Full(jnp.ones(2))}, step=1)
+    ...     manager.save({"head": lj.Full(jnp.zeros(2))}, step=2)
+    ...     manager.wait()
+    ...     manager.latest_step(), manager.restore().adapters["head"].value.tolist()
+    (2, [0.0, 0.0])
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int | None = None):
@@ -83,9 +102,19 @@ class Manager:
         state: train.TrainState | None = None,
         data: Any = None,
     ) -> None:
-        """Copy the arrays to the host and start to write; see `lora_jax.checkpoint.save` for the arguments.
+        """Copy the arrays to the host and start to write.
 
         The arrays may be donated as soon as this returns. An error in the background is raised by the next call.
+
+        Args:
+          adapters: `{path: adapter}`, as the others in `lora_jax.checkpoint.save`.
+          config: what the adapters were made from.
+          step: the step; by default the state's, or 0.
+          state: the training state of the same adapters.
+          data: the position of the data pipeline.
+
+        Raises:
+          InputError: as `lora_jax.checkpoint.save`.
         """
         step = _step(step, state)
         meta, items = _pack(adapters, config, step, state, data)
@@ -104,7 +133,16 @@ class Manager:
         return max(_steps(self._directory), default=None)
 
     def restore(self, step: int | None = None, tx: Any = None, variables: Any = None) -> Checkpoint:
-        """Read a checkpoint, the newest by default; see `lora_jax.checkpoint.restore`."""
+        """Read a checkpoint, the newest by default.
+
+        Args:
+          step: the step, as the others in `lora_jax.checkpoint.restore`.
+          tx: the optimiser, to restore the training state, too.
+          variables: the base's parameters, to check the adapters against.
+
+        Raises:
+          InputError: as `lora_jax.checkpoint.restore`.
+        """
         self.wait()
         return restore(self._directory, step=step, tx=tx, variables=variables)
 
@@ -115,7 +153,11 @@ class Manager:
             multihost_utils.sync_global_devices("lora_jax.checkpoint")  # the first process ends its writing last
 
     def close(self) -> None:
-        """Wait, and end the background threads."""
+        """Wait, and end the background threads.
+
+        >>> manager = Manager("run")
+        >>> manager.close()  # nothing was begun
+        """
         if self._orbax is not None:
             self._orbax.close()
             self._orbax = None
@@ -171,7 +213,22 @@ def save(
 
 
 def load(directory: str | os.PathLike[str], *, step: int | None = None, variables: Any = None) -> dict[str, Adapter]:
-    """The adapters of a checkpoint. Needs no base model; see `restore` for the arguments and errors."""
+    """The adapters of a checkpoint, for which no base model is needed.
+
+    Args:
+      directory: the run's directory.
+      step: the step; by default the newest complete one.
+      variables: the base's parameters, to check the adapters against, and to go where they are, as in `restore`.
+
+    Raises:
+      InputError: as `restore`; a checkpoint that is not there is a `MissingError`.
+
+    >>> import tempfile, lora_jax as lj
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save(directory, {"head": lj.Full(jnp.ones(2))})
+    ...     load(directory)["head"].value
+    Array([1., 1.], dtype=float32)
+    """
     return restore(directory, step=step, variables=variables).adapters
 
 
@@ -189,6 +246,14 @@ def restore(directory: str | os.PathLike[str], *, step: int | None = None, tx: A
       MissingError: there is no complete checkpoint, or none of this step.
       InputError: the checkpoint is damaged or of another format version; some adapters do not fit `variables`, and all their
         paths are named; or `tx` is given and the checkpoint has no training state, or that of another optimiser.
+
+    >>> import tempfile, optax, lora_jax as lj
+    >>> adapters, tx = {"head": lj.Full(jnp.ones(2))}, optax.adam(0.1)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save(directory, adapters, state=train.init_state(adapters, tx, key=jax.random.key(0)))
+    ...     found = restore(directory, tx=tx)
+    >>> int(found.state.step), found.state.adapters["head"].value.tolist()
+    (0, [1.0, 1.0])
     """
     folder = _find(_absolute(directory), step)
     meta = _read_meta(folder)

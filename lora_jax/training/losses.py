@@ -1,4 +1,7 @@
-"""Losses that fit: cross-entropy without the logits of all tokens."""
+"""Losses: cross-entropy that saves memory, without the logits of all tokens at once, and those of preferences.
+
+All are functions of arrays, for a loss function of `lora_jax.train.make_train_step`.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,6 +11,9 @@ import jax.numpy as jnp
 
 from lora_jax.core.adapter import wide_dtype
 from lora_jax.core.errors import InputError
+from lora_jax.training.preferences import Preference, dpo, orpo
+
+__all__ = ["Preference", "dpo", "orpo", "token_cross_entropy"]
 
 LOGITS_AT_ONCE = 2**24  # numbers; 64 MiB in float32
 

@@ -22,6 +22,8 @@ from lora_jax.core.methods.dora import column_norm
 from lora_jax.training import ragged, train
 from lora_jax.training.steps import CompiledStep
 
+__all__ = ["init_states", "lora", "make_eval_step", "make_train_step", "neutral", "stack", "unstack"]
+
 Adapters = Mapping[str, Adapter]
 
 
@@ -291,11 +293,30 @@ def _pick(variables: Any, stacked: Adapters, number: Any, grouped: bool) -> dict
 
 
 def _gather(variables: Any, stacked: Adapters, number: Any) -> dict[str, Adapter]:
-    bases, _ = paths.flatten(variables)
     get = lambda leaf: leaf.at[number].get(mode="fill", fill_value=jnp.nan)
     own: dict[str, Adapter] = {path: jax.tree.map(get, adapter) for path, adapter in stacked.items()}
-    none = {path: _neutral(bases[path], adapter) if path in bases else adapter for path, adapter in own.items()}
-    return jax.tree.map(lambda other, leaf: jnp.where(number < 0, other.astype(leaf.dtype), leaf), none, own)
+    return jax.tree.map(lambda other, leaf: jnp.where(number < 0, other, leaf), neutral(variables, own), own)
+
+
+def neutral(variables: Any, adapters: Adapters) -> dict[str, Adapter]:
+    """Adapters of the same kinds and shapes with which the base acts as it is, so that it needs no program of its own.
+
+    Args:
+      variables: the base tree, without adapters.
+      adapters: a set of it.
+
+    Raises:
+      InputError: two leaves of the tree have one path.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> pair = lj.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), lj.Layout((), (0,), (1,)))
+    >>> found = neutral({"w": jnp.ones((2, 3))}, {"w": pair})
+    >>> found["w"].a.shape, float(abs(found["w"].delta()).max())
+    ((2, 1), 0.0)
+    """
+    bases, _ = paths.flatten(variables)
+    none = {path: _neutral(bases[path], adapter) if path in bases else adapter for path, adapter in adapters.items()}
+    return jax.tree.map(lambda other, leaf: other.astype(leaf.dtype), none, dict(adapters))
 
 
 def _neutral(base: Any, adapter: Adapter) -> Adapter:
@@ -327,6 +348,12 @@ def init_states(
 
     Raises:
       InputError: the sets can't be stacked, or the hyperparameters or keys are not one for each.
+
+    >>> import lora_jax as lj
+    >>> sets, rates = [{"head": lj.Full(jnp.ones(2))}] * 3, {"learning_rate": jnp.array([0.1, 0.2, 0.3])}
+    >>> states = init_states(sets, optax.adam, rates, keys=jax.random.split(jax.random.key(0), 3))
+    >>> states.adapters["head"].value.shape, states.step.shape
+    ((3, 2), (3,))
     """
     hyperparameters = _per_member(len(sets), hyperparameters)
     if jnp.shape(keys) != (len(sets),):
@@ -364,6 +391,10 @@ def make_train_step(
     Returns:
       The step. Each of its metrics is `(members,)`.
 
+    Raises:
+      InputError: an option is out of range. When the step is taken: the hyperparameters are not one for each member, or as
+        `train.make_train_step`.
+
     >>> import jax, jax.numpy as jnp, optax, lora_jax as lj
     >>> model = lambda params, x: x @ params["w"]
     >>> params, x, rates = {"w": jnp.eye(3)}, jnp.ones((4, 3)), {"learning_rate": jnp.array([0.0, 0.1])}
@@ -393,7 +424,21 @@ def make_train_step(
 
 
 def make_eval_step(metric_fn: Callable[[Any, Any], Any]) -> Callable[[Adapters, Any, Any], Any]:
-    """`train.make_eval_step` for stacked adapters, one member after the other: `metric_fn`'s results under a leading axis."""
+    """`train.make_eval_step` for stacked adapters, one member after the other: `metric_fn`'s results under a leading axis.
+
+    Args:
+      metric_fn: `(params, batch) -> metrics` of one member; all get the same batch.
+
+    Raises:
+      InputError: when it is called: as `train.make_eval_step`.
+      TypeError: when it is called: an adapter is none.
+
+    >>> import lora_jax as lj
+    >>> pair = lambda value: lj.LowRank(jnp.ones((3, 1)), jnp.full((1, 2), value), lj.Layout((), (0,), (1,)))
+    >>> evaluate = make_eval_step(lambda params, x: lj.lora(lambda p, x: x @ p["w"])(params, x).sum())
+    >>> evaluate(stack([{"w": pair(1.0)}, {"w": pair(2.0)}]), {"w": jnp.zeros((3, 2))}, jnp.ones((4, 3))).tolist()
+    [24.0, 48.0]
+    """
 
     def step(stacked: Adapters, variables: Any, batch: Any) -> Any:
         return jax.lax.map(lambda adapters: metric_fn(attach(variables, adapters), batch), stacked)

@@ -1,4 +1,8 @@
-"""Optimisers that update the adapters and nothing else, and those that know what A and B are."""
+"""Optimisers that update the adapters and nothing else, and those that know what A and B are.
+
+`optimizer` makes of any optax optimiser one for a tree with adapters; the train steps do so themselves. `lora_plus`, `lora_fa`
+and `muon` are optimisers for it, and `decay_mask` says to any other where weight decay belongs.
+"""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
@@ -12,6 +16,8 @@ import optax
 from lora_jax.core import paths
 from lora_jax.core.adapter import ADAPTER, FROZEN, Adapted, Adapter, Full, LowRank, is_adapted, labels, wide_dtype
 from lora_jax.core.errors import InputError
+
+__all__ = ["decay_mask", "lora_fa", "lora_plus", "muon", "optimizer"]
 
 Rate = Any  # a number, or a schedule from the count of steps to one
 _VECTORS = ("bias", "scale")  # what parameters that are a vector for each layer are called, stacked or not
@@ -30,6 +36,12 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
 
     Of leaves below float32 the state holds float32 copies, which `tx` updates, and the leaves are those rounded: in their own
     dtype small updates would be lost. Its `update` then needs the `params`.
+
+    Args:
+      tx: any optax transformation.
+
+    Raises:
+      InputError: in `update`: a leaf has a dtype below float32, and there are no `params`.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = lj.attach({"w": jnp.ones(3), "head": jnp.ones(2)}, {"head": lj.Full(jnp.ones(2))})
@@ -153,11 +165,15 @@ def lora_fa(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     The change `s A B` then moves along the projection of W's own gradient on the columns of A, as in PEFT's
     `LoraFAOptimizer`. What is no pair is left to `tx` as it is.
 
+    Args:
+      tx: any optax transformation.
+
     Returns:
       An optimiser for `optimizer`, `train.init_state` and `train.make_train_step`.
 
     Raises:
-      InputError: when its state is made: A of a pair is trained, B is frozen, or there is no pair.
+      InputError: when its state is made: A of a pair is trained, B is frozen, or there is no pair. In `update`: A is out of
+        sight, since it is not inside `optimizer`.
 
     >>> import lora_jax as lj
     >>> pair = LowRank(2 * jnp.ones((1, 1)), jnp.ones((1, 1)), lj.Layout((), (0,), (1,)), scale=0.5, frozen=("a",))
@@ -186,6 +202,46 @@ def lora_fa(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
         return inner.update(_map(project, updates), state, params, whole=whole, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def muon(learning_rate: Rate, *, consistent_rms: float | None = 0.2) -> optax.GradientTransformation:
+    """Muon (https://kellerjordan.github.io/posts/muon/) of each A and B as a matrix, stacked or not; AdamW of all else.
+
+    `optax.contrib.muon` takes what has two axes for a matrix. Here A is a matrix from all in axes to r, B one from r to all out
+    axes, and there is one for each place along the batch axes (layers, experts). Vectors, and parameters that are trained
+    whole, get AdamW.
+
+    Args:
+      learning_rate: a number or an optax schedule.
+      consistent_rms: the root mean square of an update over the learning rate; 0.2 is about AdamW's, so that AdamW's learning
+        rates serve (https://arxiv.org/abs/2502.16982). `None`: that of an orthogonal matrix times sqrt(max(1, out / in)).
+
+    Returns:
+      An optimiser for `optimizer`, `train.init_state` and `train.make_train_step`.
+
+    >>> import lora_jax as lj
+    >>> pair = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 4)), lj.Layout((), (0,), (1,)))
+    >>> gradient = dataclasses.replace(pair, b=jnp.eye(2, 4))
+    >>> tx = lj.optimizer(muon(1.0))
+    >>> updates, _ = tx.update({"w": gradient}, tx.init({"w": pair}), {"w": pair})
+    >>> round(float(jnp.sqrt(jnp.mean(updates["w"].b ** 2))), 1)
+    0.2
+    """
+
+    from optax import contrib  # which takes a while, and only Muon needs it
+
+    def axes(path: str, adapter: Adapter, name: str) -> Any:
+        array = getattr(adapter, name)
+        if not isinstance(adapter, LowRank) or name not in ("a", "b") or not hasattr(array, "ndim"):  # a frozen one is masked
+            return None
+        batch, ndim = len(adapter.layout.batch), array.ndim
+        inner = ndim - 1 if name == "a" else batch
+        outer = tuple(axis for axis in range(batch, ndim) if axis != inner)
+        into, out = (outer, (inner,)) if name == "a" else ((inner,), outer)
+        return contrib.MuonDimensionNumbers(reduction_axis=into, output_axis=out)
+
+    shapes: Any = {"muon_weight_dimension_numbers": lambda tree: _label(axes, tree, None), "consistent_rms": consistent_rms}
+    return contrib.muon(learning_rate, **shapes)
 
 
 def decay_mask(tree: Any) -> Any:

@@ -1,62 +1,62 @@
-"""How the command trains, whatever the task: AdamW with a warm-up and a cosine decay, and gradients clipped to a norm of 1."""
+"""How the command trains, whatever the task: an optimiser of optax, a schedule, and gradients clipped to a norm."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
-from lora_jax.training import optim, train
+from lora_jax.training import optim
+from lora_jax.training.schedules import Schedule
 
-MAX_GRAD_NORM = 1.0
-
-
-def train_step(
-    loss: train.LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1, like: train.TrainState | None = None
-) -> Callable[[train.TrainState, Any, Any], tuple[train.TrainState, dict[str, Any]]]:
-    """The step of a run: `train.make_train_step` with the norm that gradients are clipped to."""
-    return train.make_train_step(loss, tx, accumulate=accumulate, max_grad_norm=MAX_GRAD_NORM, like=like)
+Optimizer = Literal["adamw", "adafactor", "lamb", "lion", "muon", "sgd"]
+COSINE = Schedule()
 
 
 def optimizer(
     learning_rate: Any,
     phases: Sequence[int],
     *,
-    warmup_from: int = 1,
+    schedule: Schedule = COSINE,
+    name: Optimizer = "adamw",
+    weight_decay: float = 1e-4,
     method: str = "lora",
     lora_plus: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with a short warm-up to the learning rate and a cosine decay, in the way of a method.
-
-    Step i of a warm-up of n has the rate `(i + warmup_from) / n`. The rate rises and falls once in each phase.
+    """An optimiser of a name, in the way of a method.
 
     Args:
       learning_rate: its peak; may be a traced number.
       phases: the number of steps of each.
-      warmup_from: of the first phase, 1 or 0; of all others it is 1.
+      schedule: what it does in a phase.
+      name: of the optimiser. The others' numbers are optax's defaults; `"sgd"` has a momentum of 0.9, and `"muon"` is
+        `optim.muon`.
+      weight_decay: times the learning rate; of what `optim.decay_mask` says.
       method: `"lora"`, `"lora_fa"` or `"vera"`.
       lora_plus: B's learning rate over A's.
 
     >>> import jax.numpy as jnp
-    >>> tx, weight = optimizer(0.5, [32]), jnp.zeros(())
-    >>> update, _ = tx.update(jnp.ones(()), tx.init(weight), weight)
-    >>> round(float(update), 4)  # half of the rate in the first of two steps of warm-up
+    >>> tx, weights = optimizer(0.5, [32]), {"w": jnp.zeros(())}
+    >>> update, _ = tx.update({"w": jnp.ones(())}, tx.init(weights), weights)
+    >>> round(float(update["w"]), 4)  # half of the rate in the first of two steps of warm-up
     -0.25
     """
 
-    def adamw(rate: Any) -> optax.GradientTransformation:
-        first, *further = phases
-        parts = [_rise_and_fall(rate, first, warmup_from), *(_rise_and_fall(rate, steps, 1) for steps in further)]
-        ends = [sum(phases[:number]) for number in range(1, len(phases))]
-        return optax.adamw(optax.schedules.join_schedules(parts, ends))
+    def make(rate: optax.Schedule) -> optax.GradientTransformation:
+        return _named(name, rate, weight_decay)
 
+    rates = schedule.over(learning_rate, phases)
     if lora_plus is not None:
-        return optim.lora_plus(adamw, learning_rate, lora_plus)
-    return optim.lora_fa(adamw(learning_rate)) if method == "lora_fa" else adamw(learning_rate)
+        return optim.lora_plus(make, rates, lora_plus)
+    return optim.lora_fa(make(rates)) if method == "lora_fa" else make(rates)
 
 
-def _rise_and_fall(rate: Any, steps: int, warmup_from: int) -> optax.Schedule:
-    warmup = max(1, steps // 16)
-    line = optax.schedules.linear_schedule(0.0, rate, warmup)
-    rise = lambda count: line(count + warmup_from)
-    fall = optax.schedules.cosine_decay_schedule(rate, max(steps - warmup, 1))
-    return optax.schedules.join_schedules([rise, fall], [warmup])
+def _named(name: Optimizer, rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
+    mask = optim.decay_mask
+    match name:
+        case "adafactor" | "muon" | "sgd":  # whose own decay is none, of matrices alone, or not times the rate
+            makers = {"adafactor": optax.adafactor, "muon": optim.muon, "sgd": functools.partial(optax.sgd, momentum=0.9)}
+            return optax.chain(makers[name](rate), optax.add_decayed_weights(lambda count: -decay * rate(count), mask))
+        case _:
+            make: Callable[..., optax.GradientTransformation] = getattr(optax, name)
+            return make(rate, weight_decay=decay, mask=mask)

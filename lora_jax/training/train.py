@@ -1,4 +1,8 @@
-"""Train steps that differentiate the adapters only, jitted or pmapped, and an evaluation step."""
+"""Train steps that differentiate the adapters only, jitted or pmapped, and an evaluation step.
+
+`init_state` makes what a step changes, `make_train_step` the step, and `make_eval_step` measures. A loss that is a mean over
+learnt tokens is a `Weighted`. `make_pmap_train_step`, `replicate` and `unreplicate` are for `jax.pmap`.
+"""
 
 import dataclasses
 import functools
@@ -12,10 +16,21 @@ import optax
 from lora_jax import sharding
 from lora_jax.core.adapter import Adapter, attach
 from lora_jax.core.errors import InputError
-from lora_jax.core.weighted import Weighted as Weighted
+from lora_jax.core.weighted import Weighted
 from lora_jax.training.gradients import loss_and_gradient
 from lora_jax.training.optim import optimizer
 from lora_jax.training.steps import CompiledStep, is_array
+
+__all__ = [
+    "TrainState",
+    "Weighted",
+    "init_state",
+    "make_eval_step",
+    "make_pmap_train_step",
+    "make_train_step",
+    "replicate",
+    "unreplicate",
+]
 
 LossFn = Callable[[Any, Any, jax.Array], Any]
 _AXIS = "batch"
@@ -36,6 +51,11 @@ class TrainState:
       opt_state: the state of `optimizer(tx)` over the adapters.
       key: a PRNG key; step i uses `fold_in(key, i)`.
       skipped: int32 scalar, the steps whose loss or gradient was not finite.
+
+    >>> import lora_jax as lj
+    >>> state = init_state({"head": lj.Full(jnp.ones(2))}, optax.sgd(0.1), key=jax.random.key(0))
+    >>> int(state.step), list(state.adapters)
+    (0, ['head'])
     """
 
     step: jax.Array
@@ -50,6 +70,17 @@ def init_state(adapters: Mapping[str, Adapter], tx: optax.GradientTransformation
 
     Where the adapters are on a mesh, so is all of the state, the optimiser's moments like the adapters. Of shapes
     (`jax.ShapeDtypeStruct`) it makes shapes.
+
+    Args:
+      adapters: `{path: adapter}`.
+      tx: the optimiser of the trained leaves, as `make_train_step` gets it.
+      key: a PRNG key, for dropout and whatever else the loss draws.
+
+    >>> import lora_jax as lj
+    >>> pair = lj.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)), lj.Layout((), (0,), (1,)))
+    >>> state = init_state({"w": pair}, optax.sgd(0.1, momentum=0.9), key=jax.random.key(0))
+    >>> [leaf.shape for leaf in jax.tree.leaves(state.opt_state)]
+    [(3, 1), (1, 2)]
     """
 
     def start(adapters: dict[str, Adapter], key: jax.Array) -> TrainState:
@@ -133,6 +164,29 @@ def make_pmap_train_step(
     The step takes a state and variables that `replicate` put on every device, and a batch whose leaves have a leading axis of
     the number of devices. Each device has a dropout key of its own. Metrics have the leading axis too; all its entries are
     equal.
+
+    Args:
+      loss_fn: as in `make_train_step`, of one device's batch.
+      tx: the optimiser of the trained leaves.
+      accumulate: the number of equal microbatches that each device's batch is cut into.
+      max_grad_norm: clip the gradient of all devices to this global norm.
+
+    Returns:
+      The step `(state, variables, batch) -> (state, metrics)`; the state is donated.
+
+    Raises:
+      InputError: as `make_train_step`.
+
+    >>> import lora_jax as lj
+    >>> def loss_fn(params, batch, key):
+    ...     return jnp.mean(lj.lora(lambda p, x: x @ p["w"])(params, batch) ** 2)
+    >>> pair = lj.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)), lj.Layout((), (0,), (1,)))
+    >>> state = replicate(init_state({"w": pair}, optax.sgd(0.1), key=jax.random.key(0)))
+    >>> variables, count = replicate({"w": jnp.ones((3, 2))}), jax.local_device_count()
+    >>> step = make_pmap_train_step(loss_fn, optax.sgd(0.1))
+    >>> state, metrics = step(state, variables, jnp.ones((count, 4, 3)))
+    >>> float(metrics["loss"][0]), int(unreplicate(state).step)
+    (9.0, 1)
     """
     check_options(accumulate, max_grad_norm)
     step = functools.partial(update, loss_fn, tx, accumulate, max_grad_norm, _AXIS)
@@ -140,7 +194,15 @@ def make_pmap_train_step(
 
 
 def replicate(tree: Any, devices: Any = None) -> Any:
-    """A copy of the tree's arrays on each device, under a new leading axis, as `make_pmap_train_step` wants it."""
+    """A copy of the tree's arrays on each device, under a new leading axis, as `make_pmap_train_step` wants it.
+
+    Args:
+      tree: a state, or variables; leaves that are no arrays stay as they are.
+      devices: which; all of this process by default.
+
+    >>> replicate({"w": jnp.ones((3, 2)), "name": "base"}, jax.local_devices()[:1])["w"].shape
+    (1, 3, 2)
+    """
     devices = jax.local_devices() if devices is None else devices
     mesh = jax.sharding.Mesh(devices, (_AXIS,))
     on_devices = jax.sharding.NamedSharding(mesh, jax.P(_AXIS))
@@ -155,7 +217,14 @@ def replicate(tree: Any, devices: Any = None) -> Any:
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first device's copy of a replicated tree."""
+    """The first device's copy of a replicated tree.
+
+    Args:
+      tree: what `replicate` made, or a step under `pmap` returned.
+
+    >>> unreplicate(replicate({"w": jnp.ones((3, 2))}))["w"].shape
+    (3, 2)
+    """
     return jax.tree.map(lambda leaf: leaf[0] if is_array(leaf) else leaf, tree)
 
 
@@ -164,6 +233,19 @@ def make_eval_step(metric_fn: Callable[[Any, Any], Any]) -> Callable[[Mapping[st
 
     To measure a mean over several batches, return sums, and divide once at the end. Leaves of `variables` that are no arrays
     are part of the program, as in `make_train_step`.
+
+    Args:
+      metric_fn: of the attached tree, for `lora(fn)`, and a batch: any tree of arrays.
+
+    Raises:
+      InputError: when it is called: the adapters do not fit the variables, or a leaf of these is neither an array nor hashable.
+      TypeError: when it is called: an adapter is none.
+
+    >>> import lora_jax as lj
+    >>> pair = lj.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), lj.Layout((), (0,), (1,)))
+    >>> evaluate = make_eval_step(lambda params, x: lj.lora(lambda p, x: x @ p["w"])(params, x).sum())
+    >>> float(evaluate({"w": pair}, {"w": jnp.zeros((3, 2))}, jnp.ones((4, 3))))
+    24.0
     """
     return CompiledStep(lambda adapters, variables, batch: metric_fn(attach(variables, adapters), batch), jax.jit)
 

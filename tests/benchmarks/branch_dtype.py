@@ -35,7 +35,7 @@ def token_ids(tokenizer: Any, texts: Sequence[str], count: int) -> np.ndarray:
 def main(steps: int) -> None:
     config = RunConfig(task="lm", dtype="bfloat16")
     base = lm.load_base(lm.base_directory(config), config)
-    model, ids = base.model, token_ids(base.tokenizer.tokenizer, lm.load_corpus(config).items, steps * ROWS + HELD_OUT)
+    model, ids = base.model, token_ids(base.tokenizer.tokenizer, lm.load_corpora(config)[0].items, steps * ROWS + HELD_OUT)
     training, held_out = ids[HELD_OUT:].reshape(steps, ROWS, LENGTH), jnp.asarray(ids[:HELD_OUT])
 
     def loss_fn(params: Any, ids: Any, key: Any) -> Any:

@@ -1,8 +1,11 @@
 """Bad input to the command: one sentence on stderr, exit code 2, no traceback, and no run directory."""
 
+import importlib
 import json
 import pathlib
 import re
+import signal
+import sys
 
 import pytest
 
@@ -64,8 +67,18 @@ def rewrite(file, pattern, text):
 
 BAD = {
     "no data file": (nothing, {"data": "nothing.csv"}, r"there is no file .*nothing\.csv"),
-    "not a data file": (nothing, {"data": "reviews.xlsx"}, r"must be a \.csv or a \.jsonl file"),
+    "not a data file": (nothing, {"data": "reviews.xlsx"}, r"must be a \.csv, \.jsonl, \.json, \.parquet or \.arrow file"),
     "no text column": (nothing, {"text_field": "text"}, "no column 'text'; the columns are 'review', 'verdict'"),
+    "chats": (
+        lambda h: (h / "reviews.csv").write_text("messages\n[]\n"),
+        {},
+        r"reviews\.csv has a column 'messages': give --task lm to learn from it",
+    ),
+    "a mistyped column of two": (
+        lambda h: write(h, "completion,verdict\na,b\nc,d\n"),
+        {"text_field": "completion", "label_field": "verdcit"},
+        "there is no column 'verdcit'; the columns are 'completion', 'verdict'",
+    ),
     "no label column": (nothing, {"label_field": None}, "no column 'label'"),
     "one class": (lambda h: write(h, "review,verdict\na,b\nc,b\n"), {}, "a classifier needs two classes"),
     "empty rows": (lambda h: write(h, "review,verdict\na,b\n,c\n"), {}, "1 rows have an empty .* 3: fill or remove"),
@@ -95,9 +108,15 @@ BAD = {
     "a run is there": (hold_a_run, {}, "run holds a run already: continue it with --resume"),
     "a file is there": (nothing, {"out": "reviews.csv"}, "is not an empty directory"),
     "files are there": (nothing, {"out": "model"}, "is not an empty directory"),
-    "an option of lm": (nothing, {"prompt_field": "review"}, "--prompt-field is an option of --task lm; leave it out"),
+    "an option of lm": (nothing, {"prompt_field": "review"}, "--prompt-field is an option of --task lm and dpo; leave it out"),
+    "an option that another trainer has": (nothing, {"lora_r": 4}, "unrecognized arguments: --lora-r 4; do you mean --rank[?]"),
+    "a part of an option": (nothing, {"learning": 0.1}, "unrecognized arguments: --learning 0.1; do you mean --learning-rate"),
     "no such task": (nothing, {"task": "translate"}, "invalid choice: 'translate'"),
-    "unknown option": (nothing, {"layers": 3}, "unrecognized arguments: --layers 3"),
+    "unknown option": (
+        nothing,
+        {"layer_count": 3},
+        "unrecognized arguments: --layer-count 3; do you mean --layers[?]; see `lora-jax finetune --help`",
+    ),
 }
 
 
@@ -186,12 +205,12 @@ def test_no_such_run(home, capsys, command):
 
 @pytest.mark.parametrize("command", [["finetune", "--resume"], ["predict", "--text", "fine"], ["inspect"]])
 def test_damaged_run(stopped, capsys, command):
-    edit(stopped, format_version=8)
-    refused([*command, stopped], "has the format version 8, but this lora_jax reads 1 to 7", capsys)
-    edit(stopped, format_version=7, text_field=3)
+    edit(stopped, format_version=9)
+    refused([*command, stopped], "has the format version 9, but this lora_jax reads 1 to 8", capsys)
+    edit(stopped, format_version=8, text_field=3)
     refused([*command, stopped], r"config\.json: text_field must be a text, not 3", capsys)
-    edit(stopped, text_field="review", layers=3)
-    refused([*command, stopped], "has missing or unknown fields: layers", capsys)
+    edit(stopped, text_field="review", layer_count=3)
+    refused([*command, stopped], "has missing or unknown fields: layer_count", capsys)
     (stopped / "config.json").write_bytes(b'{"task": "\xff"}')
     refused([*command, stopped], r"config\.json is not UTF-8 text", capsys)
     (stopped / "config.json").write_text("[")
@@ -228,9 +247,25 @@ def test_another_tokenizer(stopped, capsys):
 
 
 def test_predict(stopped, capsys):
-    refused(["predict", stopped], "one of the arguments --text --image is required", capsys)
+    refused(["predict", stopped], "one of the arguments --text --data --image is required", capsys)
     refused(["predict", stopped, "--text", " "], "a text is empty", capsys)
+    refused(["predict", stopped, "--text", "a", "--text-field", "b"], "--text-field is for --data: leave it out", capsys)
     refused([], "the following arguments are required: command", capsys)
+
+
+def test_an_interrupt_ends_the_imports(tmp_path, monkeypatch, capsys):
+    """Of the command in a process of its own; later it is an exception, as usual, and so it is where Python calls it."""
+    seen, real = [], importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name: seen.append(signal.getsignal(signal.SIGINT)) or real(name))
+    monkeypatch.setattr(sys, "argv", ["lora-jax", "inspect", str(tmp_path)])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for arguments, handler in ((None, signal.SIG_DFL), (["inspect", str(tmp_path)], signal.default_int_handler)):
+            seen.clear()
+            assert cli.main(arguments) == 2 and "there is no run in" in capsys.readouterr().err
+            assert seen[0] is handler and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_missing_extra(home, capsys, monkeypatch):

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.command import cli, metrics, plots, run
+from lora_jax.command import cli, metrics, plots, predict, run
 from lora_jax.command.tasks import classify
 from tests.support import tiny
+from tests.support.run_lines import lasting
 
 STEPS = 120
 KILLS = int(os.environ.get("LORA_JAX_KILLS", "2"))
@@ -45,13 +46,17 @@ def reference(home):
     return uninterrupted(home, home / "reference", STEPS)
 
 
+FIELDS = ("step", "loss", "test_accuracy", "learning_rate", "grad_norm", "skipped", "examples_per_second")
+
+
 def same(directory, reference):
     """Assert that two runs ended alike, bit for bit."""
     ours, theirs = (jax.tree.leaves(lj.checkpoint.load(d / "adapters")) for d in (directory, reference))
     assert len(ours) == len(theirs) > 20
     for a, b in zip(ours, theirs):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    for file in ("metrics.jsonl", "curve.png", "config.json"):
+    assert lasting(directory) == lasting(reference)
+    for file in ("curve.png", "config.json"):
         assert (directory / file).read_bytes() == (reference / file).read_bytes(), file
 
 
@@ -62,11 +67,14 @@ def test_run_directory(reference):
         "config.json",
         "curve.png",
         "metrics.jsonl",
+        "report.html",
     ]
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
-    assert all(tuple(line) == ("step", "loss", "test_accuracy") for line in lines)
-    assert [line["step"] for line in lines if line["loss"] is None] == [0]
+    assert all(tuple(line) == FIELDS for line in lines)
+    for field in ("loss", "learning_rate", "grad_norm", "examples_per_second"):
+        assert [line["step"] for line in lines if line[field] is None] == [0]
+    assert [line["skipped"] for line in lines] == [0] * (STEPS + 1)
     tested = {line["step"]: line["test_accuracy"] for line in lines if line["test_accuracy"] is not None}
     assert list(tested) == [0, 40, 80, 120]
     assert tested[0] < 0.7 and tested[120] > 0.95 and lines[-1]["loss"] < 0.1
@@ -77,10 +85,15 @@ def test_run_directory(reference):
 
 def test_what_is_printed(reference):
     _, output, _ = reference
-    assert re.search(r"params/encoder/layer_0/mlp/up/kernel +32x48 +LowRank +4 ", output)
+    assert re.search(r"params/encoder/layer_\*/mlp/up/kernel \(2 of them\) +32x48 +LowRank +4 ", output)
     assert re.search(r"params/classifier/kernel +32x2 +Full ", output)
+    number = r"[\d.e+-]+"
     assert "160 texts to train on, 80 to test on" in output and "a new head for the labels bad, good" in output
-    assert re.search(rf"^step 60/{STEPS}  loss \d\.\d{{3}}  accuracy \d+\.\d%  \d+ examples/s  \d:\d\d left$", output, re.M)
+    assert re.search(
+        rf"^step 60/{STEPS}  loss \d\.\d{{3}}  grad {number}  rate {number}  \d+ examples/s  \d:\d\d left$",
+        output,
+        re.M,
+    )
     assert re.search(r"^test accuracy on 80 texts: \d\d\.\d% before, \d+\.\d% after$", output, re.M)
     assert "adapter: 14,600 bytes, base: 77,320 bytes (18.88%)" in output
     assert not re.search(r"\x1b|Warning", output)
@@ -100,6 +113,21 @@ def test_predict(reference, capsys):
         ("bad", "weak plot and the film"),
     ]
     assert all(0.5 < float(probability) <= 1 for _, probability, _ in lines)
+
+
+def test_predict_a_file(reference, tmp_path, monkeypatch, capsys):
+    """In the order of the file, whatever the batches are, and without a column of labels."""
+    texts = ["superb cast and plot", "weak", "the film and its plot are superb", "a superb\nfilm", "weak plot and the film"]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps({"review": text}) + "\n" for text in texts))
+    said = [cli.main(["predict", str(reference[0]), "--text", text]) or capsys.readouterr().out for text in texts]
+    monkeypatch.setattr(predict, "_BATCH", 2)
+    assert cli.main(["predict", str(reference[0]), "--data", str(tmp_path / "some.jsonl")]) == 0
+    assert capsys.readouterr().out == "".join(said) and said[3].endswith("\ta superb film\n")
+    (tmp_path / "some.jsonl").write_text('{"texts": "weak"}\n')
+    assert cli.main(["predict", str(reference[0]), "--data", str(tmp_path / "some.jsonl")]) == 2
+    assert "line 1: there is no column 'review'" in capsys.readouterr().err
+    assert cli.main(["predict", str(reference[0]), "--data", str(tmp_path / "some.jsonl"), "--text-field", "texts"]) == 0
+    assert capsys.readouterr().out == said[1]
 
 
 def test_texts_that_are_cut_are_counted(reference, capsys):
@@ -200,14 +228,14 @@ def test_kill_at_a_random_moment(home, kill_reference, tmp_path, number):
 def test_resume_of_a_finished_run_changes_nothing(home, reference, capsys):
     before = (reference[0] / "metrics.jsonl").read_bytes()
     code, output = tiny.finish("finetune", "--resume", reference[0])
-    assert code == 0 and "after" in output.splitlines()[-3], output
+    assert code == 0 and "after" in output.splitlines()[-4] and output.splitlines()[-1].startswith("report: "), output
     assert (reference[0] / "metrics.jsonl").read_bytes() == before
 
 
 def test_metrics_drop_what_a_crash_cut_off_and_what_comes_again(tmp_path):
     with metrics.Log(tmp_path, 0, metrics.ACCURACY) as log:
         for step in range(6):
-            log.append(step, None if step == 0 else 1.0 / step, 0.5 if step % 5 == 0 else None)
+            log.append(step, None if step == 0 else 1.0 / step, 0.5 if step % 5 == 0 else None, {})
     whole = (tmp_path / "metrics.jsonl").read_bytes()
     for cut in (whole[:-1], whole[:-20], whole + b'{"step": 6, "loss"', whole + b"\xff\x00", whole + b"null\n"):
         (tmp_path / "metrics.jsonl").write_bytes(cut)

@@ -4,13 +4,14 @@ import json
 import shutil
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 
 from lora_jax.command import cli
 from lora_jax.command.run import read_config
 from lora_jax.huggingface import hub
 from tests.support import tiny, tiny_lm
 from tests.support.hub import COMMIT, OTHER, cache
+from tests.support.marks import every_other
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 HOMES = {"lm": tiny_lm, "classify": tiny}
@@ -35,7 +36,7 @@ def train(home, out, task, model):
     return cli.main(words)
 
 
-@pytest.mark.parametrize("task", HOMES)
+@pytest.mark.parametrize("task", every_other(HOMES))
 def test_a_run_goes_on_with_the_commit_that_it_began_with(offline, capsys, task):
     home = offline / "home"
     home.mkdir()
@@ -55,6 +56,9 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(offline, capsys, task)
     assert f"the commit {COMMIT} of the base, which adapter_config.json can't say" in capsys.readouterr().err
     described = json.loads((offline / "peft" / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == "some-owner/tiny"
+    card = ModelCard.load(offline / "peft" / "README.md")
+    assert card.data.base_model == "some-owner/tiny" and "base_model:adapter:some-owner/tiny" in card.data.tags
+    assert f'from_pretrained("some-owner/tiny", revision="{COMMIT}"' in card.text
     imported = ["import", str(offline / "peft"), "--out", str(offline / "imported"), "--model", f"some-owner/tiny@{COMMIT}"]
     assert cli.main(imported) == 0
     assert read_config(offline / "imported").model_commit == COMMIT
@@ -75,6 +79,20 @@ def test_a_revision(offline):
     assert hub.cached(hub.HubName("some-owner/tiny")) is None
 
 
+@pytest.mark.parametrize("task", HOMES)
+def test_a_look_at_data_needs_no_weights(offline, capsys, task):
+    home = offline / "home"
+    home.mkdir()
+    HOMES[task].home(home)
+    (home / "model" / "model.safetensors").unlink()
+    put(offline, home / "model")
+    [data] = [file for file in home.iterdir() if file.name in ("texts.jsonl", "reviews.csv")]
+    more = [] if task == "lm" else ["--text-field", "review", "--label-field", "verdict"]
+    look = ["data", str(data), "--task", task, "--model", "some-owner/tiny", *more]
+    assert cli.main(look) == 0, capsys.readouterr().err
+    assert "--- example 1 ---" in capsys.readouterr().out
+
+
 def test_a_directory_goes_first(offline):
     home = offline / "some-owner"
     home.mkdir()
@@ -93,3 +111,16 @@ def test_no_such_model(offline, capsys, model, says):
     assert train(offline, offline / "run", "lm", model) == 2
     assert says in capsys.readouterr().err
     assert not (offline / "run").exists()
+
+
+def test_a_plan_needs_the_configuration_alone(offline, capsys):
+    tiny_lm.model(offline / "model")
+    cache(offline, "some-owner/tiny", offline / "model", ["config.json"])
+    found = []
+    for model in ("some-owner/tiny", str(offline / "model")):
+        assert cli.main(["plan", model, "--rank", "2", "--sequence", "8", "--topology", "cpu", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["request"]["model"] == "some-owner/tiny"
+    assert found[0]["parameters"] == found[1]["parameters"] > 0
+    assert cli.main(["plan", "some-owner/other"]) == 2
+    assert "some-owner/other is not in the cache, and the hub can't be reached" in capsys.readouterr().err

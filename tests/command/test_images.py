@@ -15,6 +15,7 @@ import lora_jax as lj
 from lora_jax.command import cli, run
 from lora_jax.models import vision
 from tests.support import interrupting, tiny_images
+from tests.support.run_lines import lasting
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 STEPS = 120
@@ -60,6 +61,17 @@ def test_predict(home, reference, capsys):
     assert all(1 / 3 < float(probability) <= 1 for _, probability, _ in lines)
     refused(["predict", reference, "--text", "a"], "use `lora-jax predict --image` with it, not `predict`", capsys)
     refused(["predict", reference, "--image", home / "none.png"], "none.png can't be read as an image", capsys)
+
+
+def test_eval(home, reference, capsys):
+    config = run.read_config(reference)
+    capsys.readouterr()
+    assert cli.main(["eval", str(reference), "--data", config.data, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["run"]
+    counts = np.array(found["confusion"])
+    files = [len(list((pathlib.Path(config.data) / label).iterdir())) for label in config.labels]
+    assert counts.sum(1).tolist() == files and found["accuracy"] == pytest.approx(np.trace(counts) / sum(files))
+    assert found["accuracy"] > 0.85 and list(found["classes"]) == list(config.labels)
 
 
 def test_inspect(reference, capsys):
@@ -125,10 +137,12 @@ def test_a_stopped_run_ends_as_one_that_was_not(home, reference, tmp_path):
     assert len(ours) == len(theirs) > 20
     for a, b in zip(ours, theirs):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    for file in ("metrics.jsonl", "curve.png", "config.json"):
+    assert lasting(directory) == lasting(reference)
+    for file in ("curve.png", "config.json"):
         assert (directory / file).read_bytes() == (reference / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_sweep(home, tmp_path, capsys):
     line = tiny_images.options(home, tmp_path / "sweep", 6)
     assert cli.main(["sweep", *line[1:], "--seed", "0", "3"]) == 0
@@ -139,6 +153,7 @@ def test_sweep(home, tmp_path, capsys):
     np.testing.assert_allclose(*flat, rtol=0, atol=1e-3 * np.abs(flat[1]).max())
 
 
+@pytest.mark.slow
 def test_other_ways(home, tmp_path, capsys):
     line = tiny_images.options(home, tmp_path / "run", 2)
     assert cli.main([*line, "--no-flip", "--crop", "1", "--accumulate", "2", "--dtype", "bfloat16", "--mesh", "data=8"]) == 0
@@ -156,8 +171,12 @@ def test_bad_options(home, tmp_path, capsys):
 
     refused(without("--model"), "--task images has no model of its own: give --model", capsys)
     refused(without("--data"), "--task images has no data of its own: give --data", capsys)
-    for option, tasks in {"--max-length": "classify and lm", "--label-field": "classify", "--remat": "lm"}.items():
-        value = {"--max-length": "8", "--label-field": "a", "--remat": "full"}[option]
+    for option, tasks in {
+        "--max-length": "classify and lm and dpo",
+        "--label-field": "classify",
+        "--attention-block": "lm and dpo",
+    }.items():
+        value = {"--max-length": "8", "--label-field": "a", "--attention-block": "8"}[option]
         refused([*line, option, value], f"{option} is an option of --task {tasks}; leave it out of --task images", capsys)
     refused([*line, "--crop", "0"], "crop must be", capsys)
     refused([*without("--task"), "--no-flip"], "--flip is an option of --task images; leave it out of --task classify", capsys)

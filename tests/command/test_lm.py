@@ -19,17 +19,10 @@ from lora_jax.command.tasks import registry
 from lora_jax.data import tokenizer
 from lora_jax.models import llama
 from tests.support import gguf_write, interrupting, tiny, tiny_lm
+from tests.support.calling import call
+from tests.support.run_lines import lasting
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
-
-
-def call(arguments, capsys, code=0):
-    """Run the command in this process; returns what it printed."""
-    found = cli.main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    assert found == code, printed.err
-    assert "Traceback" not in printed.err
-    return printed.out if code == 0 else printed.err
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +41,16 @@ def same_files(one, two):
     ours, theirs = (jax.tree.leaves(lj.checkpoint.load(d / "adapters")) for d in (one, two))
     assert len(ours) == len(theirs) > 20
     assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(ours, theirs))
-    for file in ("metrics.jsonl", "curve.png", "config.json"):
+    assert lasting(one) == lasting(two)
+    for file in ("curve.png", "config.json"):
         assert (one / file).read_bytes() == (two / file).read_bytes(), file
 
 
 def test_perplexity_falls(reference):
     lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(31)) and all(
-        tuple(line) == ("step", "loss", "perplexity") for line in lines
+        tuple(line) == ("step", "loss", "perplexity", "learning_rate", "grad_norm", "skipped", "tokens_per_second")
+        for line in lines
     )
     measured = {line["step"]: line["perplexity"] for line in lines if line["perplexity"] is not None}
     assert list(measured) == [0, 10, 20, 30]
@@ -198,6 +193,10 @@ def test_merged(home, reference, tmp_path, capsys, monkeypatch, shards):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     refusal = call(["export", reference, "--format", "merged", "--out", tmp_path / "out"], capsys, code=2)
     assert "is not an empty directory" in refusal
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    refusal = call(["export", reference, "--format", "merged", "--out", "."], capsys, code=2)
+    assert "is where you are, and can't be replaced: choose another --out" in refusal
 
 
 def test_merged_keeps_the_dtypes_of_the_base(home, reference, tmp_path, capsys):
@@ -244,7 +243,9 @@ KINDS = {
     "texts.csv": ("prompt,completion\n" + "".join(f"The cat{'.' * i},meows {i}\n" for i in range(60)), "pairs were left out"),
     "texts.jsonl": (
         "".join(
-            json.dumps({"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "moos " * (i % 9)}]})
+            json.dumps(
+                {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "moos " * (1 + i % 8)}]}
+            )
             + "\n"
             for i in range(40)
         ),
@@ -402,7 +403,7 @@ def test_a_template_that_hides_the_turns(home, tmp_path, capsys):
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
     (tmp_path / "texts.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
     refusal = call(tiny_lm.options(tmp_path, tmp_path / "run"), capsys, code=2)
-    assert "texts.jsonl: line 1: the chat template writes what is before the assistant's turn (message 2) in" in refusal
+    assert "texts.jsonl, line 1: the chat template writes what is before the assistant's turn (message 2) in" in refusal
 
 
 def test_resume_with_changed_data(home, reference, tmp_path, capsys):

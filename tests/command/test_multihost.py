@@ -21,6 +21,7 @@ from lora_jax.command import cli, finetune, metrics
 from lora_jax.data import labelled
 from lora_jax.training import checkpoint, train
 from tests.support import tiny, tiny_lm
+from tests.support.run_lines import lasting
 
 STEPS = 16
 OPTIONS = {"batch_size": 8, "steps": STEPS, "max_length": 24, "targets": "q_proj"}
@@ -53,12 +54,12 @@ def same(directory, reference):
     assert ours.step == theirs.step
     for one, other in zip(jax.tree.leaves(ours.adapters), jax.tree.leaves(theirs.adapters), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
-    lines = [metrics.read(d) for d in (directory, reference)]
+    lines = [lasting(d) for d in (directory, reference)]
     for one, other in zip(*lines, strict=True):
         assert {k: v is None for k, v in one.items()} == {k: v is None for k, v in other.items()}
         assert one["loss"] is None or one["loss"] == pytest.approx(other["loss"], abs=1e-5)
     assert (directory / "config.json").read_bytes() == (reference / "config.json").read_bytes()
-    assert (directory / "curve.png").exists()
+    assert (directory / "curve.png").exists() and (directory / "report.html").exists()
 
 
 class Processes:
@@ -155,6 +156,7 @@ def test_a_signal_to_one_process_stops_all(home, tmp_path):
     assert "this process differs from the first in mesh ('fsdp=4', not 'data=4'): start all with the same" in outputs[1]
 
 
+@pytest.mark.slow
 def test_classifier_on_a_mesh(tmp_path, usual_promotion):
     tiny.model(tmp_path / "model")
     tiny.reviews(tmp_path / "reviews.csv", count=60)

@@ -5,21 +5,26 @@ import json
 
 import pytest
 
-from lora_jax.command import cli, options
+from lora_jax.command import arguments, cli, config_files, options
 from lora_jax.command.options import RunConfig
 from lora_jax.core.errors import InputError
 from lora_jax.core.fields import table
 
 CONFIG = """{
- "format_version": 7,
+ "format_version": 8,
  "task": "lm",
  "model": null,
  "data": "/texts.txt",
+ "weights": [],
+ "columns": "any",
  "text_field": "text",
  "label_field": "label",
  "prompt_field": "prompt",
  "completion_field": "completion",
  "messages_field": "messages",
+ "chosen_field": "chosen",
+ "rejected_field": "rejected",
+ "eval_data": null,
  "held_out": 4096,
  "dtype": "float32",
  "untie": false,
@@ -29,21 +34,43 @@ CONFIG = """{
  "remat": "products",
  "attention_block": 64,
  "accumulate": 2,
+ "balance_loss": 0.0,
  "rank": 4,
  "alpha": 16.0,
  "targets": [
   "q_proj",
   "mlp/up_proj"
  ],
+ "exclude": [],
+ "layers": null,
+ "rank_pattern": {},
+ "alpha_pattern": {},
+ "train": [],
+ "dropout": 0.0,
  "adapter": null,
  "method": "lora",
  "scaling": "lora",
  "dora": true,
  "init": "kaiming",
+ "loss": "sigmoid",
+ "beta": 0.1,
+ "label_smoothing": 0.0,
  "learning_rate": 0.001,
+ "schedule": "cosine",
+ "warmup": null,
+ "min_rate": 0.0,
+ "optimizer": "adamw",
+ "weight_decay": 0.0001,
+ "max_grad_norm": 1.0,
  "lora_plus": null,
  "batch_size": 2,
  "steps": 60,
+ "epochs": null,
+ "eval_every": null,
+ "save_every": null,
+ "keep": "last",
+ "patience": null,
+ "track": [],
  "max_length": 256,
  "crop": 0.5,
  "flip": true,
@@ -57,6 +84,7 @@ CONFIG = """{
  "finished": [],
  "ends": [],
  "warmup_from": 1,
+ "made": {},
  "imported": null
 }
 """
@@ -76,7 +104,7 @@ LINE += [
 
 
 def test_a_command_line_as_json():
-    given = options.given_run(cli.parser().parse_args(["finetune", *LINE]))
+    given = config_files.given_run(cli.parser().parse_args(["finetune", *LINE]))
     config = options.new_run(given.pop("task"), given)
     assert config.to_json() == CONFIG and RunConfig.from_json(CONFIG, "config.json") == config
 
@@ -84,9 +112,9 @@ def test_a_command_line_as_json():
 @pytest.mark.parametrize("name", [name for name, row in table(RunConfig).items() if "recorded" not in row.more])
 def test_every_option_is_on_both_command_lines(name):
     row = table(RunConfig)[name]
-    value = [] if row.kind is bool else ["lm" if name == "task" else "1"]
+    value = [] if row.kind is bool else [{"task": "lm", "rank_pattern": "a=1", "alpha_pattern": "a=1"}.get(name, "1")]
     for command in ("finetune", "sweep"):
-        given = options.given(cli.parser().parse_args([command, options.flag(name), *value]), RunConfig)
+        given = arguments.given(cli.parser().parse_args([command, options.flag(name), *value]), RunConfig)
         assert list(given) == [name] and row.help
 
 
@@ -96,7 +124,7 @@ def test_help_says_defaults(capsys, monkeypatch):
         cli.main(["sweep", "--help"])
     printed = capsys.readouterr().out
     assert "rank of every low-rank pair; several values: a run with each (default: 8)" in printed
-    assert "training steps (default: 180, for lm 60)" in printed
+    assert "training steps (default: 180, for lm 60, for dpo 40)" in printed
     assert "(default: 4096; lm only)" in printed and "sha256" not in printed
 
 

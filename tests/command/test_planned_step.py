@@ -11,6 +11,7 @@ from lora_jax.command.tasks import registry
 from lora_jax.planning import plan, train_steps
 from lora_jax.planning.decoder_step import projections
 from lora_jax.training import checkpoint
+from tests.command.test_family_runs import home_of
 from tests.support import tiny_lm
 from tests.support.marks import slow_unless
 
@@ -39,8 +40,8 @@ def run_of(home, mesh, **given):
 def jaxpr_of_run(home, tmp_path, mesh, **given):
     """Of the step that the run takes, on its weights and its first batch."""
     session, adapters = run_of(home, mesh, **given)
-    with checkpoint.Manager(tmp_path / "adapters") as manager:
-        program = _Program(session, adapters, manager)
+    with checkpoint.Manager(tmp_path / "adapters") as manager, checkpoint.Manager(tmp_path / "best") as best:
+        program = _Program(session, adapters, manager, best)
     return program._train_step.trace(program.state, session.task.variables, next(program._batches)).jaxpr
 
 
@@ -73,6 +74,12 @@ CASES = [
 
 @pytest.mark.parametrize("given", slow_unless(lambda given: given in CASES[1:4], CASES))
 def test_jaxprs(home, tmp_path, given):
+    assert str(jaxpr_of_run(home, tmp_path, None, **given)) == str(jaxpr_of_plan(home, None, **given))
+
+
+def test_jaxprs_of_experts(tmp_path):
+    home = home_of("mixtral", tmp_path)
+    given = CASES[0] | {"targets": ["q_proj", "down_proj"]}
     assert str(jaxpr_of_run(home, tmp_path, None, **given)) == str(jaxpr_of_plan(home, None, **given))
 
 

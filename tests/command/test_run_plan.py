@@ -105,6 +105,7 @@ def test_what_is_given_stays(home):
     assert (found.dtype, found.scan_layers, found.remat, found.attention_block) == ("float32", False, "products", 256)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_was_decided(home, tmp_path, capsys, monkeypatch):
     """On a device that says it is a GPU."""
     monkeypatch.setattr(topology, "_here", lambda name, count: chip("gpu", 2**30))

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("usual_promotion")
 
 def rates(config):
     """The learning rate of each step: AdamW moves a zero by it, against a gradient of ones."""
-    tx, zero = trainer.optimizer(config), jnp.zeros(())
+    tx, zero = trainer.optimizer(config), {"w": jnp.zeros(())}
     state, found = tx.init(zero), []
     for _ in range(config.steps):
-        update, state = tx.update(jnp.ones(()), state, zero)
-        found.append(-float(update))
+        update, state = tx.update({"w": jnp.ones(())}, state, zero)
+        found.append(-float(update["w"]))
     return found
 
 
@@ -35,7 +36,7 @@ def test_step_i_of_a_warmup_of_n_has_the_rate_i_plus_1_over_n():
     warmup, fall = [0.25, 0.5], 0.25 * (1 + np.cos(np.pi * np.arange(38) / 38))
     np.testing.assert_allclose(rates(config), [*warmup, *fall], rtol=1e-4)
     old = RunConfig.from_json(
-        config.to_json().replace('"format_version": 7', '"format_version": 4').replace(' "warmup_from": 1,\n', ""), "x"
+        config.to_json().replace('"format_version": 8', '"format_version": 4').replace(' "warmup_from": 1,\n', ""), "x"
     )
     np.testing.assert_allclose(rates(old), [0.0, 0.25, *fall], rtol=1e-4)
     assert RunConfig.from_json(old.to_json(), "x") == old == dataclasses.replace(config, warmup_from=0)
@@ -53,24 +54,35 @@ def test_every_step_of_a_short_run_learns(steps):
 class Program:
     """Steps with the given losses, after some of which what is measured is not finite."""
 
+    devices = jax.devices()[:1]
+
     def __init__(self, losses, bad_scores=()):
         self.losses, self.bad_scores, self.step, self.skipped, self.written = losses, bad_scores, 0, 0, []
 
     def advance(self):
         loss = self.losses[self.step]
         self.step, self.skipped = self.step + 1, self.skipped + (not np.isfinite(loss))
-        return np.array([loss]), np.array([self.skipped])
+        return {"loss": np.array([loss]), "grad_norm": np.array([2 * loss]), "skipped": np.array([self.skipped])}
 
     def measure(self, batch):
         return np.array([np.nan if self.step in self.bad_scores else 0.5])
 
-    def snapshot(self, step, losses):
-        return [lambda: self.written.append((step, losses[0]))]
+    def flops(self):
+        return None
+
+    def snapshot(self, step, last):
+        return [lambda: self.written.append((step, last[0].get("loss")))]
 
 
 def train(directory, program, steps, save_every):
     task = types.SimpleNamespace(
-        metric=metrics.ACCURACY, per_step=1, unit="examples", test_batches=lambda: [None], test_count=1, score=float
+        metric=metrics.ACCURACY,
+        per_step=1,
+        unit="examples",
+        test_batches=lambda: [None],
+        test_count=1,
+        score=float,
+        details=lambda sums: {},
     )
     with metrics.Log(directory, 0, metrics.ACCURACY) as log, Signals() as signals:
         run = trainer.Run(RunConfig(steps=steps), directory, log)
@@ -99,6 +111,9 @@ def test_checkpoints_are_those_of_good_adapters(tmp_path, losses, bad_scores, wr
     assert [line["step"] for line in lines] == list(range(steps + 1))
     finite = [loss if np.isfinite(loss) else None for loss in losses]
     assert [line["loss"] for line in lines[1:]] == finite[:steps]
+    updates = np.cumsum([0, *np.isfinite(losses)])[:steps]  # the steps before that changed something
+    np.testing.assert_allclose([line["learning_rate"] for line in lines[1:]], np.array(rates(run.config))[updates], rtol=1e-4)
+    assert [line["skipped"] for line in lines] == np.cumsum([False, *~np.isfinite(losses)])[: steps + 1].tolist()
     assert all(loss == (finite[step - 1] if step else None) for step, loss in program.written)
 
 

@@ -14,6 +14,7 @@ from lora_jax.command.options import RunConfig
 from lora_jax.command.trainer import optimizer
 from lora_jax.core.fields import table
 from tests.support import tiny_lm
+from tests.support.run_lines import lasting
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
@@ -52,6 +53,7 @@ def test_a_run_begins_with_adapters(home, tmp_path, capsys):
     assert perplexities(tmp_path / "run")[0] == pytest.approx(perplexities(home / "run")[-1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_other_targets_begin_anew(home, tmp_path, capsys):
     first, out = shutil.copytree(home / "run", tmp_path / "first"), tmp_path / "run"
     train(home, out, "--adapter", first, "--targets", "q_proj", "up_proj", rank=4, steps=2)
@@ -70,7 +72,7 @@ def test_a_finished_run_is_trained_further(home, tmp_path, capsys):
     train(home, out, steps=3)
     before = metrics.read(out)
     assert cli.main(["finetune", "--resume", str(out), "--steps", "2"]) == 0
-    assert "steps 4 to 5: the learning rate rises to 0.02 and falls to 0 once more" in capsys.readouterr().out
+    assert "steps 4 to 5: the learning rate follows its schedule once more, up to 0.02" in capsys.readouterr().out
     after, config = metrics.read(out), run.read_config(out)
     assert after[:4] == before and [line["step"] for line in after] == list(range(6))
     assert (config.steps, config.finished) == (5, [3])
@@ -78,22 +80,22 @@ def test_a_finished_run_is_trained_further(home, tmp_path, capsys):
         message = f"--steps must be a whole number of at least 1, not {steps}"
         assert message in refused(["finetune", "--resume", out, "--steps", steps], capsys)
     shutil.rmtree(out / "adapters" / "5")
-    want = (out / "metrics.jsonl").read_bytes()
+    want = lasting(out)
     assert cli.main(["finetune", "--resume", str(out), "--steps", "2"]) == 2
     assert "is at step 4 of 5: go on without --steps, which trains a finished run further" in capsys.readouterr().err
     assert cli.main(["finetune", "--resume", str(out)]) == 0  # to the same end, in every bit
-    assert (out / "metrics.jsonl").read_bytes() == want
+    assert lasting(out) == want
 
 
 def test_the_learning_rate_rises_and_falls_once_more():
     """AdamW's step on a constant gradient is the learning rate."""
 
     def rates(config):
-        tx, weight = optimizer(config), jnp.zeros(())
+        tx, weight = optimizer(config), {"w": jnp.zeros(())}
         state, found = tx.init(weight), []
         for _ in range(config.steps):
-            step, state = tx.update(jnp.ones(()), state, weight)
-            found.append(-float(step))
+            step, state = tx.update({"w": jnp.ones(())}, state, weight)
+            found.append(-float(step["w"]))
         return found
 
     first, second = rates(RunConfig(steps=40)), rates(RunConfig(steps=20))
@@ -103,11 +105,11 @@ def test_the_learning_rate_rises_and_falls_once_more():
 
 def test_a_run_of_before_begins_once_more_with_its_first_step():
     """Its own warm-up began at 0; that of the steps that were added trains from the first."""
-    tx, weight = optimizer(RunConfig(steps=2, finished=[1], warmup_from=0)), jnp.zeros(())
+    tx, weight = optimizer(RunConfig(steps=2, finished=[1], warmup_from=0)), {"w": jnp.zeros(())}
     state = tx.init(weight)
-    first, state = tx.update(jnp.ones(()), state, weight)
-    second, _ = tx.update(jnp.ones(()), state, weight)
-    assert first == 0 and second == pytest.approx(-2e-3, rel=1e-4)
+    first, state = tx.update({"w": jnp.ones(())}, state, weight)
+    second, _ = tx.update({"w": jnp.ones(())}, state, weight)
+    assert first["w"] == 0 and second["w"] == pytest.approx(-2e-3, rel=1e-4)
 
 
 def test_a_run_of_before_records_what_ends_its_texts(home, tmp_path):
@@ -117,7 +119,7 @@ def test_a_run_of_before_records_what_ends_its_texts(home, tmp_path):
     before = {name: value for name, value in now.items() if name not in new} | {"format_version": 4}
     (out / "config.json").write_text(json.dumps(before))
     assert cli.main(["finetune", "--resume", str(out)]) == 0
-    assert now["ends"] and json.loads((out / "config.json").read_text()) == now | {"warmup_from": 0}
+    assert now["ends"] and json.loads((out / "config.json").read_text()) == now | {"warmup_from": 0, "columns": "own"}
 
 
 def test_a_tokenizer_that_is_not_used_is_named(home, tmp_path, capsys):
@@ -128,6 +130,7 @@ def test_a_tokenizer_that_is_not_used_is_named(home, tmp_path, capsys):
     assert "the adapters have their own chat_template.jinja, but the base's tokenizer" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_adapters_of_a_head_stay_with_what_they_change(home, tmp_path, capsys):
     """Those of an embedding that is the head, too, are others' on a base that is untied, and the other way round."""
     for name, flags in {"tied": ["--targets", "embed_tokens"], "untied": ["--targets", "lm_head", "--untie"]}.items():

@@ -66,22 +66,70 @@ def test_paths():
     assert not [path for path in paths if "rngs" in path or "mean" in path]
 
 
+def evaluated(rate=0.0):
+    model = Model(rate)
+    model.eval()
+    return model
+
+
 def test_closed_equals_the_module():
-    model = Model()
-    fn, params = lj.nnx.functional(model)
-    want = Model()(X, scale=2.0)
+    fn, params = lj.nnx.functional(evaluated(rate=0.5))
+    want = evaluated()(X, scale=2.0)
     assert_close(fn(params, X, scale=2.0), want)
     assert_close(jax.jit(fn)(params, X, scale=2.0), want)
 
 
-def test_closed_drops_changes():
-    model = Model(rate=0.5)
-    before = nnx.as_pure(nnx.state(model))
+class Inside(nnx.Module):
+    """A block that is called through an NNX transform, which gives back the whole of its state, changed or not."""
+
+    def __init__(self, transform):
+        self.block, self.transform = Block(nnx.Rngs(0), rate=0.5), transform
+
+    def __call__(self, x):
+        return self.transform(lambda block, x: block(x))(self.block, x)
+
+
+@pytest.mark.parametrize("transform", [lambda fn: fn, nnx.jit, nnx.remat, lambda fn: nnx.jit(nnx.remat(fn))])
+def test_a_closed_state_must_not_change(transform):
+    model = Inside(transform)
     fn, params = lj.nnx.functional(model)
-    first, second = fn(params, X), fn(params, X)
-    np.testing.assert_array_equal(first, second)
-    assert_close(nnx.as_pure(nnx.state(model, nnx.BatchStat)), nnx.as_pure(nnx.state(Model(rate=0.5), nnx.BatchStat)))
-    assert jax.tree.structure(before) == jax.tree.structure(nnx.as_pure(nnx.state(model)))
+    for call in (fn, jax.jit(fn), lambda params, x: random_adapters(fn, params, x)):
+        with pytest.raises(ValueError, match="changes block/dropout/rngs/count, block/norm/mean, block/norm/var, which"):
+            call(params, X)
+    model.eval()
+    fn, params = lj.nnx.functional(model)
+    for call in (fn, jax.jit(fn)):
+        assert_close(call(params, X), model(X))
+
+
+class Layers(nnx.Module):
+    """Layers under a scan, for which a stream is split whether they draw from it or not."""
+
+    def __init__(self):
+        made = nnx.split_rngs(splits=2)(nnx.vmap(lambda rngs: Block(rngs, rate=0.5)))
+        self.layers = made(nnx.Rngs(0, dropout=1))
+        self.own = nnx.Rngs(dropout=2)
+
+    def __call__(self, x, *, state=0.0):
+        @nnx.split_rngs(splits=2)
+        def forward(rngs, x):
+            del rngs
+            return nnx.scan(lambda x, layer: (layer(x), None), in_axes=(nnx.Carry, 0))(x, self.layers)[0]
+
+        return forward(self.own, x) + state
+
+
+def test_a_stream_that_is_split_in_vain_may_go_on():
+    """And a module may have an argument called `state`."""
+    model = Layers()
+    model.eval()
+    fn, params = lj.nnx.functional(model)
+    assert_close(fn(params, X, state=1.0), model(X, state=1.0))
+    assert_close(jax.jit(fn)(params, X), model(X))
+    model.train()
+    with pytest.raises(ValueError, match="which a closed state would drop"):
+        fn, params = lj.nnx.functional(model)
+        fn(params, X)
 
 
 def test_returned_goes_on_as_the_module_does():
@@ -110,7 +158,7 @@ def test_method():
 
 @pytest.mark.parametrize("jit", every_other([True, False]))
 def test_lora_equals_merged(jit):
-    fn, params = lj.nnx.functional(Model())
+    fn, params = lj.nnx.functional(evaluated())
     adapters = random_adapters(fn, params, X)
     assert "layers/0/attention/query/kernel" in adapters
     apply = jax.jit(lj.lora(fn)) if jit else lj.lora(fn)
@@ -164,7 +212,7 @@ def test_training_step(lenient):
 
 
 def test_merged_parameters_go_back_into_the_module():
-    model = Model()
+    model = evaluated()
     fn, params = lj.nnx.functional(model)
     adapters = random_adapters(fn, params, X)
     want = fn(lj.merge(params, adapters), X)

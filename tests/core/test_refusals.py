@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen, nnx
 from jax import lax
 
 import lora_jax as lj
@@ -75,7 +76,7 @@ def test_only_the_use_that_needs_it_is_materialised():
 def test_two_adapted_operands():
     fn = lambda p, x: x @ (p["v"] @ p["w"])
     variables, pairs = {"v": W, "w": W}, {"v": PAIR["w"], "w": PAIR["w"]}
-    with pytest.raises(lj.NotLowRankError, match="multiplied with each other: exclude one of them from the targets"):
+    with pytest.raises(lj.NotLowRankError, match=r"multiplied with each other\. Exclude it from the targets"):
         lj.lora(fn)(lj.attach(variables, pairs), X)
     forced = lj.lora(fn, on_unsupported="materialize")(lj.attach(variables, pairs), X)
     assert distance(forced, fn(lj.merge(variables, pairs), X)) < 1e-5
@@ -166,3 +167,44 @@ def test_options(options, text):
 def test_trees_that_do_not_fit(call, text):
     with pytest.raises((ValueError, TypeError), match=text):
         call()
+
+
+FORGOTTEN = {
+    "linen": lambda params, x: linen.Dense(3).apply({"params": {"kernel": params["w"], "bias": jnp.zeros(3)}}, x),
+    "matmul": lambda params, x: x @ params["w"],
+    "dot": lambda params, x: jnp.dot(x, params["w"]),
+    "einsum": lambda params, x: jnp.einsum("ij,jk->ik", x, params["w"]),
+    "index": lambda params, x: params["w"][0],
+    "sum": lambda params, x: params["w"] + 1,
+    "product": lambda params, x: 2.0 * params["w"],
+    "transpose": lambda params, x: x @ params["w"].T,
+}
+
+
+@pytest.mark.parametrize("name", FORGOTTEN)
+def test_a_function_without_lora_says_so(name):
+    pair = lj.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), lj.Layout((), (0,), (1,)))
+    attached = lj.attach({"w": jnp.ones((4, 3))}, {"w": pair})
+    for fn in (FORGOTTEN[name], jax.jit(FORGOTTEN[name])):
+        with pytest.raises((TypeError, AttributeError), match=r"used as an array: call lora\(fn\) with these parameters"):
+            fn(attached, jnp.ones((2, 4)))
+
+
+MODULES = {
+    "Linear is an NNX module, .* `fn, params = lora_jax.nnx.functional": lambda: nnx.Linear(8, 8, rngs=nnx.Rngs(0)),
+    "Dense is a Linen module, .* give its `apply`": lambda: linen.Dense(8),
+    "a function of parameters is needed, not a dict": dict,
+}
+
+
+@pytest.mark.parametrize("message", MODULES)
+def test_modules_are_no_functions(message):
+    module = MODULES[message]()
+    takes = [
+        lj.lora,
+        lambda fn: lj.explain(fn, {"w": W}, X),
+        lambda fn: lj.init(jax.random.key(0), lj.LoraConfig(), fn, {"w": W}, X),
+    ]
+    for take in takes:
+        with pytest.raises(TypeError, match=message):
+            take(module)

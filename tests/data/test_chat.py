@@ -201,6 +201,14 @@ def test_noncharacters_are_refused():
         turns(tiny_lm.CHATML, [{"role": "user", "content": "a\ufdd0b"}])
 
 
+def test_roles_that_no_template_knows_are_refused():
+    bot = [TALK[0], {"role": "bot", "content": "Hello"}, *TALK[1:2]]
+    with pytest.raises(ValueError, match="there is no role 'bot', but system, user, assistant, tool and those that the chat"):
+        turns(tiny_lm.CHATML, bot)
+    [(text, *_)] = turns("{% if messages[0].role == 'bot' %}{% endif %}" + tiny_lm.CHATML, bot)
+    assert "bot\nHello" in text
+
+
 def test_filters_are_those_of_transformers():
     source = "{{ messages | tojson }}\n    {% if true %}\nx\n    {% endif %}\n{% for i in range(9) %}{% break %}{% endfor %}"
     assert ChatTemplate(source, {}, DAY).render([{"é": "<&>'"}]) == '[{"é": "<&>\'"}]\nx\n'

@@ -7,7 +7,6 @@ import json
 import pytest
 
 from lora_jax.data import language
-from lora_jax.data.language import Corpus
 from lora_jax.data.tokenizer import TextTokenizer
 from tests.support import tiny_lm
 
@@ -69,7 +68,7 @@ def test_tools_are_told_to_the_template(tokenizer, tmp_path):
             "4<|im_end|>",
         )
     plain = read(tmp_path, messages=chat, tools=[])
-    assert plain == Corpus("chat", (chat,), (1,)) and corpus.digest() != plain.digest()
+    assert (plain.kind, plain.items, plain.tools) == ("chat", (chat,), ()) and corpus.digest() != plain.digest()
     with pytest.raises(ValueError, match="line 1: the chat template does not write the tools"):
         encode(corpus, dataclasses.replace(tokenizer, template=tiny_lm.CHATML))
 
@@ -84,6 +83,7 @@ def test_a_call_of_a_tool_needs_no_content(tokenizer, tmp_path):
 BAD = {
     "the weight of a message must be 0": {"messages": [user("a"), assistant("b", weight=2)]},
     "no message is the assistant's and of the weight 1": {"messages": [user("a"), assistant("b", weight=0)]},
+    "the assistant says nothing in a message: fill it": {"messages": [user("a"), assistant(" ")]},
     "content are texts": {"messages": [user("a"), assistant(None)]},
     "the tools must be a list of objects, not 3": {"messages": [user("a"), assistant("b")], "tools": 3},
 }

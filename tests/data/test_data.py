@@ -31,7 +31,7 @@ def test_csv_and_jsonl_are_read_alike(tmp_path):
 
 BAD = {
     "no file": ("b.csv", None, FileNotFoundError, r"there is no file .*b\.csv"),
-    "other kind": ("b.txt", "text,label\n", ValueError, "must be a .csv or a .jsonl file"),
+    "other kind": ("b.txt", "text,label\n", ValueError, r"must be a \.csv, \.jsonl, \.json, \.parquet or \.arrow file"),
     "no column": ("b.csv", "review,label\na,1\n", ValueError, "no column 'text'; the columns are 'review', 'label'"),
     "no header": ("b.csv", "", ValueError, "no column 'text'; the columns are none"),
     "no rows": ("b.csv", "text,label\n", ValueError, "holds no rows"),

@@ -56,8 +56,8 @@ def test_read(tmp_path, name):
 
 BAD = {
     "a.jsonl": ("", "holds no rows"),
-    "b.jsonl": (lines({"body": "a"}), "columns of one kind of data, 'text', 'prompt' and 'completion', or 'messages'; its columns are 'body'"),
-    "c.jsonl": (lines({"text": "a", "messages": CHAT}), "columns of one kind of data"),
+    "b.jsonl": (lines({"body": "a"}), "columns of one kind of data: 'text'; 'prompt' and 'completion'; 'messages'; 'conversations'; .* its columns are 'body'"),
+    "c.jsonl": (lines({"text": "a", "messages": CHAT}), "columns of several kinds of data, text and messages: say which by --columns text"),
     "d.jsonl": (lines({"text": "a"}, {"body": "b"}), "line 2: there is no column 'text'"),
     "e.jsonl": (lines({"text": "a"}, {"text": 3}), "line 2: 'text' must be a text, not int"),
     "f.jsonl": (lines({"text": "a"}, {"text": " "}), "1 rows have an empty 'text', on the lines 2"),
@@ -65,7 +65,7 @@ BAD = {
     "h.jsonl": (lines({"messages": [{"role": "user"}]}), "line 1: each message must be an object whose role and content are texts"),
     "i.jsonl": (lines({"messages": CHAT[:1]}), "line 1: no message is the assistant's"),
     "j.txt": (" \n", "holds no text"),
-    "k.md": ("a", r"must be a \.txt, a \.csv or a \.jsonl file"),
+    "k.md": ("a", r"must be a \.txt, \.csv, \.jsonl, \.json, \.parquet or \.arrow file"),
     "l.jsonl": ('{"text": ' + "[" * 100_000, "line 1 is not JSON"),
     "m.jsonl": (lines({"prompt": "a", "completion": ""}), "1 rows have an empty 'completion'"),
 }  # fmt: skip
@@ -201,6 +201,12 @@ def test_packed_documents_never_see_each_other():
     plain = model.apply(model.variables, jnp.asarray(documents[1].tokens)[None])
     want = -jax.nn.log_softmax(plain)[0, jnp.arange(11), documents[1].tokens[1:]].sum()
     np.testing.assert_allclose(alone[1], want, rtol=1e-5)
+
+
+def test_batches_of_one_row():
+    packed = packing.pack([document(8, i) for i in range(5)], 8)
+    batches = packing.train_batches(packed, 1, seed=3)
+    assert sorted(int(next(batches)["input_ids"][0, 0]) for _ in range(5)) == list(range(5))
 
 
 def test_batches_go_on_from_a_position():

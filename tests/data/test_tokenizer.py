@@ -3,10 +3,11 @@
 import datetime
 import random
 
+import numpy as np
 import pytest
 import tokenizers
 
-from lora_jax.data import language, packing
+from lora_jax.data import language, packing, token_cache
 from lora_jax.data.language import Corpus
 from lora_jax.data.tokenizer import TextTokenizer
 from tests.support import tiny_lm
@@ -68,3 +69,26 @@ def test_the_end_is_learnt_where_padding_is_written_alike(tmp_path):
     rows = packing.pack([document for [document] in documents], 64)
     assert rows.targets[rows.input_ids == padded.end].tolist() == [True, True]
     assert not rows.targets[rows.segment_ids == 0].any()
+
+
+def test_tokens_of_large_data_are_kept(tmp_path, monkeypatch):
+    """Once for each tokenizer and text; a damaged file is made anew, and of many files the oldest go."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = TextTokenizer(tiny_lm.tokenizer(), {"eos_token": "<|im_end|>"}, None, tmp_path)
+    texts = ["The cat meows.", "", "é"]
+    plain = made.ids_and_ends(texts, special=True)
+    monkeypatch.setattr(token_cache, "LEAST", 1)
+    same = lambda found: all(np.array_equal(a, b) for one, two in zip(found, plain, strict=True) for a, b in zip(one, two))
+    assert same(made.ids_and_ends(texts, special=True))
+    [file] = (tmp_path / "lora_jax" / "tokens").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(TextTokenizer, "_encoded", None)
+        assert same(made.ids_and_ends(texts, special=True))
+    file.write_bytes(file.read_bytes()[:-40])
+    assert same(made.ids_and_ends(texts, special=True)) and np.load(file)["ids"].dtype == np.int32
+    for i in range(10):
+        made.ids([f"cat {i}"])
+    assert len(list(file.parent.iterdir())) == 8 and not file.exists()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert same(made.ids_and_ends(texts, special=True))

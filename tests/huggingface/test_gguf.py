@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import shutil
 import struct
 
 import gguf
@@ -11,9 +13,9 @@ import numpy as np
 import pytest
 
 from lora_jax.huggingface.gguf_reader import GgufFile
-from lora_jax.models import gguf_files, llama
+from lora_jax.models import gguf_config, gguf_files, llama
 from lora_jax.models.families import read_config
-from tests.support.gguf_write import ALPHABET, BASE, DATA, TEMPLATE, write
+from tests.support.gguf_write import ALPHABET, BASE, CONVERTED, DATA, TEMPLATE, write, write_family
 
 
 @pytest.fixture
@@ -39,6 +41,85 @@ def test_the_same_model_as_from_safetensors(tmp_path, name, metadata, changes):
     assert got.config == dataclasses.replace(want.config, **changes)
     assert got.names == want.names
     jax.tree.map(np.testing.assert_array_equal, got.variables, want.variables)
+
+
+FAMILIES = DATA.parent / "families"
+OF_YARN = {
+    "add_rope_scaling_type": gguf.RopeScalingType.YARN,
+    "add_rope_scaling_factor": 4.0,
+    "add_rope_scaling_orig_ctx_len": 32,
+}
+METADATA = {
+    "gemma3": {"add_sliding_window_pattern": [True, True, True, False]},
+    "olmo3": {"add_sliding_window_pattern": [True, True]},
+    "phi3": {"add_sliding_window": 0},
+    "llama_yarn": OF_YARN,
+}
+
+
+# Fields that llama.cpp's code knows, and not its files: the query's scale, and that OLMo 3's layers all rotate alike.
+NOT_IN_FILES = {
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16},
+    "olmo3": {"rope_parameters": {"rope_theta": 500_000.0, "rope_type": "default"}},
+}
+
+
+def same_logits(got, want):
+    assert got.names == want.names
+    ids = jnp.arange(36, dtype=jnp.int32).reshape(2, 18) * 5 % want.config.vocab_size
+    logits, expected = (np.asarray(jax.jit(model.apply)(model.variables, ids)) for model in (got, want))
+    assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("case", [case for case in CONVERTED if case != "phi3_longrope"])
+def test_the_logits_of_a_family_are_those_of_its_directory(case, tmp_path):
+    """The file is written as llama.cpp's converter does."""
+    want = llama.load(changed(case, tmp_path / "base", **NOT_IN_FILES.get(case, {})))
+    same_logits(llama.load(write_family(tmp_path / "tiny.gguf", case, **METADATA.get(case, {}))), want)
+
+
+def test_longrope_of_phi3(tmp_path):
+    """A text that is longer than the original length, of which the divisors stand in two tensors."""
+    rope = {"rope_theta": 10000.0, "rope_type": "longrope", "original_max_position_embeddings": 16}
+    parts = {"short": [1.0, 1.1, 1.2, 1.3], "long": [1.0, 2.0, 3.0, 4.0]}
+    rope |= {f"{part}_factor": divisors for part, divisors in parts.items()}
+    divisors = {f"rope_factors_{part}.weight": np.float32(divisors) for part, divisors in parts.items()}
+    factor = math.sqrt(1 + math.log(128 / 16) / math.log(16))
+    metadata = {"add_sliding_window": 0, "add_rope_scaling_orig_ctx_len": 16, "add_rope_scaling_attn_factors": factor}
+    file = write_family(tmp_path / "tiny.gguf", "phi3_longrope", divisors, **metadata)
+    same_logits(
+        llama.load(file),
+        llama.load(changed("phi3_longrope", tmp_path / "base", rope_parameters=rope, original_max_position_embeddings=16)),
+    )
+
+
+def changed(case, directory, **fields):
+    """A copy with other fields in its config.json."""
+    shutil.copytree(FAMILIES / case / "base", directory)
+    (directory / "config.json").write_text(json.dumps(json.loads((directory / "config.json").read_text()) | fields))
+    return directory
+
+
+@pytest.mark.parametrize(("case", "layers", "scalar"), [("gemma2", 46, 8), ("gemma3", 62, 8), ("gemma3", 34, 16)])
+def test_the_query_scale_of_the_largest_gemmas(case, layers, scalar, tmp_path):
+    """The width for each head, 32 / 4, in the models of 27B; else a head's size."""
+    file = GgufFile(write_family(tmp_path / "tiny.gguf", case, add_block_count=layers))
+    assert gguf_config.read_config(file).query_scale == scalar**-0.5
+
+
+def test_windows_of_gemma3(tmp_path):
+    """Every sixth layer sees all tokens, unless the file says otherwise; without a window every layer does."""
+    file = GgufFile(write_family(tmp_path / "tiny.gguf", "gemma3", add_block_count=7))
+    config = gguf_config.read_config(file)
+    assert config.windows == (4, 4, 4, 4, 4, None, 4) and config.sliding_rope.theta == 10_000.0
+    file = GgufFile(write_family(tmp_path / "none.gguf", "gemma3", add_sliding_window=0))
+    assert gguf_config.read_config(file).windows == (None,) * 4
+
+
+def test_phi3_needs_to_say_its_window(tmp_path):
+    with pytest.raises(ValueError, match=r"has no phi3\.attention\.sliding_window \(0: none\): .* convert the model again"):
+        llama.load(write_family(tmp_path / "tiny.gguf", "phi3"))
 
 
 def test_scanned_and_cast(file):
@@ -116,6 +197,11 @@ def test_other_ways_to_split(tmp_path, split):
 def test_other_tokenizers(tmp_path):
     with pytest.raises(ValueError, match="its tokenizer is 'gpt2' with the splitting 'deepseek-llm'"):
         gguf_files.tokenizer(write(tmp_path / "tiny.gguf", "base", tokens="deepseek-llm"))
+    named = write(tmp_path / "named.gguf", "base", tokens="deepseek-llm", add_name="Tiny 1B")
+    with pytest.raises(
+        ValueError, match=r"load the Hugging Face model that the file was made from \(Tiny 1B\), which has a tok"
+    ):
+        gguf_files.tokenizer(named)
     bare = write(tmp_path / "bare.gguf", "base")
     assert gguf_files.chat_template(bare) is None
     with pytest.raises(ValueError, match="its tokenizer is None"):
@@ -165,13 +251,17 @@ def test_hostile_headers(tmp_path, case):
 
 
 LIES = {
-    "other architecture": ({"architecture": "mamba"}, "the architecture is 'mamba'"),
-    "experts": ({"add_expert_count": 4}, "is a mixture of experts"),
-    "part of a head": ({"add_rope_dimension_count": 4}, "only heads of one size, rotated whole"),
+    "other architecture": ({"architecture": "mamba"}, "the architecture is 'mamba'; these can be read: 'llama', 'qwen2', 'qwen3', .*'gemma3'"),
+    "experts": ({"add_expert_count": 4}, r"llama\.expert_used_count must be a positive whole number, not None"),
+    "part of a head": ({"add_rope_dimension_count": 4}, "partial_rotary_factor is 0.5; this family rotates whole heads"),
+    "values": ({"add_value_length": 4}, "keys and values of different sizes"),
+    "unknown value": ({"add_max_alibi_bias": 8.0}, r"does not know: llama\.attention\.max_alibi_bias \(8\.0\)"),
+    "many experts": ({"extra": {"x": np.zeros((10_001, 1, 1), np.float32)}}, "x is of 10001 experts; at most 10000"),
     "layers": ({"add_block_count": 10**6}, "at most 10000 can be read"),
     "more layers": ({"add_block_count": 9}, "has 3 layers; the configuration asks for 9"),
     "sizes": ({"add_feed_forward_length": 40}, r"mlp\.gate_proj\.weight has the shape \(48, 32\); the configuration asks for \(40, 32\)"),
-    "yarn": ({"add_rope_scaling_type": gguf.RopeScalingType.YARN}, "the rope scaling is 'yarn'"),
+    "yarn": ({"add_rope_scaling_type": gguf.RopeScalingType.YARN}, r"rope\.scaling\.original_context_length must be a positive"),
+    "rope": ({"add_rope_scaling_type": gguf.RopeScalingType.LONGROPE}, "the rope scaling is 'longrope'"),
     "no heads": ({"add_head_count": 0}, "must be a positive whole number, not 0"),
     "heads by layer": ({"add_head_count": [4, 4, 2]}, r"must be a positive whole number, not \[4, 4, 2\]"),
     "unknown tensor": ({"extra": {"blk.0.attn_sinks.weight": np.ones(3, np.float32)}}, r"unexpected tensors blk\.0\.attn_sinks\.weight"),

@@ -67,6 +67,18 @@ def test_only_what_is_needed_is_fetched_and_once(tmp_path, repository):
     assert python(FIND, f"{NAME}@{COMMIT}", home=tmp_path / "home") == str(found)
 
 
+def test_the_configuration_alone(tmp_path, repository):
+    code = FIND.replace("hub.find(sys.argv[1])", "hub.config_file(hub.parse(sys.argv[1]))")
+    with serving() as server:
+        server.add(NAME, repository)
+        found = pathlib.Path(python(code, NAME, home=tmp_path / "home", hub=server))
+        assert set(server.fetched) == {"config.json"}
+    assert found.read_bytes() == (repository / "config.json").read_bytes()
+    assert python(code, NAME, home=tmp_path / "home") == str(found)  # offline
+    message = python(FIND, NAME, home=tmp_path / "home")
+    assert f"MissingError: {NAME} (commit {COMMIT}) is not whole in the cache: it lacks {WEIGHTS}" in message
+
+
 def test_a_revision(tmp_path, repository):
     with serving() as server:
         server.add(NAME, repository)

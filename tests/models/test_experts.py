@@ -17,6 +17,7 @@ from lora_jax.models.experts import Experts, balance_loss
 from lora_jax.planning.flops import dot_flops
 from lora_jax.sharding import batch_sharding, make_mesh
 from tests.support.identity import distance, random_adapters
+from tests.support.marks import checkerboard, slow_unless
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "families"
 CASES = ("mixtral", "qwen3_moe", "gpt_oss")
@@ -37,7 +38,7 @@ def gradients(loaded, adapters):
     return jax.jit(jax.value_and_grad(lambda a: loss(loaded)(lj.attach(loaded.variables, a))))(adapters)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_unless(lambda case: case == "qwen3_moe", CASES))
 def test_gradients_are_those_of_the_dense_formula(case):
     """Every expert on every token, weighted: no sorting; with adapters, and with kernels merged."""
     ragged, dense = (llama.load(DATA / case / "base", dense_experts=choice) for choice in (False, True))
@@ -50,8 +51,7 @@ def test_gradients_are_those_of_the_dense_formula(case):
     assert distance((value, grads), jax.jit(jax.value_and_grad(merged))(adapters)) < 1e-4
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 4}, {"data": 2, "model": 2}], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "axes"), checkerboard(CASES[1:], [{"fsdp": 4}, {"data": 2, "model": 2}]), ids=str)
 def test_a_mesh_changes_nothing(case, axes):
     loaded = llama.load(DATA / case / "base")
     adapters = adapted(loaded)

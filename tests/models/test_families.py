@@ -1,26 +1,30 @@
 """Each family of decoders against the logits that transformers and PEFT gave, in every form of the model."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax.core import paths
 from lora_jax.core.errors import InputError
 from lora_jax.models import families, llama
 from lora_jax.models.config_fields import OF_NO_ACCOUNT
+from lora_jax.models.decoder import Norm
+from lora_jax.models.rotary import LinearRope
 from tests.support.identity import distance, random_adapters
 from tests.support.marks import checkerboard, every_other
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "families"
 CASES = (
-    "gemma", "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama_yarn", "mistral_dynamic", "mixtral", "olmo2",
-    "olmo3", "phi3", "phi3_longrope", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    "gemma", "gemma2", "gemma3", "gemma3_images", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama_yarn", "mistral_dynamic", "mixtral",
+    "olmo2", "olmo3", "phi3", "phi3_longrope", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 FORMS = {"unrolled": {}, "scanned": {"scan_layers": True, "remat": "full"}}
 
@@ -153,7 +157,7 @@ NO_ACCOUNT = {
     "mixtral": {"router_jitter_noise"},
     "stablelm": {"hidden_dropout"},
     "phi3": {"original_max_position_embeddings", "embd_pdrop", "resid_pdrop"},
-    "phi3_longrope": {"original_max_position_embeddings", "embd_pdrop", "resid_pdrop"},  # the first beside the rotary settings'
+    "phi3_longrope": {"embd_pdrop", "resid_pdrop"},
     "qwen3": {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},  # the last two need each other
     "qwen3_moe": {"sliding_window", "use_sliding_window"},
     "smollm3": {
@@ -166,7 +170,7 @@ NO_ACCOUNT = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "gemma3_images"])  # its text part is a gemma3
 def test_every_field_is_honoured_or_refused(case, tmp_path):
     fields = json.loads((DATA / case / "base" / "config.json").read_text())
     config = families.read_config(fields)
@@ -202,12 +206,151 @@ def test_fields_of_configurations_on_the_hub(model):
         families.read_config(fields | extra | odd)
 
 
+# --- a decoder within a model of images ---
+
+
+IMAGES = DATA / "gemma3_images"
+
+
+def changed_copy(directory, tensors=None, **fields):
+    """The tiny Gemma 3 of images with other tensors or fields."""
+    directory.mkdir()
+    read = json.loads((IMAGES / "base" / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(read | fields))
+    save_file(load_file(IMAGES / "base" / "model.safetensors") if tensors is None else tensors, directory / "model.safetensors")
+    return directory
+
+
+def test_the_configuration_of_gemma3_on_the_hub():
+    """Gemma 3 4B's own file: what it leaves out are the defaults of transformers' Gemma3TextConfig."""
+    rope = {"factor": 8.0, "rope_type": "linear"}
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "rope_scaling": rope,
+        "sliding_window": 1024,
+    }
+    tokens = {"boi_token_index": 255999, "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144}
+    fields = {"model_type": "gemma3", "mm_tokens_per_image": 256, "vision_config": {"hidden_size": 1152}, "dtype": "bfloat16"}
+    config = families.read_config({**fields, **tokens, "text_config": {**text, "model_type": "gemma3_text"}})
+    sizes = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.vocab_size
+    assert sizes == (8, 4, 256, 262208) and config.max_position_embeddings == 131072 and config.tie_word_embeddings
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (2, (1, 106), 0)
+    assert config.windows[:6] == (1024,) * 5 + (None,) and config.rope_scaling == LinearRope(factor=8.0)
+    assert families.read_config(families.hf_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"hidden_size": 8}, r"does not know: hidden_size \(8\)"),
+        ({"text_config": {"twist": 1}}, r"does not know: twist \(1\)"),
+        ({"text_config": {"model_type": "llama"}}, "model_type is 'llama'; only 'gemma3_text' can be read"),
+        ({"text_config": [1]}, r"text_config must be an object, not \[1\]"),
+    ],
+)
+def test_a_wrong_configuration_of_a_part(fields, says, tmp_path):
+    with pytest.raises(InputError, match=rf"config.json: .*{says}"):
+        llama.load(changed_copy(tmp_path / "model", **fields))
+
+
+def test_tensors_of_texts_have_the_names_of_any_version(tmp_path):
+    old = load_file(IMAGES / "base" / "model.safetensors")
+    assert "language_model.model.norm.weight" in old and "vision_tower.post_layernorm.bias" in old
+    inside = lambda name: "model." + name.replace("language_model.model.", "language_model.")
+    loaded = llama.load(changed_copy(tmp_path / "model", {inside(name): tensor for name, tensor in old.items()}))
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, llama.load(IMAGES / "base").variables)
+
+
+def test_an_adapter_of_the_part_for_images(tmp_path):
+    shutil.copytree(IMAGES / "adapter", tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for part in "AB":
+        tensors[f"base_model.model.model.vision_tower.encoder.layers.0.mlp.fc1.lora_{part}.weight"] = np.ones(
+            (3, 3), np.float32
+        )
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    loaded = llama.load(IMAGES / "base")
+    with pytest.raises(InputError, match=r"vision_tower.*The model's part for images is not read: adapt its texts alone"):
+        lj.peft.load(tmp_path, loaded.variables, names=loaded.names)
+
+
 @pytest.mark.parametrize("case", ["qwen3", "qwen3_moe", "smollm3"])
 def test_windows_that_are_switched_on(case):
     fields = json.loads((DATA / case / "base" / "config.json").read_text()) | {"use_sliding_window": True, "sliding_window": 3}
     fields.pop("layer_types", None)
     still = {"qwen3": (None,) * 4, "qwen3_moe": (3,) * 4, "smollm3": (None, None, None, 3)}
     assert families.read_config(fields).windows == still[case]
+
+
+# What transformers takes for a field that a file leaves out.
+LEFT_OUT = {
+    "phi3": ("rms_norm_eps", 1e-5),
+    "mixtral": ("rms_norm_eps", 1e-5),
+    "gpt_oss": ("rms_norm_eps", 1e-5),
+    "gemma": ("num_key_value_heads", 16),
+    "gemma2": ("num_key_value_heads", 4),
+    "gemma3": ("num_key_value_heads", 4),
+    "qwen3_moe": ("num_key_value_heads", 4),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_fields_that_a_file_leaves_out(case):
+    name, value = LEFT_OUT[case]
+    fields = json.loads((DATA / case / "base" / "config.json").read_text()) | {"num_attention_heads": 64, "head_dim": 8}
+    del fields[name]
+    assert getattr(families.read_config(fields), name) == value
+
+
+@pytest.mark.parametrize("case", ["llama_yarn", "qwen3_moe", "smollm3"])
+def test_null_key_value_heads_are_as_many_as_heads(case):
+    fields = json.loads((DATA / case / "base" / "config.json").read_text()) | {"num_attention_heads": 12, "head_dim": 8}
+    assert families.read_config(fields | {"num_key_value_heads": None}).num_key_value_heads == 12
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 8}
+
+
+@pytest.mark.parametrize("case", ["llama_yarn", "phi3"])
+def test_the_original_length_is_one(case):
+    """Transformers takes the one beside the rotary settings; a Phi-3 has it where it is not written too."""
+    fields = json.loads((DATA / case / "base" / "config.json").read_text()) | {"rope_parameters": LONGROPE}
+    fields.pop("original_max_position_embeddings", None)
+    config = families.read_config(fields | {"original_max_position_embeddings": 8})
+    assert config.rope_scaling.original_max_position_embeddings == 8
+    odd = fields if case == "phi3" else fields | {"original_max_position_embeddings": 4096}
+    with pytest.raises(InputError, match="original_max_position_embeddings is 4096, but 8 in the rotary settings"):
+        families.read_config(odd)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "yarn"])
+def test_scaled_rotations_need_the_longest_length(kind):
+    fields = json.loads((DATA / "llama_yarn" / "base" / "config.json").read_text())
+    del fields["max_position_embeddings"]
+    settings = LONGROPE if kind == "longrope" else {"rope_type": kind, "factor": 2.0}
+    with pytest.raises(InputError, match="lacks max_position_embeddings"):
+        families.read_config(fields | {"rope_parameters": settings})
+
+
+@pytest.mark.parametrize("activation", ["gelu_python", "quick_gelu", "leaky_relu", "mish", "tanh"])
+def test_activations_beside_the_usual(activation):
+    fields = json.loads((DATA / "gpt2" / "base" / "config.json").read_text())
+    assert families.read_config(fields | {"activation_function": activation}).activation == activation
+
+
+@pytest.mark.parametrize("kind", ["rms", "offset", "layer"])
+def test_norms_in_bfloat16_are_rounded_once(kind, rng):
+    config = dataclasses.replace(llama.sizes(DATA / "qwen3" / "base"), norm=kind)
+    x, scale, bias = (
+        jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(jax.random.split(rng, 3), ((4, 32), 32, 32))
+    )
+    params = {"scale": scale, "bias": bias} if kind == "layer" else {"scale": scale}
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, x))
+    got = Norm(config, jnp.bfloat16).apply({"params": params}, x)
+    want = Norm(config, jnp.float32).apply({"params": wide[0]}, wide[1])
+    np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
 
 
 def perturbed(value):

@@ -143,17 +143,19 @@ def test_remat_presets(lenient):
     """What a step with adapters computes again: nothing, no product with a weight, all of them."""
     sizes = llama.load(DATA / "llama3").config
 
-    def flops(remat):
+    def flops(remat, **how):
         model = llama.abstract(sizes, scan_layers=True, remat=remat)
         ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
         adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=2), model.apply, model.variables, ids)
         params = lj.attach(model.variables, adapters)
         loss = lambda params, ids: lj.lora(model.losses)(params, ids, ids).mean()
-        return dot_flops(jax.make_jaxpr(jax.grad(loss, allow_int=True))(params, ids))
+        return dot_flops(jax.make_jaxpr(jax.grad(loss, allow_int=True))(params, ids), **how)
 
     none, products, full = map(flops, (None, "products", "full"))
     scores = 2 * 2 * sizes.num_hidden_layers * sizes.num_attention_heads * 16 * 16 * sizes.head_dim * 2
     assert none < products <= none + scores < full
+    once = [flops(remat, again=False) for remat in (None, "products", "full")]
+    assert once[0] < none and set(once) == {once[0]}  # the logits are computed again anyway
     with pytest.raises(ValueError, match="remat must be None or one of 'full', 'products', not True"):
         llama.abstract(sizes, remat=True)
 
@@ -402,7 +404,7 @@ BAD_CONFIGS = {
         {"model_type": "falcon"},
         "the model_type is 'falcon'; this loader reads 'llama', 'mistral', 'qwen2'",
     ),
-    "activation": ({"hidden_act": "quick_gelu"}, "the activation is 'quick_gelu'"),
+    "activation": ({"hidden_act": "softmax"}, "the activation is 'softmax'"),
     "missing size": ({"vocab_size": None}, "it lacks vocab_size"),
     "negative size": ({"vocab_size": -1}, "vocab_size must be a positive whole number, not -1"),
     "size is a text": ({"hidden_size": "8"}, "hidden_size must be a positive whole number, not '8'"),
@@ -422,7 +424,7 @@ BAD_CONFIGS = {
     "end": ({"eos_token_id": "x"}, "eos_token_id must be a token id or a list of them"),
     "layer types": (
         {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["x"]},
-        "for each of the 4 layers",
+        "for each of 4 layers",
     ),
     "window": ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 0}, "sliding_window must be a positive"),
 }

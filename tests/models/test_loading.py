@@ -41,8 +41,13 @@ def test_a_gguf_file(tmp_path):
 @pytest.mark.parametrize(
     ("source", "options", "says"),
     [
-        (BERT, {"scan_layers": False}, "scan_layers: a model of the type 'bert' has no such option; .* has num_labels, seed"),
-        (BERT, {"remat": "full", "tie": True}, "remat, tie: a model of the type 'bert'"),
+        (
+            BERT,
+            {"tie": False},
+            "tie: a model of the type 'bert' has no such option; .* has scan_layers, remat, num_labels, seed",
+        ),
+        (BERT, {"attention_block": 4, "tie": True}, "attention_block, tie: a model of the type 'bert'"),
+        (BERT, {"remat": "some"}, "remat must be None or one of 'full', 'products', not 'some'"),
         (
             LLAMA,
             {"num_labels": 0},

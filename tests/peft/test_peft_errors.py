@@ -322,7 +322,7 @@ TABLE = {"w": NAME, "t": peft.HFName("embed.weight", kind="embedding")}
         ({"w": PAIR, "v": dataclasses.replace(PAIR, dropout=0.1)}, {"w": NAME, "v": peft.HFName("v.weight", "i o -> o i")}, r"one dropout for all adapters, but these have \[0.0, 0.1\]"),
         ({"w": dataclasses.replace(EXPERTS, magnitude=jnp.ones((2, 3)))}, {"w": FUSED}, "PEFT has no magnitude for experts.w .parameter."),
         ({"w": dataclasses.replace(EXPERTS, dropout=0.1)}, {"w": FUSED}, "PEFT has no dropout for parameters such as experts.w"),
-        ({"w": dataclasses.replace(EXPERTS, scale=jnp.array([1.0, 2.0]))}, {"w": FUSED}, "PEFT has one alpha for all of experts.w"),
+        ({"w": dataclasses.replace(EXPERTS, scale=jnp.array([1.0, 2.0]))}, {"w": FUSED}, "an adapter file has one alpha for all of experts.w"),
         ({"w": EXPERTS, "v": EXPERTS}, {"w": FUSED, "v": peft.HFName("experts.v", "e i o -> e o i", "parameter")}, "w, v are parameters of one module: give their names an `order`"),
         ({"w": dataclasses.replace(PAIR, bias=jnp.ones(3))}, {"w": peft.HFName("w.weight", kind="embedding")}, "PEFT has no bias for w.weight .embedding."),
         ({"w": dataclasses.replace(PAIR, magnitude=jnp.ones(3))}, {"w": peft.HFName("w.weight", kind="embedding", tied="v.weight")}, "w is also v.weight: PEFT ties pairs only"),
@@ -343,7 +343,7 @@ TABLE = {"w": NAME, "t": peft.HFName("embed.weight", kind="embedding")}
         ({"w": PAIR, "t": ROWS}, {"w": NAME, "t": peft.HFName("head.weight"), "u": peft.HFName("head.bias")}, "t: PEFT leaves out the bias of a linear layer whose rows it trains: head.bias"),
         ({"w": PAIR, "t": dataclasses.replace(ROWS, values=jnp.ones((2, 3, 2)), layout=lj.Layout((), (1,), (0, 2)))}, {"w": NAME, "t": peft.HFName("layers.{l}.t.weight", "l v d -> v d")}, "t of the shape .* is more than the table layers.0.t.weight, so it can't have its rows"),
         ({"w": PAIR, "t": ROWS, "u": lj.Full(jnp.ones(3))}, TABLE | {"u": peft.HFName("embed.norm")}, "can't give a pair or rows to a module that it saves whole: t"),
-        ({"w": lj.LowRank(jnp.ones((3, 4, 2)), jnp.ones((2, 5)), lj.Layout((), (0, 1), (2,)), 0.5)}, {"w": peft.HFName("w.weight", "h d o -> d (h o)")}, "does not go with w.weight, where PEFT's A lies along the axes"),
+        ({"w": lj.LowRank(jnp.ones((3, 4, 2)), jnp.ones((2, 5)), lj.Layout((), (0, 1), (2,)), 0.5)}, {"w": peft.HFName("w.weight", "h d o -> d (h o)")}, "does not go with w.weight, whose A lies along the axes"),
     ],
 )  # fmt: skip
 def test_what_peft_cannot_hold_is_refused(adapters, names, message, tmp_path):

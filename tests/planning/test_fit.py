@@ -7,7 +7,7 @@ import shlex
 import jax
 import pytest
 
-from lora_jax.command import cli, options
+from lora_jax.command import cli, config_files, options
 from lora_jax.command.tasks import lm
 from lora_jax.core.errors import InputError
 from lora_jax.planning import compile_cache, fit, plan, table, topology, train_steps
@@ -108,7 +108,7 @@ def test_its_command_line_is_its_step(config, estimated):
     best = fit.search(asked, {"topology", "quantize", "remat"}).best.request
     words = shlex.split(fit.command(best))
     assert words[:2] == ["lora-jax", "finetune"]
-    given = options.given_run(cli.parser().parse_args(words[1:]))
+    given = config_files.given_run(cli.parser().parse_args(words[1:]))
     run = options.new_run(given.pop("task"), given)
     mesh = best.make_mesh(None)
     steps = lm.train_step(run, mesh), best.step(mesh)

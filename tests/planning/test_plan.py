@@ -52,6 +52,7 @@ def test_named_shapes(name, billions):
     assert sum(np.prod(shape) for shape, _ in table.values()) / 1e9 == pytest.approx(billions, abs=6e-4)
 
 
+@pytest.mark.slow
 def test_compiled_for_this_machine(config):
     found = plan.make(request(config, compare=("full", "naive")))
     low_rank, full, naive = found.steps
@@ -157,7 +158,7 @@ def test_json_and_text(config, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "model: nothing is neither a config.json nor one of llama-3-8b"),
+        (["nothing"], "model: nothing is neither a config.json, nor owner/name of the hub, nor one of llama-3-8b"),
         (["llama-3-8b", "--batch", "0"], "batch must be at least 1, not 0"),
         (["llama-3-8b", "--sequence", "0"], "sequence must be at least 1, not 0"),
         (["llama-3-8b", "--quantize", "int3"], "quantize must be one of none, nf4, int4, int8, fp8, not 'int3'"),

@@ -26,7 +26,7 @@ CASES = [
     pytest.param("data", "unrolled", False, marks=pytest.mark.slow),
     pytest.param("data", "scan", True, marks=pytest.mark.slow),
     pytest.param("fsdp", "unrolled", True, marks=pytest.mark.slow),
-    ("fsdp", "scan", False),
+    pytest.param("fsdp", "scan", False, marks=pytest.mark.slow),
     pytest.param("tensor", "unrolled", False, marks=pytest.mark.slow),
     ("tensor", "scan", True),
 ]

@@ -1,5 +1,6 @@
-"""A Hugging Face hub on 127.0.0.1 that serves directories, and caches of it laid out by hand."""
+"""A Hugging Face hub on 127.0.0.1 that serves directories and takes uploads, and caches of it laid out by hand."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -32,7 +33,7 @@ def cache(home, repository, directory, names, commit=COMMIT, ref="main"):
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """The routes of the API that fetching a model needs."""
+    """The routes of the API that fetching and pushing a model need."""
 
     protocol_version = "HTTP/1.1"
 
@@ -45,9 +46,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer(body=True)
 
+    def do_POST(self):
+        self.take()
+
+    def do_PUT(self):
+        self.take()
+
+    def take(self):
+        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send(*self.server.take(self.path.strip("/").split("/"), self.headers.get("Authorization"), sent))
+
     def answer(self, body):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        status, headers, content = self.server.answer(path, self.headers.get("Authorization"))
+        self.send(*self.server.answer(path, self.headers.get("Authorization")), body=body)
+
+    def send(self, status, headers, content, body=True):
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
@@ -63,6 +76,11 @@ class Hub(http.server.ThreadingHTTPServer):
       revisions: the directory of each revision of a repository: `{repository: {revision: (commit, directory)}}`.
       gated: repositories that only who has the token may read.
       fetched: the names of the files whose content was asked for.
+      uploads: where repositories that are made have their files.
+      private: repositories that are private.
+      commits: the message of each commit.
+      role: what the token says of itself: `read`, `write` or `fineGrained`.
+      refuses: whether nothing may be made.
     """
 
     token = "hf_of_the_test"
@@ -70,6 +88,8 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.revisions, self.gated, self.fetched = {}, set(), []
+        self.uploads, self.private, self.commits, self.blobs = None, set(), [], {}
+        self.role, self.refuses = "write", False
 
     def add(self, repository, directory, commit=COMMIT, revision="main"):
         known = self.revisions.setdefault(repository, {})
@@ -77,13 +97,17 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def answer(self, path, authorization):
         words = path.strip("/").split("/")
+        if words == ["api", "whoami-v2"]:
+            known = authorization == f"Bearer {self.token}"
+            user = {"name": "tester", "orgs": [{"name": "a-club"}], "auth": {"accessToken": {"role": self.role}}}
+            return self.json(user) if known else self.error(401, "", "Invalid username or password.")
         api = words[:2] == ["api", "models"]
         if len(words) < 3:
             return self.error(404, "EntryNotFound", "no such route")
         repository, kind, *rest = ["/".join(words[2:4]), *words[4:], ""] if api else ["/".join(words[:2]), *words[2:]]
         if repository not in self.revisions:
             return self.error(401, "RepoNotFound", "Repository not found")
-        revision = rest.pop(0) or "main"
+        revision = "".join(rest[:1]) or "main"
         if revision not in self.revisions[repository]:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         commit, directory = self.revisions[repository][revision]
@@ -91,10 +115,10 @@ class Hub(http.server.ThreadingHTTPServer):
             return self.describe(kind, repository, commit, directory)
         if repository in self.gated and authorization != f"Bearer {self.token}":
             return self.error(403, "GatedRepo", "Access to this model is restricted")
-        file = directory.joinpath(*rest)
+        file = directory.joinpath(*rest[1:])
         if not file.is_file():
             return self.error(404, "EntryNotFound", "Entry not found")
-        self.fetched.append("/".join(rest))
+        self.fetched.append("/".join(rest[1:]))
         content = file.read_bytes()
         return 200, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}, content
 
@@ -106,7 +130,57 @@ class Hub(http.server.ThreadingHTTPServer):
             found = [{"type": "file", "path": name, **blob} for name, blob in zip(names, blobs)]
         else:
             siblings = [{"rfilename": name} for name in names]
-            found = {"id": repository, "modelId": repository, "sha": commit, "siblings": siblings, "tags": [], "private": False}
+            found = {"id": repository, "modelId": repository, "sha": commit, "siblings": siblings, "tags": []}
+            found["private"] = repository in self.private
+        return self.json(found)
+
+    def take(self, words, authorization, sent):
+        """What is sent to the hub."""
+        if words[0] == "blobs":
+            self.blobs[words[1]] = sent
+            return self.json({})
+        if authorization != f"Bearer {self.token}":
+            return self.error(401, "", "Invalid username or password.")
+        place = f"http://127.0.0.1:{self.server_port}"
+        if words[:2] == ["api", "validate-yaml"]:
+            return self.json({"errors": [], "warnings": []})
+        if words[-1] == "batch":
+            objects = json.loads(sent)["objects"]
+            upload = lambda one: {"actions": {"upload": {"href": f"{place}/blobs/{one['oid']}"}}}
+            return self.json({"transfer": "basic", "objects": [{**one, **upload(one)} for one in objects]})
+        if self.refuses:
+            return self.error(403, "", "You may not write to this namespace.")
+        if words[:3] == ["api", "repos", "create"]:
+            fields = json.loads(sent)
+            repository = f"{fields['organization']}/{fields['name']}"
+            if repository in self.revisions:
+                return 409, *self.json({"url": f"{place}/{repository}", "error": "You already created this model repo"})[1:]
+            directory = self.uploads / repository
+            directory.mkdir(parents=True)
+            self.add(repository, directory)
+            self.private |= {repository} if fields["private"] else set()
+            return self.json({"url": f"{place}/{repository}"})
+        repository, kind = "/".join(words[2:4]), words[4]
+        if kind == "preupload":
+            large = lambda name: "lfs" if name.endswith((".safetensors", ".gguf")) else "regular"
+            listed = [one["path"] for one in json.loads(sent)["files"]]
+            return self.json({"files": [{"path": x, "uploadMode": large(x), "shouldIgnore": False} for x in listed]})
+        return self.commit(repository, [json.loads(line) for line in sent.splitlines()], place)
+
+    def commit(self, repository, lines, place):
+        _, directory = self.revisions[repository]["main"]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                self.commits.append(value["summary"])
+            else:
+                whole = line["key"] == "file"
+                content = base64.b64decode(value["content"]) if whole else self.blobs[value["oid"]]
+                (directory / value["path"]).write_bytes(content)
+        return self.json({"commitUrl": f"{place}/{repository}/commit/{COMMIT}", "commitOid": COMMIT, "success": True})
+
+    @staticmethod
+    def json(found):
         return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
 
     @staticmethod

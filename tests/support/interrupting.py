@@ -9,8 +9,8 @@ def at_step(monkeypatch, stop, signum=signal.SIGINT):
     """A signal comes once a step of that number is done, until the patch is taken back."""
     step = Progress.step
 
-    def stopping(self, number, loss):
-        step(self, number, loss)
+    def stopping(self, number, *losses):
+        step(self, number, *losses)
         if number == stop:
             signal.raise_signal(signum)
 

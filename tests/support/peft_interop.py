@@ -176,8 +176,8 @@ CASES = {
     "mixtral": Case(make_mixtral, peft_twins.load_mixtral, EXPERTS),
 }
 DECODERS = (
-    "gemma", "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama_yarn", "mixtral", "olmo2", "olmo3", "phi3",
-    "phi3_longrope", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    "gemma", "gemma2", "gemma3", "gemma3_images", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama_yarn", "mixtral", "olmo2",
+    "olmo3", "phi3", "phi3_longrope", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 for number, family in enumerate(DECODERS):
     made = lj.LoraConfig(rank=3, alpha=5, targets=["re:.*/layer.*/kernel"])

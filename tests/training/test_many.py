@@ -163,7 +163,7 @@ def test_adapters_that_act_on_some_tokens(grouped):
     ("flavour", "grouped"),
     [
         ("scan", True),
-        ("remat", False),
+        pytest.param("remat", False, marks=pytest.mark.slow),
         pytest.param("scan", False, marks=pytest.mark.slow),
         pytest.param("remat", True, marks=pytest.mark.slow),
     ],

@@ -38,13 +38,12 @@ def _moments_of(path: str, pair: LowRank, moments: Mapping[str, Moments]) -> tup
 def eva(
     variables: Any, adapters: Adapters, moments: Mapping[str, Moments], *, rho: float = 2.0
 ) -> tuple[Any, dict[str, Adapter]]:
-    """A with the directions in which the inputs vary most, B zero, and ranks where they explain most (EVA,
-    https://arxiv.org/abs/2410.07170).
+    """A with the directions in which the inputs vary most, B zero, and ranks where they explain most (EVA).
 
     The principal components of a kernel's inputs x are the eigenvectors of `sum (x - mean)(x - mean)^T`, and each explains the
     share `eigenvalue / trace` of their variance. The budget, the sum of all ranks, goes to the components that explain most,
     over all kernels and all matrices of a stack; a matrix of rank r gets at most `rho r`, and never more than its smaller side.
-    The scales stay. A kernel that gets none leaves the set.
+    The scales stay. A kernel that gets none leaves the set. (https://arxiv.org/abs/2410.07170)
 
     The base is returned as it is, and a trained adapter belongs to it as it is: `convert` is not needed.
 
@@ -56,6 +55,13 @@ def eva(
 
     Raises:
       InputError: an adapter can't be initialised so, moments are missing or of another shape, or rho is below 1.
+
+    >>> import lora_jax as lj
+    >>> fn, base, x = lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.array([[1.0, 0.0, 5.0], [1.0, 0.0, -5.0]])
+    >>> adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=1), fn, base, x)
+    >>> _, adapters = eva(base, adapters, lj.moments(fn, base, adapters, x))
+    >>> abs(adapters["w"].a[:, 0]).round(5).tolist(), adapters["w"].b.tolist()  # the third input varies
+    ([0.0, 0.0, 1.0], [[0.0, 0.0]])
     """
     if not rho >= 1:
         raise InputError(f"rho must be at least 1, not {rho!r}")
@@ -114,13 +120,12 @@ def _with_components(pair: LowRank, vectors: jax.Array, ranks: tuple[int, ...]) 
 def corda(
     variables: Any, adapters: Adapters, moments: Mapping[str, Moments], *, mode: Literal["ipm", "kpm"]
 ) -> tuple[Any, dict[str, Adapter]]:
-    """The part of each kernel that matters most, or least, to given inputs in its pair (CorDA,
-    https://arxiv.org/abs/2406.05223).
+    """The part of each kernel that matters most, or least, to given inputs in its pair (CorDA).
 
     With `C = sum x x^T` over the inputs x, `C W = U diag(s) V^T`, `A = C^-1 U_r diag(sqrt(s_r / scale))`,
     `B = diag(sqrt(s_r / scale)) V_r^T`, base `W - scale A B`. C is divided by the mean of its diagonal, which leaves `A B` as
     it is, and 0.01 is added to the diagonal, as in PEFT (which adds more where its inverse comes out inexact). PEFT divides
-    each batch by its largest input before it sums; here all inputs count the same.
+    each batch by its largest input before it sums; here all inputs count the same. (https://arxiv.org/abs/2406.05223)
 
     Args:
       variables: the base tree.
@@ -131,6 +136,13 @@ def corda(
 
     Raises:
       InputError: an adapter can't be initialised so, moments are missing or of another shape, or the mode is unknown.
+
+    >>> import lora_jax as lj
+    >>> fn, base, x = lambda p, x: x @ p["w"], {"w": jnp.eye(3)}, jnp.array([[1.0, 0.0, 5.0], [2.0, 1.0, -5.0]])
+    >>> adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=1), fn, base, x)
+    >>> changed, adapters = corda(base, adapters, lj.moments(fn, base, adapters, x), mode="ipm")
+    >>> bool(jnp.allclose(lj.merge(changed, adapters)["w"], base["w"], atol=1e-5))
+    True
     """
     if mode not in ("ipm", "kpm"):
         raise InputError(f"mode must be 'ipm' or 'kpm', not {mode!r}")

@@ -86,7 +86,7 @@ def lora_ga(
     Args:
       variables: the base tree.
       adapters: what `init` made.
-      gradients: `{path: gradient}`, as the function `gradients` makes them.
+      gradients: `{path: gradient}`, each of its kernel's shape, as the function `gradients` makes them.
       direction: which of the first 2r A and B get: `"ArB2r"` (A the first r, B the second), `"A2rBr"` (the other way round),
         `"ArBr"` (B the 1st, 3rd, ..., A the 2nd, 4th, ...) or `"random"` (the same r of them).
       scale: `"stable"` (B times `out^(1/4) / sqrt(gamma)`), `"weight_svd"` (B times W's largest singular value over the first
@@ -97,6 +97,14 @@ def lora_ga(
     Raises:
       InputError: an adapter can't be initialised so; a gradient is missing, is of another shape or is zero; 2r is above the
         kernel's smaller side; an option is unknown, missing, or given where it is not used.
+
+    >>> import lora_jax as lj
+    >>> fn, base, x = lambda p, x: x @ p["w"], {"w": jnp.eye(3)}, jnp.array([[1.0, 0.0, 5.0], [2.0, 1.0, -5.0]])
+    >>> adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=1), fn, base, x)
+    >>> slopes = gradients(lambda p, x: (fn(p, x) ** 2).mean(), base, adapters, [x])
+    >>> changed, adapters = lora_ga(base, adapters, slopes)
+    >>> bool(jnp.allclose(lj.merge(changed, adapters)["w"], base["w"], atol=1e-5))
+    True
     """
     _check_options(direction, scale, gamma, key)
 

@@ -49,6 +49,11 @@ def moments(
         `stop_gradient` or an `argmax`) is not seen.
       variables: the base tree.
       adapters: from `init`; only their layouts are used.
+      args: what `fn` takes after the tree.
+      kwargs: likewise.
+
+    Returns:
+      `{path: Moments}`, each the sums `count` `(*batch)`, `total` `(*batch, in)` and `second` `(*batch, in, in)`.
 
     Raises:
       InputError: no adapter is a pair, or (outside `jit`) no input reached a kernel, or a matrix of its stack.

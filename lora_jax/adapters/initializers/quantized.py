@@ -43,6 +43,14 @@ def loftq(
     Raises:
       InputError: an adapter can't be initialised so, an option is out of range, or a kernel's in axes can't be cut into blocks.
       ImportError: qwix is not installed.
+
+    >>> import lora_jax as lj
+    >>> fn, base = lambda p, x: x @ p["w"], {"w": jax.random.normal(jax.random.key(0), (64, 8))}
+    >>> adapters = lj.init(jax.random.key(1), lj.LoraConfig(rank=4), fn, base, jnp.ones((1, 64)))
+    >>> rounded, adapters = loftq(base, adapters)
+    >>> error = lambda kernel: float(jnp.linalg.norm(kernel - base["w"]))
+    >>> error(lj.merge(rounded, adapters)["w"]) < error(rounded["w"])
+    True
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, not {dtype!r}")

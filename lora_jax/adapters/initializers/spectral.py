@@ -87,8 +87,22 @@ def milora(variables: Any, adapters: Adapters) -> tuple[Any, dict[str, Adapter]]
     As `pissa` with the last r singular values and vectors, so that training starts where the base does least. A singular value
     of zero gives zeros in both A and B, which then don't train: a kernel of low rank wants another initialiser.
 
+    Args:
+      variables: the base tree.
+      adapters: what `init` made.
+
+    Returns:
+      The changed base and the new adapters, which together act as the base did.
+
     Raises:
       InputError: an adapter can't be initialised so.
+
+    >>> import lora_jax as lj
+    >>> base = {"w": jnp.diag(jnp.array([3.0, 2.0, 1.0]))}
+    >>> adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=1), lambda p, x: x @ p["w"], base, jnp.ones((2, 3)))
+    >>> changed, adapters = milora(base, adapters)
+    >>> jnp.diag(changed["w"]).round(5).tolist(), float(adapters["w"].delta()[2, 2].round(5))
+    ([3.0, 2.0, 0.0], 1.0)
     """
     return split_off(variables, adapters, lambda path, kernel, pair: _milora(kernel, pair))
 
@@ -104,8 +118,22 @@ def olora(variables: Any, adapters: Adapters) -> tuple[Any, dict[str, Adapter]]:
     `W^T = Q R`, A the transpose of R's first r rows, B that of Q's first r columns (so B has orthonormal rows), base
     `W - scale A B`. As in PEFT the factors don't depend on the scale.
 
+    Args:
+      variables: the base tree.
+      adapters: what `init` made.
+
+    Returns:
+      The changed base and the new adapters, which together act as the base did.
+
     Raises:
       InputError: an adapter can't be initialised so.
+
+    >>> import lora_jax as lj
+    >>> base = {"w": jnp.diag(jnp.array([3.0, 2.0, 1.0]))}
+    >>> adapters = lj.init(jax.random.key(0), lj.LoraConfig(rank=1), lambda p, x: x @ p["w"], base, jnp.ones((2, 3)))
+    >>> changed, adapters = olora(base, adapters)
+    >>> float(jnp.linalg.norm(adapters["w"].b)), bool(jnp.allclose(lj.merge(changed, adapters)["w"], base["w"], atol=1e-5))
+    (1.0, True)
     """
     return split_off(variables, adapters, lambda path, kernel, pair: _olora(kernel, pair))
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 import hashlib
+import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -28,10 +29,30 @@ def digest(source: pathlib.Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def check_data(config: RunConfig, found: str) -> None:
-    """Raise an InputError unless the data has the digest that the run was made with; a new run has none yet."""
+def check_data(config: RunConfig, *digests: str) -> RunConfig:
+    """The options with the digest of the data, and of what is held out apart from it.
+
+    Raises:
+      InputError: the run was made with other data.
+    """
+    found = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     if config.data_sha256 not in ("", found):
-        raise InputError(f"{config.data} has changed since the run began, so the run can't go on: start a new one")
+        files = " or ".join(file for file in (*config.sources, config.eval_data) if file is not None)
+        raise InputError(f"{files} has changed since the run began, so the run can't go on: start a new one")
+    return dataclasses.replace(config, data_sha256=found)
+
+
+def with_steps(config: RunConfig, examples: int) -> RunConfig:
+    """The options with as many steps as their epochs take, of so many examples each; as they are without epochs."""
+    if config.epochs is None:
+        return config
+    return dataclasses.replace(config, steps=math.ceil(config.epochs * examples / config.batch_size), epochs=None)
+
+
+def weights_in_words(config: RunConfig) -> tuple[str, ...]:
+    """How often an epoch draws from each source of the data, in words."""
+    each = (f"{pathlib.Path(source).name} {weight:g} times" for source, weight in zip(config.sources, config.weights))
+    return (f"an epoch draws each example of {', of '.join(each)}",) if config.weights else ()
 
 
 def check_tokens(config: RunConfig, arrays: Iterable[np.ndarray]) -> RunConfig:
@@ -57,6 +78,26 @@ def check_weights(config: RunConfig, source: pathlib.Path, found: str) -> None:
         raise InputError(f"{source} is not the model that the run was trained on: its weights have changed")
 
 
+Evaluate = Callable[[Callable[[Any, Any], Any], Any], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Examples:
+    """A few held-out examples, for the report of a run.
+
+    Args:
+      kind: what is said of each: `"labels"`, the probability of every label by its name; `"texts"`, how the prompt goes on;
+        `"margins"`, the reward of the chosen answer over that of the rejected one.
+      shown: what there is to see of each, by name.
+      answer: what a model says of each, from `(fn, batch) -> fn(params, batch)` with its parameters, compiled once for each
+        `fn`, and as NumPy arrays. Every process has to call it.
+    """
+
+    kind: Literal["labels", "texts", "margins"]
+    shown: Sequence[Mapping[str, str]]
+    answer: Callable[[Evaluate], Sequence[Any]]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """A base model, what is learnt and how it is measured.
@@ -70,12 +111,13 @@ class Task:
       test_count: how many these are.
       score: the score, from the sums.
       metric: what the score is.
+      details: what else to say of the sums, by its name in `metrics.jsonl`.
       per_step: how many `unit`s a training step takes.
-      unit: `"examples"` or `"tokens"`.
+      unit: `"examples"`, `"tokens"` or `"pairs"`.
       description: lines to print before training.
       held_out: the held-out data in words, for the summary.
       title: of the picture.
-      accumulate: into how many parts a training step cuts its batch, one after the other.
+      examples: what the report shows of the held-out data.
       baseline: the name and score of what the score compares with.
     """
 
@@ -92,8 +134,26 @@ class Task:
     description: tuple[str, ...]
     held_out: str
     title: str
-    accumulate: int = 1
+    examples: Examples
+    details: Callable[[Any], Mapping[str, float]] = lambda sums: {}
     baseline: tuple[str, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How the adapters of a run are measured on a file.
+
+    Args:
+      measure: as of a `Task`.
+      batches: makes all of the file, in batches of one size.
+      report: what the sums say, by its names.
+      data: the file in words.
+    """
+
+    measure: Callable[[Any, Any], Any]
+    batches: Callable[[], Iterable[Any]]
+    report: Callable[[Any], Mapping[str, Any]]
+    data: str
 
 
 @dataclasses.dataclass(frozen=True)

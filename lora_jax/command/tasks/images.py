@@ -16,7 +16,7 @@ from lora_jax.adapters.init import init
 from lora_jax.command.metrics import ACCURACY
 from lora_jax.command.options import RunConfig
 from lora_jax.command.tasks import labels, places
-from lora_jax.command.tasks.base import Session, Task, check_data, check_weights, digest
+from lora_jax.command.tasks.base import Evaluation, Examples, Session, Task, check_weights, digest, with_steps
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
@@ -24,6 +24,7 @@ from lora_jax.data import images, pixels
 from lora_jax.data.images import Images
 from lora_jax.data.pixels import Preprocessing
 from lora_jax.huggingface import checkpoint_files
+from lora_jax.huggingface.names import HFName
 from lora_jax.models import vision
 from lora_jax.models.vision_config import FAMILIES
 
@@ -49,7 +50,7 @@ def location(config: RunConfig) -> pathlib.Path:
     """
     if config.model is None:
         raise InputError("--task images has no model of its own: give --model, a Hugging Face directory of a ViT or DINOv2")
-    return pathlib.Path(config.model)
+    return places.location(config, pathlib.Path(config.model))
 
 
 def base_directory(config: RunConfig) -> pathlib.Path:
@@ -68,27 +69,29 @@ def load_base(directory: pathlib.Path, config: RunConfig, mesh: Mesh | None = No
       InputError: the directory does not hold a ViT or DINOv2 and its preprocessing, or another one than the run was made with.
     """
     assert own is None
-    place = None if mesh is None else sharding.by_path(functools.partial(vision.shardings, mesh))
-    options: Any = {"dtype": jnp.dtype(config.dtype), "sharding": place, "quantize": config.quantize, "block": config.block}
-    model = vision.load(directory, num_labels=len(config.labels) or None, seed=config.seed, **options)
+    model = vision.load(directory, dtype=jnp.dtype(config.dtype), **labels.loading(config, mesh, vision.shardings))
     weights = digest(directory)
     check_weights(config, directory, weights)
     processor = FAMILIES[model.config.family].processor
     return Base(model, pixels.read(directory, model.config.num_channels, processor), weights)
 
 
-def load_images(config: RunConfig) -> Images:
-    """The run's data.
+def names(config: RunConfig) -> dict[str, HFName]:
+    """What Hugging Face calls the parameters of the run's base, by path."""
+    return load_base(base_directory(config), config).model.names
+
+
+def load_images(config: RunConfig) -> tuple[Images, Images | None]:
+    """The run's data, and what is held out apart from it.
 
     Raises:
-      InputError: the options do not say where, or it can't be read, or is not what the run was made with.
+      InputError: the options do not say where, or it can't be read.
     """
     if config.data is None:
         raise InputError("--task images has no data of its own: give --data, a folder with a folder of images for each label")
-    places.check_there(config, "data")
-    found = images.read(config.data)
-    check_data(config, found.digest())
-    return found
+    if not isinstance(config.data, str):
+        raise InputError(f"--task images takes one folder as --data, not {len(config.sources)}: put them into one")
+    return images.read(config.data), None if config.eval_data is None else images.read(config.eval_data)
 
 
 def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
@@ -97,14 +100,16 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
     Raises:
       InputError: any of it can't be used.
     """
-    source, found = base_directory(config), load_images(config)
-    config = dataclasses.replace(config, labels=config.labels or found.classes(), data_sha256=found.digest())
+    source, (found, held_out) = base_directory(config), load_images(config)
+    config = labels.of_data(config, found, held_out)
     base = load_base(source, config, mesh)
-    known: Any = {"model_sha256": base.sha256, "model_commit": places.commit(config, source)}
-    config = dataclasses.replace(config, labels=labels.order(config.labels, base.model.labels), **known)
+    config = labels.of_base(config, source, base)
     config = _check_preprocessing(config, base.preprocessing)
-    images.check(found, base.preprocessing)
-    training, test = images.split(found, min(_HELD_OUT, len(found) // 3))
+    for part in (found, held_out):
+        if part is not None:
+            images.check(part, base.preprocessing)
+    training, test = (found, held_out) if held_out else images.split(found, min(_HELD_OUT, len(found) // 3))
+    config = with_steps(config, len(training))
     task = _task(config, base, training, test, mesh)
     return Session(config, task, functools.partial(_init, base), base.model.names)
 
@@ -141,10 +146,10 @@ def _task(config: RunConfig, base: Base, training: Images, test: Images, mesh: M
         variables=model.variables,
         loss=functools.partial(_loss, model.apply),
         train_batches=lambda seed: batches(seed, least=config.crop, flip=config.flip, mesh=mesh),
-        measure=functools.partial(_correct, model.apply),
+        measure=functools.partial(_measure, model.apply),
         test_batches=lambda: images.eval_batches(test, config.labels, preprocessing, test_size, mesh),
         test_count=-(-len(test) // test_size),
-        score=lambda correct: float(correct) / len(test),
+        score=labels.accuracy,
         metric=ACCURACY,
         per_step=config.batch_size,
         unit="examples",
@@ -154,9 +159,37 @@ def _task(config: RunConfig, base: Base, training: Images, test: Images, mesh: M
             f"{head} for the labels {', '.join(config.labels)}",
         ),
         held_out=f"{len(test)} images",
-        title=f"{pathlib.Path(config.model).name} on {pathlib.Path(config.data).name}",
-        accumulate=config.accumulate,
+        title=f"{pathlib.Path(config.model).name} on {config.data_name}",
+        examples=_examples(config, base, test, mesh),
         baseline=labels.baseline(test.indices(config.labels)),
+    )
+
+
+def _examples(config: RunConfig, base: Base, test: Images, mesh: Mesh | None) -> Examples:
+    some = images.take(test, labels.few(test.indices(config.labels)))
+    size = sharding.round_up(mesh, len(some))
+    shown = [
+        {"text": file.name, "label": label, "picture": pixels.thumbnail(base.preprocessing.open(file))}
+        for file, label in zip(some.files, some.labels)
+    ]
+    batches = lambda: images.eval_batches(some, config.labels, base.preprocessing, size, mesh)
+    return labels.examples(config.labels, shown, functools.partial(_logits, base.model.apply), lambda: next(batches()))
+
+
+def evaluation(config: RunConfig, base: Base, file: pathlib.Path) -> Evaluation:
+    """How a run is measured on all images of a folder.
+
+    Raises:
+      InputError: it can't be read, or has other labels than the run.
+    """
+    test = images.read(file)
+    labels.check_of_run(config, file, test.classes())
+    images.check(test, base.preprocessing)
+    return Evaluation(
+        measure=functools.partial(_measure, base.model.apply),
+        batches=lambda: images.eval_batches(test, config.labels, base.preprocessing, _TEST_BATCH),
+        report=functools.partial(labels.report, config.labels),
+        data=f"{len(test):,} images",
     )
 
 
@@ -169,5 +202,9 @@ def _loss(apply: Any, params: Any, batch: Mapping[str, jax.Array], key: jax.Arra
     return labels.cross_entropy(lora(apply, key=key)(params, batch["pixel_values"]), batch)
 
 
-def _correct(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    return labels.count_correct(lora(apply)(params, batch["pixel_values"]), batch)
+def _logits(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return lora(apply)(params, batch["pixel_values"])
+
+
+def _measure(apply: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return labels.confusion(_logits(apply, params, batch), batch)

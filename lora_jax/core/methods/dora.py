@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.adapter import Layout, LowRank, wide_dtype
+from lora_jax.core.adapter import LowRank, wide_dtype
 from lora_jax.core.contraction import contract
 from lora_jax.core.deferred import is_deferred, unstack_base, use
 from lora_jax.core.factor import Factor, scaled_along
@@ -77,12 +77,11 @@ def column_norm(base: Any, adapter: LowRank) -> jax.Array:
     if not is_deferred(base) or not base.sliceable or 0 not in layout.batch:
         return use(lambda base: _column_norm(base, adapter), base)
     arrays, slice_of_base = unstack_base(base)
-    shifted = {role: tuple(axis - 1 for axis in axes if axis) for role, axes in dataclasses.asdict(layout).items()}
     factors = {name: getattr(adapter, name) for name in ("a", "b", "scale") if name in adapter.children()}
 
     def one(stack: Any) -> jax.Array:
         arrays, factors = stack
-        return column_norm(slice_of_base(arrays), LowRank(**{"layout": Layout(**shifted), "scale": adapter.scale, **factors}))
+        return column_norm(slice_of_base(arrays), LowRank(**{"layout": layout.sliced(), "scale": adapter.scale, **factors}))
 
     return lax.map(one, (arrays, factors))
 
