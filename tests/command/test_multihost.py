@@ -23,6 +23,7 @@ from lora_jax.training import checkpoint, train
 from tests.support import tiny, tiny_lm
 from tests.support.run_lines import lasting
 
+pytestmark = pytest.mark.usefixtures("usual_promotion")
 STEPS = 16
 OPTIONS = {"batch_size": 8, "steps": STEPS, "max_length": 24, "targets": "q_proj"}
 # The command, where a process that is silent for 10 seconds counts as dead, not for 30.
@@ -42,7 +43,7 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reference(home, usual_promotion):
+def reference(home):
     """A run of one process on one device."""
     assert cli.main(tiny_lm.options(home, home / "reference", **OPTIONS)) == 0
     return home / "reference"
@@ -157,7 +158,7 @@ def test_a_signal_to_one_process_stops_all(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_classifier_on_a_mesh(tmp_path, usual_promotion):
+def test_classifier_on_a_mesh(tmp_path):
     tiny.model(tmp_path / "model")
     tiny.reviews(tmp_path / "reviews.csv", count=60)
     for out, mesh in (("one", []), ("mesh", ["--mesh", "data=2,fsdp=2,model=2"])):
