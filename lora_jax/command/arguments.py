@@ -75,16 +75,18 @@ def absolute(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(files: Any) -> Any:
-    """A file's absolute path, or those of several."""
-    if not isinstance(files, list):
-        return str(pathlib.Path(files).absolute())
-    found = [str(pathlib.Path(file).absolute()) for file in files]
-    return found[0] if len(found) == 1 else found
+    """A file's absolute path, or those of several; what is no text is refused as a value of the option."""
+    if isinstance(files, list):
+        found = list(map(_absolute, files))
+        return found[0] if len(found) == 1 else found
+    return str(pathlib.Path(files).absolute()) if isinstance(files, str | pathlib.Path) else files
 
 
-def model_source(text: str) -> str:
+def model_source(text: Any) -> Any:
     """A base model's absolute path, or if it is not there its name on the hub."""
     from lora_jax.huggingface import hub  # which needs JAX
 
+    if not isinstance(text, str):
+        return text
     path = pathlib.Path(text)
     return text if not path.exists() and hub.parse(text) else str(path.absolute())

@@ -3,14 +3,14 @@
 import argparse
 import pathlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
 
 from lora_jax.command import arguments
 from lora_jax.command.option_names import meant_option
-from lora_jax.command.options import RunConfig, defaults
+from lora_jax.command.options import DECIDED, DECODERS, RunConfig, defaults
 from lora_jax.core import files
 from lora_jax.core.errors import InputError
 from lora_jax.core.fields import Option, table
@@ -43,12 +43,13 @@ def read(file: pathlib.Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
     found = _parse(file, text)
     if "format_version" in found:
-        return said(RunConfig.from_json(text, file))
+        return again(RunConfig.from_json(text, file))
     rows = {name: row for name, row in table(RunConfig).items() if "recorded" not in row.more}
     options = {name.replace("-", "_"): value for name, value in found.items()}
     for name in options.keys() - rows.keys():
         raise InputError(f"{file}: there is no option {name}{meant_option(name, rows)}")
-    return {name: arguments.parsed(rows[name], _number(rows[name], value)) for name, value in options.items()}
+    given = {name: value for name, value in options.items() if value is not None or rows[name].default is not None}
+    return {name: arguments.parsed(rows[name], _number(rows[name], value)) for name, value in given.items()}
 
 
 def _number(row: Option, value: Any) -> Any:
@@ -68,14 +69,21 @@ def said(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name == "task" or value != getattr(usual, name)}
 
 
-def text(config: RunConfig) -> str:
-    """All options of a run as YAML, for `read`."""
+def again(config: RunConfig) -> dict[str, Any]:
+    """The options that make a run again on any device: those that a device may have decided are among them."""
+    decided = {name: getattr(config, name) for name in DECIDED} if config.task in DECODERS else {}
+    return said(config) | {name: value for name, value in decided.items() if value is not None}
+
+
+def text(config: RunConfig, given: Collection[str]) -> str:
+    """All options of a run as YAML, for `read`; without those that the device decides, unless they are given."""
     rows = table(RunConfig)
     own = [
         name for name, row in rows.items() if "recorded" not in row.more and config.task in row.more.get("tasks", config.task)
     ]
     without = {"steps"} if config.epochs is not None else set()
     without |= {"held_out"} if config.eval_data is not None else set()
+    without |= set(DECIDED).difference(given) if config.task in DECODERS else set()
     values = {name: getattr(config, name) for name in own if name not in without}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value is not None}
     return yaml.safe_dump(plain, sort_keys=False, width=120)

@@ -19,7 +19,6 @@ _MEMORY: tuple[dict[str, Any], ...] = (
     {"remat": "products", "attention_block": 256},
     {"remat": "full", "attention_block": 256},
 )
-DECIDED = (*_ACCELERATED, *_MEMORY[-1])
 _SHARE = 0.9  # of the memory, which an estimate may fill
 
 

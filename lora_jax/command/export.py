@@ -127,7 +127,8 @@ def export(
     commit = (_COMMIT.format(config.model_commit),) if config.model_commit else ()
     notes += (*stored, *local, *commit, *_several(adapters))
     of_run = {"config": config, "lines": metrics.read(directory), "name": directory.resolve().name, "repository": repository}
-    card = model_card.Card(**of_run, notes=notes, base=name, is_of_the_hub=hub_base is not None)
+    step = run.trained_step(directory)
+    card = model_card.Card(**of_run, step=step, notes=notes, base=name, is_of_the_hub=hub_base is not None)
     _export_peft(config, base, adapters, source, out, card)
     return notes
 
@@ -159,13 +160,15 @@ def _export_peft(
 
 def _hub_base(config: RunConfig, form: str, given: str | None) -> str | None:
     """The base's repository on the hub, if it is from there or was given."""
+    name = places.hub_name(config)
     if given is not None:
         if form == "merged":
             raise InputError("--base-model is for the formats peft and gguf, which name a base: leave it out")
         if hub.parse(given) != hub.HubName(given, None):
             raise InputError(f"--base-model is OWNER/NAME, what the hub calls the base, not {given!r}")
+        if name is not None and name.repository != given:
+            raise InputError(f"--base-model names {given}, but the run's base is {name.repository} of the hub: leave it out")
         return given
-    name = places.hub_name(config)
     return _ORIGINALS[config.task] if config.model is None else None if name is None else name.repository
 
 

@@ -58,7 +58,7 @@ def finetune_command(line: argparse.Namespace) -> int:
         return run_plan.plan_run(given, hosts, line.topology)
     config = options.new_run(given.pop("task", "classify"), given)
     if line.print_config:
-        print(config_files.text(config), end="")
+        print(config_files.text(config, given), end="")
         return 0
     with hosts.connected():
         return _run(config, line.out, hosts, given=given)
@@ -207,7 +207,7 @@ def _begin(session: Session, adapters: Adapters, directory: pathlib.Path) -> tup
     if session.config.init not in options.CHANGE_THE_BASE:
         return session, adapters
     folder, variables = directory / "initial", session.task.variables
-    if not processes.from_first(folder.exists()):
+    if processes.from_first(checkpoint.Manager(folder).latest_step()) is None:
         _, adapters = getattr(initializers, session.config.init)(variables, adapters)
         with files.writing(folder):
             checkpoint.save(folder, adapters, config=session.config.lora)

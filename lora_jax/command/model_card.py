@@ -32,6 +32,7 @@ class Card:
     Args:
       config: the run's.
       lines: its metrics; none where it was imported, or made of other runs.
+      step: that of the adapters.
       notes: what else one should know.
       base: what the base is called.
       is_of_the_hub: whether the base is on the hub, by this name.
@@ -41,6 +42,7 @@ class Card:
 
     config: RunConfig
     lines: Sequence[Mapping[str, Any]]
+    step: int | None
     notes: Sequence[str]
     base: str
     is_of_the_hub: bool
@@ -95,15 +97,16 @@ class Card:
             "vllm_rank": max(8, 1 << (fields["r"] - 1).bit_length()) if config.task in DECODERS and _vllm(fields) else None,
         }
 
-    def _results(self) -> tuple[str, str, str, int] | None:
-        """What was measured: its name, before, after, and the step that is exported; `None` if it was not measured."""
+    def _results(self) -> tuple[str, str, str, str] | None:
+        """What was measured: its name, before, after, and the steps of the adapters; `None` if it was not measured."""
         scored = [(line, metric) for line in self.lines for metric in metrics.METRICS if line.get(metric.field) is not None]
         if not scored:
             return None
-        metric, best = scored[0][1], metrics.best(self.lines)
-        last = scored[-1][0]["step"] if best is None or not self.config.keeps_best else best.step
+        metric = scored[0][1]
         scores = {line["step"]: metric.text(line[metric.field]) for line, _ in scored}
-        return metric.held_out, scores.get(0, "not measured"), scores[last], last
+        before, after = (scores.get(step, "not measured") for step in (0, self.step))
+        steps = f"{self.step} steps" if self.step == self.config.steps else f"{self.step} of {self.config.steps} steps"
+        return metric.held_out, before, after, steps
 
 
 def _name(place: str) -> str:

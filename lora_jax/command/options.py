@@ -22,6 +22,7 @@ FORMAT_VERSION = 8
 TASKS = ("classify", "lm", "dpo", "images")
 DECODERS = ("lm", "dpo")  # those with a decoder
 FIELDS = ("text_field", "label_field", "prompt_field", "completion_field", "messages_field", "chosen_field", "rejected_field")
+DECIDED = ("dtype", "scan_layers", "remat", "attention_block")  # by the device, of a decoder, where they are left open
 TRACKERS = ("tensorboard", "wandb")
 CHANGE_THE_BASE = ("pissa", "olora", "milora")  # starts of `lora_jax.initializers`
 
@@ -225,7 +226,13 @@ class RunConfig:
         int | None, option("steps between two tests, a third of all if left out", ge=1, metavar="STEPS", since=8)
     ] = None
     save_every: Annotated[
-        int | None, option("steps between two checkpoints, a tenth of all or 20 if left out", ge=1, metavar="STEPS", since=8)
+        int | None,
+        option(
+            "steps between two checkpoints; left out: a tenth of all, at most 20, and in a sweep a third",
+            ge=1,
+            metavar="STEPS",
+            since=8,
+        ),
     ] = None
     keep: Annotated[
         Literal["last", "best"], option("the adapters that a run ends with: the last, or the best of all tests", since=8)

@@ -126,8 +126,17 @@ def load_trained(directory: pathlib.Path, variables: Any = None) -> dict[str, Ad
     Raises:
       InputError: as `load_adapters`.
     """
+    return checkpoint.load(_trained(directory), variables=variables)
+
+
+def trained_step(directory: pathlib.Path) -> int | None:
+    """The step of these adapters."""
+    return checkpoint.Manager(_trained(directory)).latest_step()
+
+
+def _trained(directory: pathlib.Path) -> pathlib.Path:
     best = directory / "best"
-    return checkpoint.load(best if best.exists() else directory / "adapters", variables=variables)
+    return directory / "adapters" if checkpoint.Manager(best).latest_step() is None else best
 
 
 def derive(

@@ -52,7 +52,7 @@ def sweep_command(line: argparse.Namespace) -> int:
     configs = configurations(given.pop("task", "classify"), given, members)
     console = rich.console.Console()
     one = device_options.here(configs[0], given, {}, console, members=len(configs))
-    decided = {name: getattr(one, name) for name in device_options.DECIDED}
+    decided = {name: getattr(one, name) for name in options.DECIDED}
     configs = [dataclasses.replace(config, **decided) for config in configs]
     directory = line.out or free_directory(pathlib.Path("sweeps"))
     try:
@@ -107,7 +107,7 @@ def configurations(task: str, shared: Mapping[str, Any], members: Sequence[Mappi
       members: those of each.
 
     Raises:
-      InputError: an option is out of range, there are fewer than two runs, or two are the same.
+      InputError: an option is out of range or not for a sweep, there are fewer than two runs, or two are the same.
     """
     configs = [options.new_run(task, {**shared, **member}) for member in members]
     if configs[0].init in options.CHANGE_THE_BASE:
@@ -116,6 +116,11 @@ def configurations(task: str, shared: Mapping[str, Any], members: Sequence[Mappi
         )
     if configs[0].adapter is not None:
         raise InputError("the runs of a sweep begin anew: leave --adapter out")
+    if configs[0].optimizer == "adafactor" and len({config.rank for config in configs}) > 1:
+        raise InputError(
+            "--optimizer adafactor takes means over whole arrays, which a sweep pads to its highest rank: give one --rank, or "
+            "another optimiser"
+        )
     if configs[0].patience is not None:
         raise InputError("the runs of a sweep end together: leave --patience out; --keep best keeps the best of each")
     if len(configs) < 2:

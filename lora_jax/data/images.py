@@ -59,7 +59,7 @@ def read(folder: str | pathlib.Path) -> Images:
 
     Raises:
       MissingError: there is no such folder.
-      InputError: a file that is no image or lies in no label's folder, a label without images, or fewer than two labels.
+      InputError: a file that is no image or lies in no label's folder, a label without images, or no labels.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -71,8 +71,8 @@ def read(folder: str | pathlib.Path) -> Images:
                 f"{folder} has the files {listing(stray)} beside the labels' folders: move them into these, or away"
             )
         found = [(file, label.name) for label in labels for file in _below(label)]
-    if len(labels) < 2:
-        raise InputError(f"{folder} has {len(labels)} folders; a classifier needs two or more, one for each label")
+    if not labels:
+        raise InputError(f"{folder} has no folders: images need one for each label")
     if empty := [label.name for label in labels if label.name not in {name for _, name in found}]:
         raise InputError(f"{folder}: the folders {listing(empty)} hold no images: fill or remove them")
     if odd := [str(file.relative_to(folder)) for file, _ in found if file.suffix.lower() not in SUFFIXES]:

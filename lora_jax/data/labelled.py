@@ -76,16 +76,12 @@ def read(sources: tables.Sources, text_field: str, label_field: str) -> Texts:
 
     Raises:
       MissingError: there is no such file.
-      InputError: another kind of file, no such column, rows whose text or label is empty or a list, no rows, or one class only.
+      InputError: another kind of file, no such column, rows whose text or label is empty or a list, or no rows.
     """
     files = tables.files(sources)
     found = [(number, row) for number, file in files for row in _read(file, (text_field, label_field))]
     several = tuple(number for number, _ in found) if files[-1][0] else ()
-    data = Texts(tuple(text for _, (text, _) in found), tuple(label for _, (_, label) in found), several)
-    if len(data.classes()) < 2:
-        where, label = " and ".join(str(file) for _, file in files), data.labels[0]
-        raise InputError(f"{where}: every row has the {label_field!r} {label!r}; a classifier needs two classes or more")
-    return data
+    return Texts(tuple(text for _, (text, _) in found), tuple(label for _, (_, label) in found), several)
 
 
 def texts(source: tables.Sources, text_field: str) -> list[str]:

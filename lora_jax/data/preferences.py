@@ -100,8 +100,10 @@ def _texts(where: str, prompt: Any, *answers: Any) -> tuple[str, tuple[str, str]
     """A prompt, and it with each answer."""
     prompt = "" if prompt is None else prompt
     for text in (prompt, *answers):
-        if not isinstance(text, str) or (text is not prompt and not text.strip()):
+        if not isinstance(text, str):
             raise InputError(f"{where}: prompt and answers must be texts, or all lists of messages, not {text!r:.80}")
+    if not all(map(str.strip, answers)):
+        raise InputError(f"{where}: an answer is empty: remove the row")
     one, two = answers
     return prompt, (prompt, one), (prompt, two)
 

@@ -187,7 +187,7 @@ def _arrow_rows(file: pathlib.Path, fields: tuple[str, ...]) -> Iterator[tuple[i
                 check_fields(file, fields, batch.schema.names)
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, {name: _without_nones(value) for name, value in row.items()}
+                    yield number, {name: _plain(value) for name, value in row.items()}
     except pyarrow.ArrowException as error:
         raise InputError(f"{file} can't be read: {error}") from None
 
@@ -210,11 +210,13 @@ def _batches(file: pathlib.Path) -> Iterator[Any]:
             yield from batches
 
 
-def _without_nones(value: Any) -> Any:
-    """A value whose objects have only the fields that they were written with: Arrow gives each all those that any has."""
+def _plain(value: Any) -> Any:
+    """A value as JSON has it. Objects have only the fields that they were written with; Arrow gives each all that any has."""
     if isinstance(value, dict):
-        return {name: _without_nones(part) for name, part in value.items() if part is not None}
-    return [_without_nones(part) for part in value] if isinstance(value, list) else value
+        return {name: _plain(part) for name, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return list(map(_plain, value))
+    return value if value is None or isinstance(value, str | int | float) else str(value)  # times, for one
 
 
 def check_fields(where: Any, fields: Iterable[str], present: Iterable[str]) -> None:

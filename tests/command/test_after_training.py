@@ -160,6 +160,10 @@ def test_eval_of_a_classifier(classifier, tmp_path, capsys):
     assert found["base"]["confusion"] != counts
     text = call(["eval", directory, "--data", texts], capsys)
     assert "precision" in text and "what was said" in text
+    (one := tmp_path / "one.csv").write_text("review,verdict\n" + "".join(f"{text},bad\n" for text, _ in rows))
+    said_bad = said.count("bad")
+    found = json.loads(call(["eval", directory, "--data", one, "--json"], capsys))
+    assert found["run"]["confusion"] == [[said_bad, 30 - said_bad], [0, 0]]  # of one label, which is data enough
 
 
 def test_precision_recall_and_f1():

@@ -84,6 +84,18 @@ def test_a_changed_base(home, plain, pissa, tmp_path, init):
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 8
 
 
+def test_a_kill_before_the_first_adapters_were_written(pissa, tmp_path):
+    """Their folder is there, and a folder within that is not complete; that of the best adapters likewise."""
+    shutil.copytree(pissa, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapters")
+    for name in ("initial", "best"):
+        shutil.rmtree(tmp_path / "run" / name, ignore_errors=True)
+        (tmp_path / "run" / name / "0.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert cli.main(["finetune", "--resume", str(tmp_path / "run")]) == 0
+    again, found = (run.load_adapters(directory) for directory in (tmp_path / "run", pissa))
+    jax.tree.map(np.testing.assert_array_equal, again, found)
+
+
 def test_a_run_on_a_changed_base_goes_on_where_it_stopped(pissa, tmp_path):
     """From the checkpoint before the last, a resumed run ends with the same adapters, bit for bit."""
     found, part = lj.checkpoint.restore(pissa / "adapters"), tmp_path / "part"

@@ -59,6 +59,9 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(offline, capsys, task)
     card = ModelCard.load(offline / "peft" / "README.md")
     assert card.data.base_model == "some-owner/tiny" and "base_model:adapter:some-owner/tiny" in card.data.tags
     assert f'from_pretrained("some-owner/tiny", revision="{COMMIT}"' in card.text
+    other = ["--base-model", "some-owner/other", "--out", str(offline / "not")]
+    assert cli.main(["export", str(offline / "run"), "--format", "peft", *other]) == 2
+    assert "names some-owner/other, but the run's base is some-owner/tiny of the hub" in capsys.readouterr().err
     imported = ["import", str(offline / "peft"), "--out", str(offline / "imported"), "--model", f"some-owner/tiny@{COMMIT}"]
     assert cli.main(imported) == 0
     assert read_config(offline / "imported").model_commit == COMMIT

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import sys
 
 import huggingface_hub
@@ -62,8 +63,19 @@ def test_the_adapters_of_the_best_test(home, tmp_path):
     lines = [json.loads(line) for line in (home / "best" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:  # the middle test is the best
         line |= {"perplexity": {0: 9.0, 2: 5.0, 4: 7.0}[line["step"]]} if line["perplexity"] else {}
+    [kept] = (home / "best" / "best").iterdir()
+    kept.rename(kept.with_name("2"))
     (home / "best" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "| after 2 steps | 5.00 |" in card(home, "best", tmp_path / "out").text
+    assert "| after 2 of 4 steps | 5.00 |" in card(home, "best", tmp_path / "out").text
+
+
+def test_a_run_that_was_stopped(home, tmp_path):
+    """Its newest adapters are of a step that was not measured."""
+    shutil.copytree(home / "run", tmp_path / "run")
+    for line in (found := read(home / "run")):
+        line |= {"perplexity": None} if line["step"] == 4 else {}
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    assert "| after 4 steps | not measured |" in card(tmp_path, "run", tmp_path / "out").text
 
 
 def test_runs_without_training_have_no_results(home, tmp_path):
@@ -182,7 +194,7 @@ def made_card(directory, task, **fields):
     (directory / "adapter_config.json").write_text(json.dumps(PLAIN | fields))
     config = options.RunConfig(task=task, imported="peft", labels=["a", "b"] if task == "images" else [])
     where = {"base": "some-owner/tiny", "is_of_the_hub": True, "name": "run", "repository": None}
-    model_card.Card(config=config, lines=[], notes=[], **where).write(directory)
+    model_card.Card(config=config, lines=[], step=None, notes=[], **where).write(directory)
     return huggingface_hub.ModelCard.load(directory / "README.md")
 
 

@@ -1,6 +1,7 @@
 """The options of a run: each does what it says, and those that do not go together are refused before any work."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -248,6 +249,24 @@ def test_options_of_a_file(home, tmp_path, capsys, name, text):
     assert capsys.readouterr().out == printed
 
 
+def test_options_of_a_file_that_are_left_open(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("data:\nmodel: null\neval_data:\nepochs: null\nsteps: 7\n")
+    assert cli.main(["finetune", "--config", str(tmp_path / "a.yaml"), "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert "steps: 7\n" in printed and not re.search("data|model|epochs", printed)
+
+
+def test_what_the_device_decides_stays_open(tmp_path, capsys):
+    """In what is printed; a run of a decoder says what was decided, which is the same on another device."""
+    words = ["finetune", "--task", "lm", "--remat", "none", "--print-config"]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "remat: none\n" in printed and not re.search("dtype|scan_layers|attention_block", printed)
+    (tmp_path / "config.json").write_text(new_run("lm", {"attention_block": 8}).to_json())
+    decided = {"dtype": "float32", "scan_layers": False, "remat": "none", "attention_block": 8}
+    assert config_files.read(tmp_path / "config.json") == {"task": "lm", **decided}
+
+
 def test_what_a_run_of_images_said(tmp_path):
     config = new_run("images", {"model": "/vit", "data": "/images", "adapter": "/other", "crop": 0.7})
     (tmp_path / "config.json").write_text(config.to_json())
@@ -272,6 +291,9 @@ def test_a_run_once_more(home, tmp_path):
         ("a.txt", "", "options are read from .toml, .yaml, .yml, .json files"),
         ("a.yaml", "rank: many\n", "rank must be a whole number"),
         ("a.yaml", "epochs: 2\nsteps: 3\n", "--epochs says in another way"),
+        ("a.yaml", "data: 3\n", "data must be"),
+        ("a.yaml", "model: 3\n", "model must be"),
+        ("a.yaml", "rank:\n", "rank must be a whole number"),
         ("a.yaml", "layers: [3-]\n", "'3-' is neither a number from 0 on nor a range such as 8-15"),
     ],
 )

@@ -155,6 +155,10 @@ BAD = {
     "a value twice": ({"rank": [4, 4]}, "--rank has the value 4 more than once"),
     "a rank of zero": ({"rank": [0, 4]}, "rank must be a whole number of at least 1, not 0"),
     "a rank above a kernel": ({"rank": [4, 64]}, "64"),
+    "means over padded arrays": (
+        {"rank": [2, 4], "optimizer": "adafactor"},
+        "--optimizer adafactor takes means over whole arrays",
+    ),
     "no learning rate": ({"learning_rate": [0.1, 0]}, "learning_rate must be positive and finite"),
     "an option of the other task": ({"seed": [0, 1], "dtype": "bfloat16"}, "--dtype is an option of --task lm"),
     "no number": ({"seed": ["x", 1]}, "argument --seed: invalid int value: 'x'"),

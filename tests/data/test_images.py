@@ -190,8 +190,9 @@ def test_bad_folders(tmp_path):
     (tmp_path / "data" / "dog" / "notes.txt").rename(tmp_path / "data" / "notes.txt")
     refused(r"has the files notes\.txt beside the labels' folders")
     (tmp_path / "data" / "notes.txt").unlink()
-    (tmp_path / "data" / "dog").rename(tmp_path / "dog")
-    refused("has 1 folders; a classifier needs two or more")
+    for label in ("cat", "dog"):
+        (tmp_path / "data" / label).rename(tmp_path / label)
+    refused("has no folders: images need one for each label")
 
 
 def test_bad_images(tmp_path, preprocessing):

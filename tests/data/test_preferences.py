@@ -90,7 +90,9 @@ def test_reviews():
     [
         ({"prompt": "a", "chosen": "b"}, "rejected"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "line 1: 'chosen' and 'rejected' are the same"),
-        ({"prompt": "a", "chosen": "b", "rejected": " "}, "line 1: prompt and answers must be texts, or all lists of messages"),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, "line 1: an answer is empty"),
+        ({"prompt": "", "chosen": "b", "rejected": ""}, "line 1: an answer is empty"),
+        ({"chosen": "", "rejected": "b"}, "line 1: an answer is empty"),
         ({"prompt": "a", "chosen": [YES], "rejected": [NO]}, "must be texts, or all lists of messages, not 'a'"),
         ({"prompt": [ASK], "chosen": [YES], "rejected": "No."}, "must be texts, or all lists of messages"),
         ({"prompt": [ASK], "chosen": [ASK], "rejected": [NO]}, "there is nothing to learn"),

@@ -1,5 +1,6 @@
 """Kinds of files, and folders of them."""
 
+import datetime
 import gzip
 import json
 
@@ -14,7 +15,6 @@ ROWS = [{"text": "a\nb", "tags": [{"x": "1"}]}, {"text": "é", "tags": [{"y": "2
 
 def write(file, rows=ROWS):
     """A table, by the end of its name."""
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if file.suffix in (".parquet", ".arrow"):
         table = pyarrow.Table.from_pylist(rows)
         if file.suffix == ".parquet":
@@ -24,6 +24,7 @@ def write(file, rows=ROWS):
             with new(str(file), table.schema) as writer:
                 writer.write_table(table, 1)
         return file
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     content = lines if ".jsonl" in file.name else json.dumps(rows, indent=1).encode()
     file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
     return file
@@ -35,6 +36,12 @@ def test_every_kind_has_the_same_rows(tmp_path, name):
     assert [row for _, row in tables.rows(file, ["text"])] == ROWS and tables.columns(file) == ("text", "tags")
     with pytest.raises(ValueError, match=rf"{name.lower()}.*: there is no column 'b'; the columns are 'text', 'tags'"):
         list(tables.rows(file, ["b"]))
+
+
+def test_what_json_has_not_is_a_text(tmp_path):
+    turn = {"role": "user", "content": "a", "at": datetime.datetime(2026, 1, 2), "raw": b"\xff"}
+    [(_, row)] = tables.rows(write(tmp_path / "a.parquet", [{"messages": [turn]}]), ["messages"])
+    assert row["messages"] == [{"role": "user", "content": "a", "at": "2026-01-02 00:00:00", "raw": "b'\\xff'"}]
 
 
 def test_compressed_csv_and_text(tmp_path):

@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_jax.command import config_files
-from lora_jax.command.device_options import DECIDED
-from lora_jax.command.options import DECODERS, RunConfig, flag
+from lora_jax.command.options import RunConfig, flag
 from lora_jax.core.fields import table
 
 
@@ -26,9 +25,7 @@ def commands(config: RunConfig, directory: pathlib.Path, pairs: Collection[str] 
     ["lora-jax finetune --task classify --text-field 'the text' --rank 4"]
     """
     first, *later = config.phases
-    given = config_files.said(config) | ({"steps": first} if later else {})
-    if config.task in DECODERS:
-        given |= {name: getattr(config, name) for name in DECIDED if getattr(config, name) is not None}
+    given = config_files.again(config) | ({"steps": first} if later else {})
     if config.adapter is not None and set(config.targets) == set(pairs):
         given = {name: value for name, value in given.items() if name not in ("targets", "rank")}
     words = [word for name in table(RunConfig) if name in given for word in _words(name, given[name])]

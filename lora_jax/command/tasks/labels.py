@@ -34,10 +34,12 @@ def of_data(config: RunConfig, data: Any, held_out: Any) -> RunConfig:
     """The options tied to the data and, if there is any, to what is held out apart from it, with the labels.
 
     Raises:
-      InputError: the run was made with other data, or what is held out has labels that the data lacks.
+      InputError: the run was made with other data, it has one label only, or what is held out has labels that the data lacks.
     """
     config = check_data(config, *(part.digest() for part in (data, held_out) if part is not None))
     known = data.classes()
+    if len(known) < 2:
+        raise InputError(f"{config.data_name} has the label {known[0]!r} alone; a classifier needs two classes or more")
     if odd := sorted(set(() if held_out is None else held_out.classes()) - set(known)):
         raise InputError(f"{config.eval_data} has the labels {', '.join(odd)}, which {config.data_name} lacks")
     return dataclasses.replace(config, labels=config.labels or known)
