@@ -111,8 +111,8 @@ class GgufFile:
 
     def _note_tensor(self, header: _Header) -> None:
         stored, axes = header.text(), header.scalar("I")
-        if axes > _MOST_AXES:
-            raise InputError(f"{self.file}: {stored} has {axes} axes; at most {_MOST_AXES} can be read")
+        if not 1 <= axes <= _MOST_AXES:
+            raise InputError(f"{self.file}: {stored} has {axes} axes; 1 to {_MOST_AXES} can be read")
         shape = tuple(header.scalar("Q") for _ in range(axes))[::-1]
         code, offset = header.scalar("I"), header.scalar("Q")
         if len(shape) == 3 and shape[0] > _MOST_EXPERTS:

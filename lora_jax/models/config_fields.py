@@ -74,7 +74,7 @@ class Fields:
         return value
 
     def maybe_number(self, name: str, default: float | None = None) -> float | None:
-        """A positive number; null, or 0, where the model has none of the kind."""
+        """A positive number; null where the model has none of the kind."""
         if self.is_null(name):
             default = None
         value = self.get(name)
@@ -91,6 +91,11 @@ class Fields:
             raise InputError(f"it lacks {self.name(name)}")
         check_number(self.name(name), value, float)
         return value
+
+    def coefficient(self, name: str, default: float) -> float:
+        """A number of at least 0."""
+        value = self.get(name)
+        return 0.0 if value == 0 and not isinstance(value, bool) else self.number(name, default)
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false."""

@@ -129,7 +129,7 @@ def _qwen3_moe(fields: Fields) -> dict[str, Any]:
         width=fields.whole("moe_intermediate_size"),
         layers=_layers(fields, lambda i: i not in dense and (i + 1) % step == 0),
         weights="normalized" if fields.flag("norm_topk_prob") else "softmax",
-        balance=fields.number("router_aux_loss_coef", 0.001),
+        balance=fields.coefficient("router_aux_loss_coef", 0.001),
     )
     window = _all_slide(fields, 4096) if slides else {}
     return {"qk_norm": "heads", "experts": experts} | _bias(fields) | window
@@ -141,7 +141,7 @@ def _mixtral(fields: Fields) -> dict[str, Any]:
         chosen=fields.whole("num_experts_per_tok", 2),
         width=fields.whole("intermediate_size"),
         layers=_layers(fields),
-        balance=fields.number("router_aux_loss_coef", 0.001),
+        balance=fields.coefficient("router_aux_loss_coef", 0.001),
     )
     return {"experts": experts} | _all_slide(fields)
 
@@ -157,7 +157,7 @@ def _gpt_oss(fields: Fields) -> dict[str, Any]:
         interleaved=True,
         limit=fields.number("swiglu_limit", 7.0),
         alpha=fields.number("swiglu_alpha", 1.702),
-        balance=fields.number("router_aux_loss_coef", 0.001),
+        balance=fields.coefficient("router_aux_loss_coef", 0.001),
     )
     even = _some_slide(fields, lambda i: i % 2 == 0, 128)
     return {"experts": experts, "sinks": True} | _bias(fields, default=True) | even

@@ -85,8 +85,8 @@ def generate(
       key: a PRNG key, for a temperature above 0.
 
     Raises:
-      InputError: an option out of range, an id that the model has no embedding for, a prompt that is padded on the right, or a
-        temperature without a key.
+      InputError: an option out of range, an id that the model has no embedding for, a prompt that is padded on the right, a
+        temperature without a key, or an `index` of `RowAdapters` that is beyond the last set or not of one set for each prompt.
 
     >>> from lora_jax.models import llama
     >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1, max_position_embeddings=8)
@@ -98,7 +98,7 @@ def generate(
     ((2, 4), [4, 4])
     """
     model = getattr(model, "model", model)
-    prompt_ids, real = _checked(model, prompt_ids, attention_mask, max_new_tokens, temperature, key)
+    prompt_ids, real = _checked(model, variables, prompt_ids, attention_mask, max_new_tokens, temperature, key)
     key = jax.random.key(0) if key is None else key
     options = {"count": max_new_tokens, "eos_ids": tuple(map(int, eos_ids)), "sampled": temperature > 0}
     return _generate(model, variables, prompt_ids, real, key, jnp.float32(temperature or 1.0), **options)
@@ -141,7 +141,7 @@ def stream(
     True
     """
     model = getattr(model, "model", model)
-    ids, real = _checked(model, np.asarray(prompt_ids)[None], None, max_new_tokens, temperature, key)
+    ids, real = _checked(model, variables, np.asarray(prompt_ids)[None], None, max_new_tokens, temperature, key)
     padding = max(_SHORTEST, 1 << (ids.size - 1).bit_length()) - ids.size
     ids, real = (jnp.pad(array, ((0, 0), (padding, 0))) for array in (ids, real))
     draw = jax.random.key(0) if key is None else key, jnp.float32(temperature or 1.0)
@@ -159,7 +159,7 @@ def _stream(model, variables, ids, real, draw, count, eos_ids, sampled) -> Itera
 
 
 def _checked(
-    model: Decoder, prompt_ids: Any, attention_mask: Any, max_new_tokens: int, temperature: float, key: Any
+    model: Decoder, variables: Any, prompt_ids: Any, attention_mask: Any, max_new_tokens: int, temperature: float, key: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Prompts and which of them are tokens, as arrays."""
     prompt_ids = jnp.asarray(prompt_ids, jnp.int32)
@@ -182,7 +182,17 @@ def _checked(
         raise InputError(f"temperature must be 0 or a positive number, not {temperature}")
     if temperature and key is None:
         raise InputError("a temperature above 0 draws tokens at random: give a key")
+    if isinstance(variables, RowAdapters):
+        _check_sets(variables, len(prompt_ids))
     return prompt_ids, real
+
+
+def _check_sets(variables: RowAdapters, rows: int) -> None:
+    """Raise an InputError unless each row has a set of adapters, or none by a number below 0."""
+    count = len(jax.tree.leaves(variables.stacked)[0])
+    index = many.check_index(variables.index, count)
+    if len(index) != rows:
+        raise InputError(f"index has {len(index)} sets, but there are {rows} prompts: give one for each")
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("count", "sampled"))

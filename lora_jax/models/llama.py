@@ -225,7 +225,8 @@ class Loaded:
         """The same with an embedding and a head of another number of tokens.
 
         Args:
-          tensors: `model.embed_tokens.weight` and, unless the two are tied, `lm_head.weight`: `(vocab, hidden)`.
+          tensors: `(vocab, hidden)` by their names in the family's files, which in Llama's are `model.embed_tokens.weight` and,
+            unless the two are tied, `lm_head.weight`.
 
         Raises:
           InputError: one is missing, or of a shape that does not fit.

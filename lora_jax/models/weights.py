@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,10 +43,12 @@ def fill(tensors: Tensors, name: HFName, shape: tuple[int, ...], dtype: Any) -> 
 
 
 def fill_slices(tensors: Tensors, name: HFName, shape: tuple[int, ...], dtype: Any) -> Iterator[np.ndarray]:
-    """The slices of a parameter along its first axis, each from a tensor of its own."""
-    for tensor in name.tensors(shape).values():
+    """The slices of a parameter along its first axis, each from tensors of its own."""
+    by_slice = itertools.groupby(name.tensors(shape).items(), key=lambda item: item[0][0])
+    for _, own in by_slice:
         out = _aligned((1, *shape[1:]), dtype)
-        _copy(tensors, tensor, name.export(out, (0,)))
+        for (_, *others), tensor in own:
+            _copy(tensors, tensor, name.export(out, (0, *others)))
         yield out[0]
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.adapters.algebra import pad_rank, scale_folded
-from lora_jax.core import paths, transform
+from lora_jax.core import paths, quantized, transform
 from lora_jax.core.adapter import Adapter, Full, LowRank, Rows, attach, static_fields
 from lora_jax.core.errors import InputError
 from lora_jax.core.methods.dora import column_norm
@@ -211,7 +211,7 @@ def lora(
     @functools.wraps(fn)
     def apply(variables: Any, stacked: Adapters, index: Any, *args: Any, **kwargs: Any) -> Any:
         count = _count(stacked)
-        index = _checked(index, count)
+        index = check_index(index, count)
         order = jnp.argsort(jnp.where(index < 0, count, index)) if grouped else None
         adapters = jax.vmap(_scales_folded)(dict(stacked)) if grouped else stacked
         axes = _spread(in_axes, args)
@@ -240,7 +240,19 @@ def lora(
     return apply
 
 
-def _checked(index: Any, count: int) -> jax.Array:
+def check_index(index: Any, count: int) -> jax.Array:
+    """The sets that rows have, as an array `(rows,)`; inside `jit` their numbers are not looked at.
+
+    Args:
+      index: `(rows,)`: the set of each row; below 0 for none.
+      count: how many sets there are.
+
+    Raises:
+      InputError: `index` has another shape or dtype, or is beyond the last set.
+
+    >>> check_index([1, -1, 0], 2).shape
+    (3,)
+    """
     index = jnp.asarray(index)
     if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
         raise InputError(f"index must be integers of the shape (rows,), not {index.dtype} of the shape {index.shape}")
@@ -327,7 +339,9 @@ def _neutral(base: Any, adapter: Adapter) -> Adapter:
         return dataclasses.replace(adapter, values=adapter.pick(base))
     assert isinstance(adapter, LowRank)
     zeros = jax.tree.map(jnp.zeros_like, adapter)
-    return zeros if adapter.magnitude is None else dataclasses.replace(zeros, magnitude=column_norm(base, zeros))
+    return (
+        zeros if adapter.magnitude is None else dataclasses.replace(zeros, magnitude=column_norm(quantized.base(base), zeros))
+    )
 
 
 # --- sets trained side by side ----------------------------------------------------------------------------------------

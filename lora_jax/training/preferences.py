@@ -96,7 +96,7 @@ def orpo(chosen: jax.Array, rejected: jax.Array, *, beta: float = 0.1) -> Prefer
     `-log p_chosen - beta log sigmoid(log odds(p_chosen) - log odds(p_rejected))`.
 
     Args:
-      chosen: the mean over its tokens of log p of each chosen answer, `(pairs,)`, below 0.
+      chosen: the mean over its tokens of log p of each chosen answer, `(pairs,)`, at most 0.
       rejected: the same of the rejected answers, `(pairs,)`.
       beta: the weight of the odds ratio; lambda in the paper.
 
@@ -119,6 +119,7 @@ def _check_beta(beta: float) -> None:
 
 
 def _log_1_minus_exp(x: jax.Array) -> jax.Array:
-    """log(1 - exp(x)) for x < 0, exact near 0 and far below it (Maechler 2012)."""
+    """log(1 - exp(x)) for x < 0, exact near 0 and far below it (Maechler 2012); at 0, which x is rounded to, finite."""
+    x = jnp.minimum(x, -jnp.finfo(x.dtype).tiny)
     near = x > -0.6931472
     return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))))

@@ -237,6 +237,7 @@ HOSTILE = {
     "type": (header([text("a") + struct.pack("<I", 77)]), "unknown type 77"),
     "not UTF-8": (header([struct.pack("<Q", 2) + b"\xff\xfe"]), "is not UTF-8"),
     "axes": (header([], tensors=1) + text("t") + struct.pack("<I", 2**31), r"has 2147483648 axes"),
+    "no axes": (header([], tensors=1) + text("t") + struct.pack("<I", 0), r"t has 0 axes; 1 to 4 can be read"),
     "alignment": (header([text("general.alignment") + struct.pack("<II", 4, 0)]), r"general\.alignment must be a positive"),
     "no architecture": (header([]), "the architecture is None"),
 }

@@ -206,6 +206,15 @@ def test_fields_of_configurations_on_the_hub(model):
         families.read_config(fields | extra | odd)
 
 
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_no_balance_loss(case):
+    fields = json.loads((DATA / case / "base" / "config.json").read_text())
+    config = families.read_config({**fields, "router_aux_loss_coef": 0.0})
+    assert config.experts.balance == 0 and families.read_config(families.hf_config(config)) == config
+    with pytest.raises(InputError, match="router_aux_loss_coef must be a positive number, not False"):
+        families.read_config({**fields, "router_aux_loss_coef": False})
+
+
 # --- a decoder within a model of images ---
 
 

@@ -337,6 +337,18 @@ def test_bad_requests(case):
         llama.generate(loaded, loaded.variables, **{"prompt_ids": [[1, 2, 3]], "max_new_tokens": 1, **changes})
 
 
+def test_sets_of_adapters_that_are_not_there():
+    loaded, ids = llama.load(DATA / "linear"), jnp.array([[1, 2, 3], [3, 2, 1]])
+    pair = {"params/norm/scale": lj.Full(loaded.variables["params"]["norm"]["scale"])}
+    rows = lambda *index: llama.RowAdapters(loaded.variables, lj.many.stack([pair, pair]), jnp.array(index))
+    with pytest.raises(ValueError, match="index asks for the set 2, but there are 2, numbered from 0"):
+        llama.generate(loaded, rows(0, 2), ids, max_new_tokens=1)
+    with pytest.raises(ValueError, match="index has 1 sets, but there are 2 prompts: give one for each"):
+        llama.generate(loaded, rows(1), ids, max_new_tokens=1)
+    with pytest.raises(ValueError, match="index has 2 sets, but there are 1 prompts"):
+        list(llama.stream(loaded, rows(0, 1), ids[0], max_new_tokens=1))
+
+
 # --- parameters and configurations ------------------------------------------------------------------------------------
 
 

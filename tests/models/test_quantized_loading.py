@@ -1,6 +1,7 @@
 """Models quantised while they are loaded: as `quantize` makes of the dense ones, without a dense one in memory."""
 
 import json
+import pathlib
 import tracemalloc
 
 import gguf
@@ -13,12 +14,13 @@ import lora_jax as lj
 from lora_jax import sharding
 from lora_jax.adapters import quant
 from lora_jax.core import paths
-from lora_jax.models import bert, llama
+from lora_jax.models import bert, llama, weights
 from tests.support import tiny, tiny_lm
 from tests.support.frontends import normal
 from tests.support.gguf_write import write
-from tests.support.marks import every_other
+from tests.support.marks import checkerboard, every_other
 
+DATA = pathlib.Path(__file__).parents[1] / "data" / "families"
 KERNELS = ["re:.*/layer.*/kernel"]
 
 
@@ -46,6 +48,15 @@ def test_as_the_dense_model_quantised(directory, kind, dtype, scan_layers):
     quantized = {path for path, leaf in leaves.items() if paths.is_quantized(leaf)}
     assert len(quantized) == (7 if scan_layers else 14)
     assert not {"params/embed_tokens/embedding", "params/lm_head/kernel", "params/norm/scale"} & quantized
+
+
+@pytest.mark.parametrize(("family", "scan_layers"), checkerboard(["mixtral", "qwen3_moe"], [False, True]))
+def test_experts(family, scan_layers):
+    """Some kernels are of several tensors in each slice: the gate and the up part of an expert, the experts of a layer."""
+    base = DATA / family / "base"
+    got = llama.load(base, quantize="nf4", block=8, scan_layers=scan_layers)
+    dense = llama.load(base, scan_layers=scan_layers).variables
+    same(got.variables, lj.quantize(dense, [weights.KERNELS], "nf4", block=8))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

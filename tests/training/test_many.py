@@ -135,6 +135,14 @@ KINDS = {
 }
 
 
+def test_no_adapters_beside_a_quantised_kernel():
+    """DoRA's neutral magnitude is that of what the base computes with."""
+    base = lj.quantize(VARIABLES, ["w"], "int8", block=4)
+    pair = trained(2, dora=True)["w"]
+    none = lj.many.neutral(base, {"w": pair})
+    assert distance(lj.lora(model)(lj.attach(base, none), X), lj.lora(model)(base, X)) < 1e-5
+
+
 BOTH = pytest.mark.parametrize("grouped", [False, True])
 
 

@@ -39,10 +39,12 @@ def test_rewards():
     assert not jax.grad(lambda log_p: lj.losses.dpo(*log_p).margins.sum())(LOG_P).any()
 
 
-@pytest.mark.parametrize("log_p", [-1e-7, -1e-3, -0.6931, -50.0, -200.0])
+@pytest.mark.parametrize("log_p", [0.0, -1e-7, -1e-3, -0.6931, -50.0, -200.0])
 def test_the_odds_are_finite_everywhere(log_p):
     value, slope = jax.value_and_grad(lambda x: lj.losses.orpo(x[None], jnp.array([-1.0])).losses.sum())(jnp.float32(log_p))
     assert np.isfinite(value) and np.isfinite(slope)
+    value, slopes = jax.value_and_grad(lambda x: lj.losses.orpo(*x).losses.sum())((jnp.full(1, log_p), jnp.zeros(1)))
+    assert np.isfinite(value) and np.isfinite(slopes).all()  # of an answer that is certain to float32
 
 
 @pytest.mark.parametrize(
