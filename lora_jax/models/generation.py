@@ -189,8 +189,7 @@ def _checked(
 
 def _check_sets(variables: RowAdapters, rows: int) -> None:
     """Raise an InputError unless each row has a set of adapters, or none by a number below 0."""
-    count = len(jax.tree.leaves(variables.stacked)[0])
-    index = many.check_index(variables.index, count)
+    index = many.check_index(variables.index, many.set_count(variables.stacked))
     if len(index) != rows:
         raise InputError(f"index has {len(index)} sets, but there are {rows} prompts: give one for each")
 

@@ -119,7 +119,7 @@ def unstack(stacked: Any, like: Sequence[Any] | None = None) -> list[Any]:
     >>> [(one["w"].rank, one["w"].scale) for one in unstack(stack(sets), like=sets)]
     [(1, 0.5), (4, 2.0)]
     """
-    count = _count(stacked)
+    count = set_count(stacked)
     if like is None:
         return [jax.tree.map(functools.partial(_member, number=i), stacked) for i in range(count)]
     if len(like) != count:
@@ -145,8 +145,19 @@ def _member(leaf: Any, number: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)  # which compiles once for all members
 
 
-def _count(stacked: Any) -> int:
-    """How many members a stacked tree has."""
+def set_count(stacked: Any) -> int:
+    """How many members a stacked tree has.
+
+    Args:
+      stacked: a set or state with a leading axis.
+
+    Raises:
+      InputError: its arrays have no leading axis of one size.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> set_count(stack([{"w": lj.Full(jnp.ones(2))}] * 3))
+    3
+    """
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(stacked)}
     if len(counts) != 1 or counts == {()}:
         raise InputError(f"the arrays have the leading axes {sorted(counts)}, not one size: make the tree with `many.stack`")
@@ -210,7 +221,7 @@ def lora(
 
     @functools.wraps(fn)
     def apply(variables: Any, stacked: Adapters, index: Any, *args: Any, **kwargs: Any) -> Any:
-        count = _count(stacked)
+        count = set_count(stacked)
         index = check_index(index, count)
         order = jnp.argsort(jnp.where(index < 0, count, index)) if grouped else None
         adapters = jax.vmap(_scales_folded)(dict(stacked)) if grouped else stacked
@@ -257,7 +268,7 @@ def check_index(index: Any, count: int) -> jax.Array:
     if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
         raise InputError(f"index must be integers of the shape (rows,), not {index.dtype} of the shape {index.shape}")
     try:
-        last = int(index.max(initial=-1))
+        last = int(index.max(initial=0))
     except jax.errors.ConcretizationTypeError:  # inside `jit`
         return index
     if last >= count:

@@ -266,22 +266,26 @@ def test_the_other_kinds_of_data(home, tmp_path, capsys, name):
 
 
 @pytest.fixture(scope="module")
-def classifier(home):
+def bert(tmp_path_factory):
+    return tiny.model(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def classifier(home, bert):
     """A run of two steps of the other task."""
-    tiny.model(home / "bert")
     tiny.reviews(home / "reviews.csv", count=60)
     arguments = tiny.options(home, home / "classifier", steps=2)
-    arguments[arguments.index("--model") + 1] = str(home / "bert")
+    arguments[arguments.index("--model") + 1] = str(bert)
     assert cli.main(arguments) == 0
     return home / "classifier"
 
 
-def test_a_classifier_there_and_back(home, classifier, tmp_path, capsys):
+def test_a_classifier_there_and_back(bert, classifier, tmp_path, capsys):
     call(["export", classifier, "--format", "peft", "--out", tmp_path / "a"], capsys)
     fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert fields["task_type"] == "SEQ_CLS" and fields["modules_to_save"] == ["classifier"]
     assert all(name.startswith("base_model.model.") for name in tensors(tmp_path / "a"))
-    call(["import", tmp_path / "a", "--model", home / "bert", "--out", tmp_path / "run"], capsys)
+    call(["import", tmp_path / "a", "--model", bert, "--out", tmp_path / "run"], capsys)
     call(["export", tmp_path / "run", "--format", "peft", "--out", tmp_path / "b"], capsys)
     first, second = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert {k: v.tobytes() for k, v in first.items()} == {k: v.tobytes() for k, v in second.items()}
@@ -290,15 +294,15 @@ def test_a_classifier_there_and_back(home, classifier, tmp_path, capsys):
     call(["export", classifier, "--format", "merged", "--out", tmp_path / "out"], capsys)
     loaded = lj.models.bert.load(tmp_path / "out")
     assert loaded.labels == ("bad", "good") and not loaded.new
-    base = lj.models.bert.load(home / "bert", num_labels=2)
+    base = lj.models.bert.load(bert, num_labels=2)
     params = lj.merge(base.variables, lj.checkpoint.load(classifier / "adapters"))
     ids = jnp.arange(6)[None]
     np.testing.assert_array_equal(loaded.apply(loaded.variables, ids), base.apply(params, ids))
 
 
-def test_a_head_that_is_the_base_s_is_written_in_its_own_dtype(home, classifier, tmp_path, capsys):
+def test_a_head_that_is_the_base_s_is_written_in_its_own_dtype(bert, classifier, tmp_path, capsys):
     """PEFT looks for it whenever it loads a classifier's adapters."""
-    shutil.copytree(home / "bert", tmp_path / "bert")
+    shutil.copytree(bert, tmp_path / "bert")
     weights = safetensors.numpy.load_file(tmp_path / "bert" / "model.safetensors")
     half = {name: tensor.astype(jnp.bfloat16) for name, tensor in weights.items()}
     safetensors.numpy.save_file(half, tmp_path / "bert" / "model.safetensors")
@@ -315,8 +319,8 @@ def test_a_head_that_is_the_base_s_is_written_in_its_own_dtype(home, classifier,
     assert {name: written[name].dtype for name in pairs} == {name: np.float32 for name in pairs}
 
 
-def test_a_pooling_that_transformers_lacks(home, tmp_path, capsys):
-    shutil.copytree(home / "bert", tmp_path / "bert")
+def test_a_pooling_that_transformers_lacks(bert, tmp_path, capsys):
+    shutil.copytree(bert, tmp_path / "bert")
     weights = safetensors.numpy.load_file(tmp_path / "bert" / "model.safetensors")
     encoder = {name: tensor for name, tensor in weights.items() if "classifier" not in name}
     safetensors.numpy.save_file(encoder, tmp_path / "bert" / "model.safetensors")

@@ -118,12 +118,12 @@ def with_scales(pair, seed):
     return dataclasses.replace(pair, lambda_d=normal(seed, 2), lambda_b=normal(seed + 1, 6), frozen=("a", "b"))
 
 
-def check_rows(sets, index, rows_each=1, **options):
+def check_rows(sets, index, rows_each=1, variables=VARIABLES, **options):
     stacked = lj.many.stack(sets)
-    got = lj.many.lora(model, **options)(VARIABLES, stacked, jnp.array(index), X)
+    got = lj.many.lora(model, **options)(variables, stacked, jnp.array(index), X)
     for row, number in enumerate(np.repeat(index, rows_each)):
         x = X[row : row + 1]
-        want = model(VARIABLES, x) if number < 0 else lj.lora(model)(lj.attach(VARIABLES, sets[number]), x)
+        want = lj.lora(model)(variables if number < 0 else lj.attach(variables, sets[number]), x)
         assert distance(got[row : row + 1], want) < 1e-5
 
 
@@ -149,6 +149,19 @@ BOTH = pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize(("grouped", "kind"), checkerboard([False, True], KINDS))
 def test_each_row_has_its_own_set(kind, grouped):
     check_rows([KINDS[kind](i) for i in range(3)], [2, -1, 0, 2], grouped=grouped)
+
+
+@pytest.mark.parametrize(("grouped", "kind"), checkerboard([False, True], ["int8", "nf4"]))
+def test_magnitudes_beside_quantised_kernels(kind, grouped):
+    base = lj.quantize(VARIABLES, ["w", "u"], kind, block=2)
+    check_rows([KINDS["magnitudes"](i) for i in range(3)], [2, -1, 0, 2], variables=base, grouped=grouped)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32"])
+def test_an_index_of_any_integers(dtype):
+    assert lj.many.check_index(np.array([0, 1], dtype), 2).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="index asks for the set 1, but there are 1, numbered from 0"):
+        lj.many.check_index(np.array([0, 1], dtype), 1)
 
 
 @BOTH

@@ -45,6 +45,7 @@ def test_the_odds_are_finite_everywhere(log_p):
     assert np.isfinite(value) and np.isfinite(slope)
     value, slopes = jax.value_and_grad(lambda x: lj.losses.orpo(*x).losses.sum())((jnp.full(1, log_p), jnp.zeros(1)))
     assert np.isfinite(value) and np.isfinite(slopes).all()  # of an answer that is certain to float32
+    assert slopes[0] <= -1  # by -log p
 
 
 @pytest.mark.parametrize(
