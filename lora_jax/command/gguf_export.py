@@ -13,7 +13,7 @@ from lora_jax.core.errors import InputError
 from lora_jax.models import gguf_config, llama
 
 FILE = "adapter.gguf"
-_TIED = ("params/embed_tokens/embedding", "params/lm_head/kernel")
+_TIED = ("model.embed_tokens.weight", "lm_head.weight")
 _OWN = "the run has a tokenizer or chat template of its own, which is not in the file: llama.cpp takes those of the base"
 
 
@@ -47,7 +47,7 @@ def write(out: pathlib.Path, config: RunConfig, base: Any, adapters: Mapping[str
       InputError: llama.cpp has no such adapters.
     """
     fields = llama.gguf_fields(base.model)
-    untied = [path for path in adapters if config.untie and path in _TIED]
+    untied = [path for path in adapters if config.untie and fields["names"][path].name.endswith(_TIED)]
     if untied:
         raise InputError(
             f"{untied[0]} has an adapter, and in the base's GGUF file the head is the embedding, which this run has untied: "

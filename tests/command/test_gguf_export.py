@@ -224,18 +224,6 @@ def test_a_head_that_the_run_has_untied(tmp_path, capsys):
 
 
 @with_promotion
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_an_untied_head_within_a_model_of_images(target, tmp_path, capsys):
-    """Whose texts have names of their own."""
-    base = tmp_path / "model"
-    shutil.copytree(FAMILIES / "gemma3_images" / "base", base)
-    shutil.copy(tiny_lm.model(tmp_path / "other") / "tokenizer.json", base)
-    make_run(tmp_path / "run", base, lj.LoraConfig(rank=2, targets=[target]), untie=True)
-    code, said = export(tmp_path / "run", capsys)
-    assert code == 2 and "in the base's GGUF file the head is the embedding, which this run has untied" in said.err
-
-
-@with_promotion
 def test_a_family_that_llama_cpp_files_are_not_written_for(tmp_path, capsys):
     base = tmp_path / "model"
     shutil.copytree(FAMILIES / "stablelm" / "base", base)

@@ -267,7 +267,7 @@ def test_the_other_kinds_of_data(home, tmp_path, capsys, name):
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    return tiny.model(tmp_path_factory.mktemp("bert"))
+    return tiny.model(tmp_path_factory.mktemp("home") / "bert")
 
 
 @pytest.fixture(scope="module")

@@ -347,7 +347,7 @@ def test_sets_of_adapters_that_are_not_there():
         llama.generate(loaded, rows(1), ids, max_new_tokens=1)
     with pytest.raises(ValueError, match="index has 2 sets, but there are 1 prompts"):
         list(llama.stream(loaded, rows(0, 1), ids[0], max_new_tokens=1))
-    with pytest.raises(ValueError, match="not one size: make the tree with `many.stack`"):
+    with pytest.raises(ValueError, match=r"not one size: make the tree with `many.stack`"):
         llama.generate(loaded, rows(0, 1)._replace(stacked={}), ids, max_new_tokens=1)
 
 
