@@ -267,16 +267,15 @@ def test_the_other_kinds_of_data(home, tmp_path, capsys, name):
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    return tiny.model(tmp_path_factory.mktemp("home") / "bert")
+    """The base of classifiers, beside reviews."""
+    return tiny.home(tmp_path_factory.mktemp("home")) / "model"
 
 
 @pytest.fixture(scope="module")
-def classifier(home, bert):
+def classifier(bert):
     """A run of two steps of the other task."""
-    tiny.reviews(home / "reviews.csv", count=60)
-    arguments = tiny.options(home, home / "classifier", steps=2)
-    arguments[arguments.index("--model") + 1] = str(bert)
-    assert cli.main(arguments) == 0
+    home = bert.parent
+    assert cli.main(tiny.options(home, home / "classifier", steps=2)) == 0
     return home / "classifier"
 
 

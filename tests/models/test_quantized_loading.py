@@ -15,9 +15,9 @@ from lora_jax import sharding
 from lora_jax.adapters import quant
 from lora_jax.core import paths
 from lora_jax.models import bert, llama, weights
-from tests.support import gguf_write, tiny, tiny_lm
+from tests.support import tiny, tiny_lm
 from tests.support.frontends import normal
-from tests.support.gguf_write import write
+from tests.support.gguf_write import write, write_family
 from tests.support.marks import checkerboard, every_other
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "families"
@@ -61,7 +61,7 @@ def test_experts(family, scan_layers):
 
 @pytest.mark.parametrize(("family", "scan_layers"), checkerboard(["mixtral", "qwen3_moe"], [True, False]))
 def test_experts_of_a_gguf_file(tmp_path, family, scan_layers):
-    file = gguf_write.write_family(tmp_path / "tiny.gguf", family)
+    file = write_family(tmp_path / "tiny.gguf", family)
     got = llama.load(file, quantize="int8", block=8, scan_layers=scan_layers)
     dense = llama.load(file, scan_layers=scan_layers).variables
     same(got.variables, lj.quantize(dense, [weights.KERNELS], "int8", block=8))
